@@ -1,0 +1,50 @@
+"""
+Many LoRA adapters in one batch, on the CPU: Punica's SGMV kernel in Python.
+
+    x (n, h_in) ───────────────── @ W.T, once for all rows ──────────────────> y (n, h_out)
+     │                                                                          ^ +=
+     │ rows sorted by adapter        shrink                  expand             │
+     └──> segment 0  adapter 3  ──>  x @ A.T  ──> v (m, r)  ──> scaling * v @ B.T
+          segment 1  adapter 8  ──>  x @ A.T  ──> v (m, r)  ──> scaling * v @ B.T
+
+Words, the same from the paper to the tests:
+
+    n, S             rows (tokens) in the batch; segments
+    h_in, r, h_out   input width, rank, output width
+    x, W, y          activations (n, h_in), base weight (h_out, h_in), output (n, h_out)
+    A, B             one adapter as PEFT writes it: (r, h_in), (h_out, r)
+    wa, wb           the same in Punica's storage order: (r, h_in), (r, h_out); wb is B.T
+    v                what shrink hands to expand: (n, r), in sorted order
+    scaling          per adapter: lora_alpha / r, or lora_alpha / sqrt(r)
+    adapter_ids      one id per row; -1 means base only
+
+Start reading at sgmv/lora.py.
+"""
+
+from sgmv.adapters import Adapter, AdapterStack
+from sgmv.errors import SgmvError
+from sgmv.expand import expand
+from sgmv.lora import add_lora, apply_batched, apply_single, lora_delta
+from sgmv.peft import load_peft
+from sgmv.segment import Segments, segment
+from sgmv.shrink import shrink
+from sgmv.workers import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterStack",
+    "Segments",
+    "SgmvError",
+    "add_lora",
+    "apply_batched",
+    "apply_single",
+    "expand",
+    "get_num_threads",
+    "load_peft",
+    "lora_delta",
+    "segment",
+    "set_num_threads",
+    "shrink",
+]

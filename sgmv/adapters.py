@@ -1,0 +1,487 @@
+"""
+Adapters and where their weights stand: `Adapter` (one LoRA pair), `AdapterStack` (ids -> slots).
+
+    adapter id   7 ─┐   slot   wa_address     wb_address     rank  scaling
+    adapter id  42 ─┼──> 0     (r, h_in)      (r, h_out)      16     2.0     Punica's storage order:
+    adapter id  -1  │    1     (r, h_in)      (r, h_out)       8     1.0     wa = A, wb = B.T
+       base only    └──> 2     free
+
+The kernels index this table by slot. It is never changed, only replaced: a call that has taken it
+keeps the weights it started with, and the next call sees the new ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sgmv.dtypes import Array, check_array, check_dtype, promote
+from sgmv.errors import (
+    DtypeError,
+    ShapeError,
+    StackError,
+    UnknownAdapterError,
+    ValueRangeError,
+)
+from sgmv.kernels.jit import jit
+from sgmv.segment import BASE_ONLY, Integers
+
+NO_SLOT = -1
+UNKNOWN = -2
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """
+    One LoRA adapter of one layer: delta(x) = scaling * (x @ A.T) @ B.T.
+
+    Semantics: the arrays are checked, not copied.
+
+    A        (r, h_in)   float32, float16, bfloat16 or float64
+    B        (h_out, r)  likewise
+    scaling  finite; lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
+
+    Raises ShapeError, DtypeError or ValueRangeError. Source: LoRA (arXiv 2106.09685), section 4.1;
+    rsLoRA (arXiv 2312.03732).
+
+    >>> Adapter(np.ones((8, 64), "float32"), np.ones((32, 8), "float32"), scaling=2.0)
+    Adapter(r=8, h_in=64, h_out=32, float32, scaling=2.0)
+    """
+
+    A: Array
+    B: Array
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        A, B = check_array("A", self.A, 2), check_array("B", self.B, 2)
+        if A.shape[0] != B.shape[1]:
+            raise ShapeError(
+                "B",
+                f"(h_out, {A.shape[0]}), as A has rank {A.shape[0]}",
+                str(B.shape),
+                "give A as (r, h_in) and B as (h_out, r)",
+            )
+        object.__setattr__(self, "scaling", check_scaling("scaling", self.scaling))
+
+    @property
+    def r(self) -> int:
+        """The adapter's rank."""
+        return int(self.A.shape[0])
+
+    @property
+    def h_in(self) -> int:
+        """The width of the rows it reads."""
+        return int(self.A.shape[1])
+
+    @property
+    def h_out(self) -> int:
+        """The width of the rows it adds to."""
+        return int(self.B.shape[0])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest type that holds both A and B exactly."""
+        return promote(self.A.dtype, self.B.dtype)
+
+    @classmethod
+    def from_peft(cls, directory: str | os.PathLike[str], module: str) -> Adapter:
+        """
+        Read one module's adapter from a directory that PEFT wrote.
+
+        Semantics: `load_peft(directory)[module]`, reading that module alone.
+
+        directory  holds adapter_config.json and adapter_model.safetensors
+        module     the module's name in the model, as in "model.layers.0.self_attn.q_proj"
+
+        Raises PeftError for what cannot be read or is no plain LoRA, and for a name that matches
+        nothing, with near names. Source: peft, src/peft/tuners/lora. Needs the extra `peft`.
+        """
+        from sgmv.peft import read_adapter
+
+        return read_adapter(directory, module)
+
+    def __repr__(self) -> str:
+        return (
+            f"Adapter(r={self.r}, h_in={self.h_in}, h_out={self.h_out}, "
+            f"{self.dtype.name}, scaling={self.scaling})"
+        )
+
+
+AdapterLike: TypeAlias = "Adapter | tuple[Array, Array] | None"
+Adapters: TypeAlias = "Mapping[int, AdapterLike] | Sequence[AdapterLike]"
+Scalings: TypeAlias = "Mapping[int, float] | Sequence[float] | float | None"
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One slot's weights in Punica's storage order: wa = A, wb = B.T, both contiguous."""
+
+    wa: Array  # (r, h_in)
+    wb: Array  # (r, h_out)
+    scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class SlotTable:
+    """What the kernels read: ids in ascending order with their slots, and the slots' weights."""
+
+    dtype: np.dtype[Any]
+    ids: Integers  # (loaded,) ascending
+    slots: Integers  # (loaded,) the slot of each id; NO_SLOT where the id is base only
+    wa_address: Integers  # (slots,)
+    wb_address: Integers  # (slots,)
+    ranks: Integers  # (slots,)
+    scalings: npt.NDArray[np.float64]  # (slots,)
+    weights: tuple[Stored | None, ...]  # (slots,) keeps what the addresses point to alive
+
+    @classmethod
+    def empty(cls, slots: int, dtype: np.dtype[Any]) -> SlotTable:
+        none = np.empty(0, np.int64)
+        address, ranks = np.zeros((2, slots), np.int64), np.zeros(slots, np.int64)
+        weights = (None,) * slots
+        return cls(dtype, none, none, address[0], address[1], ranks, np.zeros(slots), weights)
+
+    def with_changes(
+        self, slot_of: Mapping[int, int], changes: Mapping[int, Stored | None]
+    ) -> SlotTable:
+        """A new table: these ids, and new contents for some of the slots."""
+        ids = np.array(sorted(slot_of), np.int64)
+        slots = np.array([slot_of[i] for i in ids.tolist()], np.int64)
+        wa_address, wb_address = self.wa_address.copy(), self.wb_address.copy()
+        ranks, scalings, weights = self.ranks.copy(), self.scalings.copy(), list(self.weights)
+        for slot, stored in changes.items():
+            weights[slot] = stored
+            wa_address[slot] = 0 if stored is None else stored.wa.ctypes.data
+            wb_address[slot] = 0 if stored is None else stored.wb.ctypes.data
+            ranks[slot] = 0 if stored is None else len(stored.wa)
+            scalings[slot] = 0.0 if stored is None else stored.scaling
+        held = tuple(weights)
+        return SlotTable(self.dtype, ids, slots, wa_address, wb_address, ranks, scalings, held)
+
+    def find(self, adapter_ids: Integers) -> tuple[Integers, Integers]:
+        """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""
+        slot = np.empty(len(adapter_ids), np.int64)
+        rank = np.empty(len(adapter_ids), np.int64)
+        if _find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank):
+            raise UnknownAdapterError(
+                "adapter_ids",
+                f"-1 or ids of loaded adapters, {_some(self.ids)}",
+                _some(adapter_ids[slot == UNKNOWN]),
+                "load those adapters first, or name -1 for base only",
+            )
+        return slot, rank
+
+
+@jit()
+def _find(ids: Any, slots: Any, ranks: Any, adapter_ids: Any, slot: Any, rank: Any) -> int:
+    """Look every segment's id up in the ascending ids; returns how many are unknown."""
+    unknown = 0
+    for s in range(adapter_ids.shape[0]):
+        slot[s], rank[s] = NO_SLOT, 0
+        if adapter_ids[s] == BASE_ONLY:
+            continue
+        low, high = 0, ids.shape[0]
+        while low < high:
+            middle = (low + high) // 2
+            if ids[middle] < adapter_ids[s]:
+                low = middle + 1
+            else:
+                high = middle
+        if low == ids.shape[0] or ids[low] != adapter_ids[s]:
+            slot[s] = UNKNOWN
+            unknown += 1
+        elif slots[low] != NO_SLOT:
+            slot[s] = slots[low]
+            rank[s] = ranks[slots[low]]
+    return unknown
+
+
+class AdapterStack:
+    """
+    The adapters of one layer, in slots: what a batch's adapter ids are looked up in.
+
+    Semantics: `load` copies the weights into Punica's storage order, `wa (r, h_in)` and
+    `wb (r, h_out)`, at their own rank: no padding, and memory follows what is loaded. Loading an
+    id again replaces it. A call in flight, in another thread, keeps the weights it started with;
+    the next call sees the new ones, so a reused id never serves the old weights.
+
+    h_in, h_out  widths of the layer
+    slots        the most adapters held at once (vLLM: max_loras)
+    max_rank     the highest rank taken, and the width of v (vLLM: max_lora_rank)
+    dtype        float32, float16, bfloat16 (pass ml_dtypes.bfloat16) or float64; weights of another
+                 type are converted when loaded, with one rounding
+
+    Raises ShapeError, DtypeError, ValueRangeError; `load` also StackError.
+    Source: S-LoRA (arXiv 2311.03285), section 4; vLLM, lora/model_manager.py.
+
+    >>> stack = AdapterStack(h_in=64, h_out=32, slots=2, max_rank=8)
+    >>> stack.load(7, Adapter(np.ones((4, 64), "float32"), np.ones((32, 4), "float32")))
+    >>> 7 in stack, stack[7]
+    (True, Adapter(r=4, h_in=64, h_out=32, float32, scaling=1.0))
+    >>> stack.unload(7)
+    >>> stack
+    AdapterStack(h_in=64, h_out=32, 0 of 2 slots used, max_rank=8, float32)
+    """
+
+    def __init__(
+        self,
+        h_in: int,
+        h_out: int,
+        slots: int = 8,
+        max_rank: int = 64,
+        dtype: npt.DTypeLike = "float32",
+    ) -> None:
+        self.h_in = _count("h_in", h_in, 1)
+        self.h_out = _count("h_out", h_out, 1)
+        self.slots = _count("slots", slots, 0)
+        self.max_rank = _count("max_rank", max_rank, 0)
+        self.dtype = check_dtype("dtype", dtype)
+        self._slot_of: dict[int, int] = {}
+        self._table = SlotTable.empty(self.slots, self.dtype)
+        self._changing = threading.Lock()
+
+    @classmethod
+    def from_adapters(
+        cls,
+        adapters: Adapters,
+        *,
+        h_in: int | None = None,
+        h_out: int | None = None,
+        dtype: npt.DTypeLike | None = None,
+    ) -> AdapterStack:
+        """
+        A stack that holds exactly these adapters, whose ranks and scalings may differ.
+
+        Semantics: one slot for each adapter, in the order of `adapters`.
+
+        adapters     a mapping id -> Adapter, (A, B) or None; or a sequence indexed by id.
+                     None = base only
+        h_in, h_out  the layer's widths; needed only where there is no adapter to tell them
+        dtype        the smallest type that holds all of them exactly, if left out
+
+        Raises as `Adapter` and `load` do.
+
+        >>> A, B = np.ones((2, 8), "float32"), np.ones((4, 2), "float32")
+        >>> AdapterStack.from_adapters({0: (A, B), 5: Adapter(A, B, 0.5), 9: None}).ids
+        [0, 5, 9]
+        """
+        given = {
+            _adapter_id(i): as_adapter(f"adapters[{i}]", entry) for i, entry in items(adapters)
+        }
+        held = [adapter for adapter in given.values() if adapter is not None]
+        if not held and (h_in is None or h_out is None):
+            raise ShapeError(
+                "adapters",
+                "at least one adapter, to tell the layer's widths",
+                f"{len(given)} ids without weights",
+                "pass h_in and h_out",
+            )
+        stack = cls(
+            held[0].h_in if h_in is None else h_in,
+            held[0].h_out if h_out is None else h_out,
+            slots=len(held),
+            max_rank=max((adapter.r for adapter in held), default=0),
+            dtype=dtype or (promote(*(adapter.dtype for adapter in held)) if held else "float32"),
+        )
+        stack._load_all(given)
+        return stack
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids that are known, ascending; those that are base only included."""
+        return sorted(self._slot_of)
+
+    def load(self, adapter_id: int, adapter: AdapterLike) -> None:
+        """
+        Put an adapter's weights into a slot, replacing what the id held before.
+
+        Semantics: afterwards `stack[adapter_id]` holds the adapter's values in the stack's dtype.
+        None makes the id base only and takes no slot.
+
+        adapter_id  an integer >= 0
+        adapter     Adapter or (A, B): A (r, h_in), B (h_out, r), r <= max_rank
+
+        Raises ShapeError when the widths differ from the stack's, StackError when the rank is
+        above max_rank or no slot is free; the stack is then as it was.
+        """
+        self._load_all({_adapter_id(adapter_id): as_adapter("adapter", adapter)})
+
+    def unload(self, adapter_id: int) -> None:
+        """Forget an adapter and free its slot. Raises UnknownAdapterError when it is not loaded."""
+        with self._changing:
+            slot = self._slot(adapter_id)
+            slot_of = {i: s for i, s in self._slot_of.items() if i != adapter_id}
+            self._replace(slot_of, {} if slot == NO_SLOT else {slot: None})
+
+    def __getitem__(self, adapter_id: int) -> Adapter | None:
+        """The adapter as loaded, in read-only arrays of the stack's dtype; None if base only."""
+        with self._changing:
+            slot = self._slot(adapter_id)
+            stored = None if slot == NO_SLOT else self._table.weights[slot]
+        return None if stored is None else Adapter(stored.wa, stored.wb.T, stored.scaling)
+
+    def __contains__(self, adapter_id: object) -> bool:
+        return adapter_id in self._slot_of
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    def __repr__(self) -> str:
+        used = sum(stored is not None for stored in self._table.weights)
+        return (
+            f"AdapterStack(h_in={self.h_in}, h_out={self.h_out}, {used} of {self.slots} slots "
+            f"used, max_rank={self.max_rank}, {self.dtype.name})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Values, never addresses: a pickled or copied stack loads its adapters anew."""
+        shape = {name: getattr(self, name) for name in ("h_in", "h_out", "slots", "max_rank")}
+        return {"shape": shape, "dtype": self.dtype, "adapters": {i: self[i] for i in self.ids}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state["shape"], dtype=state["dtype"])  # type: ignore[misc]
+        self._load_all(state["adapters"])
+
+    @property
+    def table(self) -> SlotTable:
+        """The slot table as it is now; it never changes, so one call works with one table."""
+        return self._table
+
+    def _slot(self, adapter_id: int) -> int:
+        if adapter_id not in self._slot_of:
+            raise UnknownAdapterError(
+                "adapter_id", f"one of {_some(self.ids)}", repr(adapter_id), "load it first"
+            )
+        return self._slot_of[adapter_id]
+
+    def _load_all(self, adapters: Mapping[int, Adapter | None]) -> None:
+        for adapter in adapters.values():
+            if adapter is not None:
+                self._check_fits(adapter)
+        with self._changing:
+            slot_of = dict(self._slot_of)
+            changes: dict[int, Stored | None] = {}
+            for adapter_id in adapters:
+                slot = slot_of.pop(adapter_id, NO_SLOT)
+                if slot != NO_SLOT:
+                    changes[slot] = None
+            taken = set(slot_of.values())
+            free = (slot for slot in range(self.slots) if slot not in taken)
+            for adapter_id, adapter in adapters.items():
+                slot_of[adapter_id] = NO_SLOT if adapter is None else self._take(free)
+                if adapter is not None:
+                    changes[slot_of[adapter_id]] = self._store(adapter)
+            self._replace(slot_of, changes)
+
+    def _take(self, free: Iterator[int]) -> int:
+        for slot in free:
+            return slot
+        raise StackError(
+            "adapter",
+            f"a free slot among {self.slots}",
+            "none",
+            "unload an adapter first, or make the stack with more slots",
+        )
+
+    def _check_fits(self, adapter: Adapter) -> None:
+        if (adapter.h_in, adapter.h_out) != (self.h_in, self.h_out):
+            raise ShapeError(
+                "adapter",
+                f"h_in = {self.h_in} and h_out = {self.h_out}",
+                f"h_in = {adapter.h_in} and h_out = {adapter.h_out}",
+                "use a stack made for this layer",
+            )
+        if adapter.r > self.max_rank:
+            raise StackError(
+                "adapter",
+                f"a rank of at most max_rank = {self.max_rank}",
+                str(adapter.r),
+                "make the stack with a larger max_rank",
+            )
+
+    def _store(self, adapter: Adapter) -> Stored:
+        wa = np.array(adapter.A, self.dtype, order="C")
+        wb = np.array(adapter.B.T, self.dtype, order="C")
+        wa.flags.writeable = wb.flags.writeable = False
+        return Stored(wa, wb, adapter.scaling)
+
+    def _replace(self, slot_of: dict[int, int], changes: Mapping[int, Stored | None]) -> None:
+        self._table = self._table.with_changes(slot_of, changes)
+        self._slot_of = slot_of
+
+
+def items(adapters: Adapters) -> list[tuple[int, AdapterLike]]:
+    """Pairs of id and entry: of a mapping, or of a sequence indexed by id."""
+    if isinstance(adapters, Mapping):
+        return list(adapters.items())
+    if isinstance(adapters, Sequence) and not isinstance(adapters, str):
+        return list(enumerate(adapters))
+    raise DtypeError(
+        "adapters",
+        "a mapping id -> adapter, or a sequence indexed by id",
+        type(adapters).__name__,
+        "pass a dict or a list of Adapter, (A, B) or None",
+    )
+
+
+def as_adapter(argument: str, entry: AdapterLike) -> Adapter | None:
+    """An entry of `adapters` as an Adapter; None, base only, stays None."""
+    if entry is None or isinstance(entry, Adapter):
+        return entry
+    if isinstance(entry, tuple | list) and len(entry) == 2:
+        return Adapter(*entry)
+    raise DtypeError(
+        argument, "an Adapter, a pair (A, B) or None", type(entry).__name__, "wrap it in Adapter"
+    )
+
+
+def check_scaling(argument: str, scaling: object) -> float:
+    """The scaling as a float, if it is a real number that float32 can hold."""
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float, np.integer, np.floating)):
+        raise DtypeError(
+            argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
+        )
+    value = float(scaling)
+    if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+        raise ValueRangeError(
+            argument, "a finite number that float32 holds", repr(value), "pass lora_alpha / r"
+        )
+    return value
+
+
+def _adapter_id(adapter_id: object) -> int:
+    if isinstance(adapter_id, bool) or not isinstance(adapter_id, (int, np.integer)):
+        raise DtypeError(
+            "adapter_id", "an integer >= 0", repr(adapter_id), "name adapters by integers"
+        )
+    if not 0 <= adapter_id < 2**63 - 1:
+        raise ValueRangeError(
+            "adapter_id",
+            "an integer from 0 to 2**63 - 2",
+            str(adapter_id),
+            "use another id; -1 always means base only",
+        )
+    return int(adapter_id)
+
+
+def _count(argument: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
+    if value < least:
+        raise ValueRangeError(argument, f"at least {least}", str(value), "pass a larger number")
+    return int(value)
+
+
+def _some(ids: Sequence[int] | Integers) -> str:
+    shown = ", ".join(str(i) for i in ids[:8])
+    return f"[{shown}{', ...' if len(ids) > 8 else ''}]"

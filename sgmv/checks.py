@@ -1,0 +1,93 @@
+"""
+What the calls demand of their arguments. Each check is pure: it looks, and raises or returns.
+
+Weights are checked where they are loaded, in adapters.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sgmv.adapters import AdapterStack
+from sgmv.dtypes import Array, check_array
+from sgmv.errors import DtypeError, MemoryLayoutError, ShapeError
+from sgmv.segment import Segments
+
+
+def check_stack(stack: object) -> None:
+    if not isinstance(stack, AdapterStack):
+        raise DtypeError(
+            "stack",
+            "an AdapterStack",
+            type(stack).__name__,
+            "make one with AdapterStack.from_adapters",
+        )
+
+
+def check_segments(segments: object) -> None:
+    if not isinstance(segments, Segments):
+        raise DtypeError(
+            "segments", "Segments", type(segments).__name__, "make them with segment(adapter_ids)"
+        )
+
+
+def check_x(x: Array, n: int, h_in: int) -> None:
+    check_array("x", x, 2)
+    if x.shape != (n, h_in):
+        raise ShapeError(
+            "x",
+            f"shape (n, h_in) = ({n}, {h_in})",
+            str(x.shape),
+            "give one row per adapter id, as wide as the adapters' h_in",
+        )
+
+
+def check_v(v: Array, n: int, rank: int) -> None:
+    check_array("v", v, 2)
+    if v.dtype.name not in ("float32", "float64"):
+        raise DtypeError(
+            "v", "float32 or float64", v.dtype.name, "pass what shrink returned, unrounded"
+        )
+    if v.shape[0] != n or v.shape[1] < rank:
+        raise ShapeError(
+            "v",
+            f"shape (n, at least the batch's highest rank) = ({n}, >= {rank})",
+            str(v.shape),
+            "pass what shrink returned for these segments",
+        )
+
+
+def check_y(y: Array, n: int, h_out: int, source: str, operand: Any) -> None:
+    """Y can be written without changing `operand`, the array named `source`, or itself."""
+    check_array("y", y, 2)
+    if y.shape != (n, h_out):
+        raise ShapeError(
+            "y",
+            f"shape (n, h_out) = ({n}, {h_out})",
+            str(y.shape),
+            "give one row per adapter id, as wide as the adapters' h_out",
+        )
+    if not y.flags.writeable:
+        raise MemoryLayoutError("y", "a writable array", "a read-only one", "pass y.copy()")
+    if _overlaps_itself(y):
+        raise MemoryLayoutError(
+            "y",
+            "elements that each have their own memory",
+            f"strides {y.strides} for shape {y.shape}",
+            "pass y.copy()",
+        )
+    if np.may_share_memory(y, operand) and np.shares_memory(y, operand):
+        raise MemoryLayoutError(
+            "y", f"memory apart from {source}", "arrays that overlap", f"pass {source}.copy()"
+        )
+
+
+def _overlaps_itself(y: Array) -> bool:
+    (inner, inner_size), (outer, outer_size) = sorted(
+        (abs(stride), size) for stride, size in zip(y.strides, y.shape, strict=True)
+    )
+    if inner_size > 1 and inner < y.itemsize:
+        return True
+    return outer_size > 1 and outer < inner * (inner_size - 1) + y.itemsize and y.size > 0

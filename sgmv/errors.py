@@ -1,0 +1,54 @@
+"""
+What sgmv says when it refuses an argument: which one, what was expected, what came, what to do.
+
+Every refusal happens before any output is written. All cases are `SgmvError`, a `ValueError`.
+"""
+
+from __future__ import annotations
+
+
+class SgmvError(ValueError):
+    """
+    A call that sgmv refuses, told as argument, expected, received, remedy.
+
+    Semantics: `str(error) == f"{argument}: expected {expected}, got {received}; {remedy}"`.
+
+    >>> raise SgmvError("scaling", "a finite number", "nan", "pass lora_alpha / r")
+    Traceback (most recent call last):
+    sgmv.errors.SgmvError: scaling: expected a finite number, got nan; pass lora_alpha / r
+    """
+
+    def __init__(self, argument: str, expected: str, received: str, remedy: str) -> None:
+        super().__init__(f"{argument}: expected {expected}, got {received}; {remedy}")
+        self.argument = argument
+        self.expected = expected
+        self.received = received
+        self.remedy = remedy
+
+
+class ShapeError(SgmvError):
+    """Arrays whose shapes do not fit each other, the stack or the segments."""
+
+
+class DtypeError(SgmvError, TypeError):
+    """An argument of a type that no kernel takes."""
+
+
+class ValueRangeError(SgmvError):
+    """A number outside the range in which it means anything."""
+
+
+class MemoryLayoutError(SgmvError):
+    """An output that cannot be written safely: read-only, or sharing memory with an input."""
+
+
+class UnknownAdapterError(SgmvError, LookupError):
+    """Adapter ids that the stack, or the given adapters, do not hold."""
+
+
+class StackError(SgmvError):
+    """An adapter that does not fit the stack: no free slot, or a rank above max_rank."""
+
+
+class PeftError(SgmvError):
+    """A PEFT directory that cannot be read, or that asks for more than low-rank adapters."""

@@ -1,0 +1,1 @@
+"""Jitted code and nothing else. Arguments arrive checked, outputs are passed in."""

@@ -1,0 +1,224 @@
+"""
+START HERE. From adapter ids to y: segment, shrink, expand, in that order.
+
+    adapter_ids ──segment──> Segments ───────┐
+                                             v
+    x (n, h_in) ──────────shrink──────────> v (n, r) ──────────expand──────────> y (n, h_out)
+                 x[rows] @ A.T per segment            y[rows] += scaling * v @ B.T
+
+`add_lora` is the call a server makes once per layer and step; the others are the functions of the
+course, told in its terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sgmv.adapters import (
+    Adapter,
+    AdapterLike,
+    Adapters,
+    AdapterStack,
+    Scalings,
+    as_adapter,
+    check_scaling,
+    items,
+)
+from sgmv.checks import check_stack, check_x, check_y
+from sgmv.dtypes import Array, check_array, promote, sum_dtype
+from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError
+from sgmv.expand import launch as launch_expand
+from sgmv.segment import BASE_ONLY, Segments, segment
+from sgmv.shrink import launch as launch_shrink
+
+
+def add_lora(
+    y: Array, x: Array, stack: AdapterStack, adapter_ids: Segments | npt.ArrayLike
+) -> Array:
+    """
+    Add every row's own LoRA delta to y, in place: shrink, then expand.
+
+    Semantics: `y[i] += scaling * (x[i] @ A.T) @ B.T` with the adapter of `adapter_ids[i]`; both
+    products are summed in float32 (float64 if any operand is) and y is rounded once. Rows of id -1
+    or of a None entry keep their bits.
+
+    y            (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
+    x            (n, h_in)   likewise; not changed; no memory shared with y
+    stack        the layer's adapters
+    adapter_ids  (n,) integers, or the `Segments` made of them once for all layers of a step
+    returns      y
+
+    A row's result does not depend on the other rows, their order, the number of threads or the run.
+    Raises ShapeError, DtypeError, MemoryLayoutError, ValueRangeError, UnknownAdapterError; y is
+    then as it was. An interrupt (Ctrl-C) may leave y with some of the deltas added.
+    Source: Punica (arXiv 2310.18547), section 4; punica/ops/__init__.py, `add_lora_sgmv`.
+
+    >>> import sgmv
+    >>> A, B = np.ones((1, 3), "float32"), np.array([[1], [10]], "float32")
+    >>> stack = sgmv.AdapterStack.from_adapters({4: sgmv.Adapter(A, B, scaling=0.5)})
+    >>> x = np.array([[1, 2, 3], [4, 5, 6]], "float32")
+    >>> add_lora(np.zeros((2, 2), "float32"), x, stack, [-1, 4])
+    array([[ 0. ,  0. ],
+           [ 7.5, 75. ]], dtype=float32)
+    """
+    check_stack(stack)
+    segments = adapter_ids if isinstance(adapter_ids, Segments) else segment(adapter_ids)
+    check_x(x, segments.n, stack.h_in)
+    check_y(y, segments.n, stack.h_out, "x", x)
+    table = stack.table
+    slot, rank = table.find(segments.adapter_ids)
+    width = int(rank.max(initial=0))
+    v = np.empty((segments.n, width), sum_dtype(x.dtype, stack.dtype, y.dtype))
+    launch_shrink(v, x, table, segments, slot, rank)
+    launch_expand(v, y, table, segments, slot, rank)
+    return y
+
+
+def apply_batched(
+    x: Array,
+    W: Array,
+    adapters: Adapters | AdapterStack,
+    adapter_ids: Segments | npt.ArrayLike,
+    scalings: Scalings = None,
+) -> Array:
+    """
+    One linear layer for a batch whose rows name different adapters.
+
+    Semantics: `y = x @ W.T`, once for the whole batch, by numpy; then `add_lora`. 16-bit inputs
+    are widened to float32 for the base product, and y is rounded once at the end.
+
+    x            (n, h_in)
+    W            (h_out, h_in)
+    adapters     a mapping id -> Adapter, (A, B) or None; a sequence of those, indexed by id; or an
+                 AdapterStack, which saves packing the weights at every call. None = base only
+    adapter_ids  (n,) integers or Segments; -1 = base only
+    scalings     a mapping, a sequence indexed by id, or one number; each Adapter's own (1.0 for an
+                 (A, B) pair), if left out
+    returns      (n, h_out) in the smallest type that holds x, W and the weights used
+
+    The base product is numpy's BLAS: its bits may depend on the batch's size, the deltas' do not.
+    Raises as `add_lora` and `Adapter` do. Source: LoRA (arXiv 2106.09685), section 4.1; vLLM,
+    lora/punica_wrapper, `add_lora_linear`.
+
+    >>> x, W = np.eye(2, dtype="float32"), np.zeros((3, 2), "float32")
+    >>> A, B = np.array([[1, 2]], "float32"), np.array([[1], [0], [1]], "float32")
+    >>> apply_batched(x, W, {7: (A, B)}, [7, -1], scalings={7: 0.5})
+    array([[0.5, 0. , 0.5],
+           [0. , 0. , 0. ]], dtype=float32)
+    """
+    segments = adapter_ids if isinstance(adapter_ids, Segments) else segment(adapter_ids)
+    check_array("W", W, 2)
+    check_x(x, segments.n, W.shape[1])
+    if isinstance(adapters, AdapterStack):
+        if scalings is not None:
+            raise DtypeError(
+                "scalings",
+                "none, as an AdapterStack holds each adapter's own",
+                type(scalings).__name__,
+                "set them when loading: Adapter(A, B, scaling)",
+            )
+        stack = adapters
+    else:
+        used = _used(adapters, scalings, segments)
+        stack = AdapterStack.from_adapters(used, h_in=W.shape[1], h_out=W.shape[0])
+    if (stack.h_in, stack.h_out) != (W.shape[1], W.shape[0]):
+        raise ShapeError(
+            "adapters",
+            f"h_in = {W.shape[1]} and h_out = {W.shape[0]}, the widths of W",
+            f"h_in = {stack.h_in} and h_out = {stack.h_out}",
+            "use adapters made for this layer",
+        )
+    stack.table.find(segments.adapter_ids)
+    wide = sum_dtype(x.dtype, W.dtype, stack.dtype)
+    y: Array = x.astype(wide, copy=False) @ W.astype(wide, copy=False).T
+    add_lora(y, x, stack, segments)
+    types = [x.dtype, W.dtype, *([stack.dtype] if stack.slots else [])]
+    return y.astype(promote(*types), copy=False)
+
+
+def apply_single(x: Array, W: Array, A: Array, B: Array, scaling: float) -> Array:
+    """
+    One linear layer with one adapter for all rows.
+
+    Semantics: `x @ W.T + scaling * (x @ A.T) @ B.T`, rounded once.
+
+    x (n, h_in)   W (h_out, h_in)   A (r, h_in)   B (h_out, r)   scaling finite
+    returns (n, h_out) in the smallest type that holds all four
+
+    Raises as `apply_batched` does. Source: LoRA (arXiv 2106.09685), equation 3.
+
+    >>> x, W = np.eye(2, dtype="float32"), np.ones((1, 2), "float32")
+    >>> apply_single(x, W, np.array([[1, 2]], "float32"), np.ones((1, 1), "float32"), 0.5)
+    array([[1.5],
+           [2. ]], dtype=float32)
+    """
+    return apply_batched(x, W, [Adapter(A, B, scaling)], _all_rows(x))
+
+
+def lora_delta(x: Array, A: Array, B: Array, scaling: float) -> Array:
+    """
+    What one adapter adds to its rows.
+
+    Semantics: `scaling * (x @ A.T) @ B.T`, rounded once.
+
+    x (n, h_in)   A (r, h_in)   B (h_out, r)   scaling finite
+    returns (n, h_out) in the smallest type that holds all three
+
+    Raises as `add_lora` and `Adapter` do. Source: LoRA (arXiv 2106.09685), equation 3.
+
+    >>> x = np.eye(2, dtype="float32")
+    >>> lora_delta(x, np.array([[1, 2]], "float32"), np.ones((1, 1), "float32"), 0.5)
+    array([[0.5],
+           [1. ]], dtype=float32)
+    """
+    stack = AdapterStack.from_adapters([Adapter(A, B, scaling)])
+    segments = segment(_all_rows(x))
+    y = np.zeros((segments.n, stack.h_out), promote(x.dtype, stack.dtype))
+    return add_lora(y, x, stack, segments)
+
+
+def _all_rows(x: Any) -> npt.NDArray[np.int64]:
+    return np.zeros(len(check_array("x", x, 2)), np.int64)
+
+
+def _used(adapters: Adapters, scalings: Scalings, segments: Segments) -> dict[int, Adapter | None]:
+    """The batch's adapters, with the scalings given for them; those of other ids are not read."""
+    entries: dict[int, AdapterLike] = dict(items(adapters))
+    used: dict[int, Adapter | None] = {}
+    for adapter_id in segments.adapter_ids.tolist():
+        if adapter_id == BASE_ONLY:
+            continue
+        if adapter_id not in entries:
+            known = sorted(entries)
+            raise UnknownAdapterError(
+                "adapter_ids",
+                f"-1 or ids of the given adapters, {known[:8]}{' ...' if known[8:] else ''}",
+                str(adapter_id),
+                "add it to adapters, or name -1 for base only",
+            )
+        adapter = as_adapter(f"adapters[{adapter_id}]", entries[adapter_id])
+        if adapter is not None and scalings is not None:
+            adapter = Adapter(adapter.A, adapter.B, _scaling(scalings, adapter_id))
+        used[adapter_id] = adapter
+    return used
+
+
+def _scaling(scalings: Mapping[int, float] | Sequence[float] | float, adapter_id: int) -> float:
+    if isinstance(scalings, Mapping):
+        known = adapter_id in scalings
+    elif isinstance(scalings, Sequence | np.ndarray) and np.ndim(scalings) != 0:
+        known = adapter_id < len(scalings)
+    else:
+        return check_scaling("scalings", scalings)
+    if not known:
+        raise UnknownAdapterError(
+            "scalings",
+            "a scaling for every adapter that the batch names",
+            f"none for adapter {adapter_id}",
+            "add it, or leave scalings out to use each Adapter's own",
+        )
+    return check_scaling(f"scalings[{adapter_id}]", scalings[adapter_id])

@@ -1,0 +1,353 @@
+"""
+adapter_ids -> Segments: the rows of a batch, sorted by adapter into contiguous segments.
+
+    adapter_ids   2  0 -1  2  0          one id per row of x
+    rows          2  1  4  0  3          row of x at each sorted position, stable
+    seq_start     0  1     3     5       segment s is positions seq_start[s]:seq_start[s + 1]
+    segment ids  -1  0     2             ascending, base-only rows first
+
+Integers only: nothing here knows about weights, so Segments made once serve every layer of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError
+from sgmv.kernels.jit import jit
+
+Integers = npt.NDArray[np.int64]
+BASE_ONLY = -1
+SHOWN_AT_EACH_END = 6
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """
+    Work and memory traffic of one SGMV, by Punica's formulas.
+
+    Semantics: `flops` floating-point operations; `bytes_read`, `bytes_written` bytes;
+    `intensity` FLOP per byte. Source: Punica (arXiv 2310.18547), section 7.1.
+
+    >>> Traffic(flops=12, bytes_read=4, bytes_written=2).intensity
+    2.0
+    """
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+    @property
+    def intensity(self) -> float:
+        moved = self.bytes_read + self.bytes_written
+        return self.flops / moved if moved else 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.flops + other.flops,
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+        )
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What shrink, expand and both together cost for one batch: three `Traffic` values."""
+
+    shrink: Traffic
+    expand: Traffic
+
+    @property
+    def total(self) -> Traffic:
+        return self.shrink + self.expand
+
+    def __str__(self) -> str:
+        lines = [f"{'':8}{'MFLOP':>12}{'read MB':>12}{'written MB':>12}{'FLOP/B':>10}"]
+        for name, cost in (
+            ("shrink", self.shrink),
+            ("expand", self.expand),
+            ("both", self.total),
+        ):
+            lines.append(
+                f"{name:8}{cost.flops / 1e6:12.3f}{cost.bytes_read / 1e6:12.3f}"
+                f"{cost.bytes_written / 1e6:12.3f}{cost.intensity:10.2f}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """
+    A batch's rows grouped by adapter: frozen int64 arrays, reusable for every layer.
+
+    Semantics: segment s holds the rows `rows[seq_start[s]:seq_start[s + 1]]` of x, all of which
+    name adapter `adapter_ids[s]`.
+
+    rows         (n,)    a permutation of 0..n-1
+    seq_start    (S+1,)  ascending, from 0 to n
+    adapter_ids  (S,)    strictly ascending; -1, the base-only segment, first if there is one
+
+    Made by `segment`. One made by hand is copied, checked and frozen.
+    Raises ShapeError, DtypeError or ValueRangeError when an invariant does not hold.
+    Source: Punica (arXiv 2310.18547), figure 3; punica/ops/__init__.py, argument `s`.
+
+    >>> print(segment([2, 0, -1, 2, 0]))
+    segment  adapter  rows  offsets
+          0     base     1      0:1
+          1        0     2      1:3
+          2        2     2      3:5
+      total        3     5      0:5
+    """
+
+    rows: Integers
+    seq_start: Integers
+    adapter_ids: Integers
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "seq_start", "adapter_ids"):
+            frozen = _as_integers(name, getattr(self, name)).copy()
+            frozen.flags.writeable = False
+            object.__setattr__(self, name, frozen)
+        n, seq_start, ids = self.n, self.seq_start, self.adapter_ids
+        if len(seq_start) != len(ids) + 1:
+            raise ShapeError(
+                "seq_start",
+                f"{len(ids) + 1} offsets for {len(ids)} adapter_ids",
+                f"{len(seq_start)}",
+                "give one offset per segment and n at the end",
+            )
+        if seq_start[0] != 0 or seq_start[-1] != n or (np.diff(seq_start) < 0).any():
+            raise ValueRangeError(
+                "seq_start",
+                f"ascending offsets from 0 to n = {n}",
+                _shorten(seq_start),
+                "make it the running sum of the segments' lengths",
+            )
+        if not np.array_equal(np.sort(self.rows), np.arange(n)):
+            raise ValueRangeError(
+                "rows",
+                f"each of 0..{n - 1} once",
+                _shorten(self.rows),
+                "give a permutation of the rows of x",
+            )
+        if (np.diff(ids) <= 0).any() or (len(ids) and ids[0] < BASE_ONLY):
+            raise ValueRangeError(
+                "adapter_ids",
+                "strictly ascending ids, -1 (base only) first",
+                _shorten(ids),
+                "merge segments of one adapter and sort them by id",
+            )
+
+    @classmethod
+    def _trusted(cls, rows: Integers, seq_start: Integers, adapter_ids: Integers) -> Segments:
+        """Without copies and checks, for arrays that `segment` made itself."""
+        made = object.__new__(cls)
+        for name, array in (
+            ("rows", rows),
+            ("seq_start", seq_start),
+            ("adapter_ids", adapter_ids),
+        ):
+            array.flags.writeable = False
+            object.__setattr__(made, name, array)
+        return made
+
+    def __reduce__(self) -> tuple[type[Segments], tuple[Integers, Integers, Integers]]:
+        return Segments, (self.rows, self.seq_start, self.adapter_ids)
+
+    @property
+    def n(self) -> int:
+        """Rows in the batch."""
+        return len(self.rows)
+
+    @property
+    def S(self) -> int:
+        """Segments, the base-only one included."""
+        return len(self.adapter_ids)
+
+    @property
+    def lengths(self) -> Integers:
+        """(S,) rows of each segment."""
+        return np.diff(self.seq_start)
+
+    def stats(
+        self,
+        h_in: int,
+        h_out: int,
+        ranks: int | Sequence[int] | Mapping[int, int],
+        itemsize: int = 2,
+    ) -> Stats:
+        """
+        Work and traffic of this batch at one layer, by Punica's formulas.
+
+        Semantics, per segment of m rows and rank r, summed over all but the base-only segment:
+        shrink costs 2*m*h_in*r FLOP, reads m*h_in + h_in*r and writes m*r elements;
+        expand costs 2*m*r*h_out FLOP, reads m*r + r*h_out and writes m*h_out elements.
+
+        ranks     one rank for all; or a mapping id -> r; or one rank per segment (S,)
+        itemsize  bytes per element; 2, as in the paper, if left out
+
+        Raises ShapeError when the number of ranks is not S, UnknownAdapterError when the mapping
+        lacks an id. Source: Punica (arXiv 2310.18547), section 7.1.
+
+        >>> round(segment(range(64)).stats(16, 4096, 16).expand.intensity, 2)
+        0.94
+        """
+        m = self.lengths
+        r = self._ranks(ranks)
+        m, r = m[self.adapter_ids != BASE_ONLY], r[self.adapter_ids != BASE_ONLY]
+        rows, weights, values = int(m[r > 0].sum()), int(r.sum()), int((m * r).sum())
+        return Stats(
+            shrink=Traffic(
+                2 * values * h_in, (rows * h_in + weights * h_in) * itemsize, values * itemsize
+            ),
+            expand=Traffic(
+                2 * values * h_out, (values + weights * h_out) * itemsize, rows * h_out * itemsize
+            ),
+        )
+
+    def _ranks(self, ranks: int | Sequence[int] | Mapping[int, int]) -> Integers:
+        if isinstance(ranks, Mapping):
+            used = [int(i) for i in self.adapter_ids if i != BASE_ONLY]
+            missing = [i for i in used if i not in ranks]
+            if missing:
+                raise UnknownAdapterError(
+                    "ranks",
+                    "a rank for every adapter of the batch",
+                    f"none for {missing[:8]}",
+                    "add them to the mapping",
+                )
+            return np.array([ranks.get(int(i), 0) for i in self.adapter_ids], np.int64)
+        given = np.asarray(ranks, np.int64)
+        if given.ndim == 0:
+            given = np.full(self.S, given)
+        if given.shape != (self.S,):
+            raise ShapeError(
+                "ranks",
+                f"one number, a mapping, or one rank for each of {self.S} segments",
+                f"shape {given.shape}",
+                "give the base-only segment a rank of 0",
+            )
+        return given
+
+    def __str__(self) -> str:
+        shown: list[int | None] = list(range(self.S))
+        if self.S > 2 * SHOWN_AT_EACH_END + 1:
+            shown = [*shown[:SHOWN_AT_EACH_END], None, *shown[-SHOWN_AT_EACH_END:]]
+        table = [("segment", "adapter", "rows", "offsets")]
+        for s in shown:
+            if s is None:
+                table.append(("...",) * 4)
+                continue
+            start, end = self.seq_start[s], self.seq_start[s + 1]
+            name = "base" if self.adapter_ids[s] == BASE_ONLY else str(self.adapter_ids[s])
+            table.append((str(s), name, str(end - start), f"{start}:{end}"))
+        table.append(("total", str(self.S), str(self.n), f"0:{self.n}"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in table
+        )
+
+
+def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
+    """
+    Group the rows of a batch by adapter: a stable sort into contiguous segments.
+
+    Semantics: `rows = argsort(adapter_ids, stable)`; segment s is the run of equal ids
+    `adapter_ids[rows[seq_start[s]:seq_start[s + 1]]]`.
+
+    adapter_ids  (n,) any integers >= -1, in any order; -1 or None means base only
+    returns      Segments; time linear in n, whatever the ids' size
+
+    Raises DtypeError for anything but integers, ShapeError unless one-dimensional, ValueRangeError
+    for an id below -1. Source: Punica (arXiv 2310.18547), section 4.
+
+    >>> segment([7, -1, 7]).rows
+    array([1, 0, 2])
+    """
+    ids = _as_integers("adapter_ids", adapter_ids)
+    if len(ids) and ids.min() < BASE_ONLY:
+        raise ValueRangeError(
+            "adapter_ids",
+            "ids >= 0, or -1 for base only",
+            _shorten(np.unique(ids[ids < BASE_ONLY])),
+            "use -1, or None, for rows without an adapter",
+        )
+    rows = np.empty(len(ids), np.int64)
+    seq_start = np.empty(len(ids) + 1, np.int64)
+    segment_ids = np.empty(len(ids), np.int64)
+    S = _sort(ids, rows, seq_start, segment_ids)
+    return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
+
+
+def _as_integers(argument: str, values: Any) -> Integers:
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if array.dtype == object and array.ndim == 1:
+        array = np.asarray([BASE_ONLY if i is None else i for i in array])
+    if array.ndim != 1:
+        raise ShapeError(
+            argument, "one dimension", f"shape {array.shape}", "give one integer per row"
+        )
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise DtypeError(argument, "integers", str(array.dtype), "convert with .astype(np.int64)")
+    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
+        raise ValueRangeError(argument, "ids below 2**63", str(array.max()), "use smaller ids")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def _shorten(values: Integers) -> str:
+    shown = ", ".join(str(value) for value in values[:8])
+    return f"[{shown}{', ...' if len(values) > 8 else ''}]"
+
+
+@jit()
+def _sort(ids: Any, rows: Any, seq_start: Any, segment_ids: Any) -> int:
+    """
+    Stable counting sort, one digit of the ids at a time; returns the number of segments.
+
+    A digit has about as many values as there are rows, so that a pass costs O(n) even where few
+    rows name large ids, and ids below n take one pass.
+    """
+    n = ids.shape[0]
+    largest = np.uint64(0)
+    for i in range(n):
+        rows[i] = i
+        largest = max(largest, np.uint64(ids[i] + 1))
+    bits = np.uint64(4)
+    while bits < 16 and (np.uint64(1) << bits) <= n:
+        bits += np.uint64(1)
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    count = np.empty(int(mask) + 2, np.int64)
+    source = rows
+    target = np.empty(n, np.int64)
+    shift = np.uint64(0)
+    while shift < 64 and (largest >> shift) > 0:
+        count[:] = 0
+        for i in range(n):
+            count[((np.uint64(ids[i] + 1) >> shift) & mask) + np.uint64(1)] += 1
+        for d in range(1, count.shape[0]):
+            count[d] += count[d - 1]
+        for p in range(n):
+            i = source[p]
+            d = (np.uint64(ids[i] + 1) >> shift) & mask
+            target[count[d]] = i
+            count[d] += 1
+        source, target = target, source
+        shift += bits
+    S = 0
+    for p in range(n):
+        i = source[p]
+        rows[p] = i
+        if p == 0 or ids[i] != segment_ids[S - 1]:
+            seq_start[S] = p
+            segment_ids[S] = ids[i]
+            S += 1
+    seq_start[S] = n
+    return S

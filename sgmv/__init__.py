@@ -1,5 +1,4 @@
-"""
-Many LoRA adapters in one batch, on the CPU: Punica's SGMV kernel in Python.
+"""Many LoRA adapters in one batch, on the CPU: Punica's SGMV kernel in Python.
 
     x (n, h_in) ───────────────── @ W.T, once for all rows ──────────────────> y (n, h_out)
      │                                                                          ^ +=

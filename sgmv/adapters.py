@@ -1,5 +1,4 @@
-"""
-Adapters and where their weights stand: `Adapter` (one LoRA pair), `AdapterStack` (ids -> slots).
+"""Adapters and where their weights stand: `Adapter` (one LoRA pair), `AdapterStack` (ids -> slots).
 
     adapter id   7 ─┐   slot   wa_address     wb_address     rank  scaling
     adapter id  42 ─┼──> 0     (r, h_in)      (r, h_out)      16     2.0     Punica's storage order:
@@ -22,7 +21,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.dtypes import Array, check_array, check_dtype, promote
+from sgmv.dtypes import Array, check_dtype, check_matrix, promote
 from sgmv.errors import (
     DtypeError,
     ShapeError,
@@ -39,8 +38,7 @@ UNKNOWN = -2
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """
-    One LoRA adapter of one layer: delta(x) = scaling * (x @ A.T) @ B.T.
+    """One LoRA adapter of one layer: delta(x) = scaling * (x @ A.T) @ B.T.
 
     Semantics: the arrays are checked, not copied.
 
@@ -60,7 +58,7 @@ class Adapter:
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        A, B = check_array("A", self.A, 2), check_array("B", self.B, 2)
+        A, B = check_matrix("A", self.A), check_matrix("B", self.B)
         if A.shape[0] != B.shape[1]:
             raise ShapeError(
                 "B",
@@ -92,8 +90,7 @@ class Adapter:
 
     @classmethod
     def from_peft(cls, directory: str | os.PathLike[str], module: str) -> Adapter:
-        """
-        Read one module's adapter from a directory that PEFT wrote.
+        """Read one module's adapter from a directory that PEFT wrote.
 
         Semantics: `load_peft(directory)[module]`, reading that module alone.
 
@@ -204,8 +201,7 @@ def _find(ids: Any, slots: Any, ranks: Any, adapter_ids: Any, slot: Any, rank: A
 
 
 class AdapterStack:
-    """
-    The adapters of one layer, in slots: what a batch's adapter ids are looked up in.
+    """The adapters of one layer, in slots: what a batch's adapter ids are looked up in.
 
     Semantics: `load` copies the weights into Punica's storage order, `wa (r, h_in)` and
     `wb (r, h_out)`, at their own rank: no padding, and memory follows what is loaded. Loading an
@@ -256,8 +252,7 @@ class AdapterStack:
         h_out: int | None = None,
         dtype: npt.DTypeLike | None = None,
     ) -> AdapterStack:
-        """
-        A stack that holds exactly these adapters, whose ranks and scalings may differ.
+        """A stack that holds exactly these adapters, whose ranks and scalings may differ.
 
         Semantics: one slot for each adapter, in the order of `adapters`.
 
@@ -299,8 +294,7 @@ class AdapterStack:
         return sorted(self._slot_of)
 
     def load(self, adapter_id: int, adapter: AdapterLike) -> None:
-        """
-        Put an adapter's weights into a slot, replacing what the id held before.
+        """Put an adapter's weights into a slot, replacing what the id held before.
 
         Semantics: afterwards `stack[adapter_id]` holds the adapter's values in the stack's dtype.
         None makes the id base only and takes no slot.
@@ -452,7 +446,7 @@ def check_scaling(argument: str, scaling: object) -> float:
             argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
         )
     value = float(scaling)
-    if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
         raise ValueRangeError(
             argument, "a finite number that float32 holds", repr(value), "pass lora_alpha / r"
         )

@@ -1,5 +1,4 @@
-"""
-What the calls demand of their arguments. Each check is pure: it looks, and raises or returns.
+"""What the calls demand of their arguments. Each check is pure: it looks, and raises or returns.
 
 Weights are checked where they are loaded, in adapters.py.
 """
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sgmv.adapters import AdapterStack
-from sgmv.dtypes import Array, check_array
+from sgmv.dtypes import Array, check_matrix
 from sgmv.errors import DtypeError, MemoryLayoutError, ShapeError
 from sgmv.segment import Segments
 
@@ -34,7 +33,7 @@ def check_segments(segments: object) -> None:
 
 
 def check_x(x: Array, n: int, h_in: int) -> None:
-    check_array("x", x, 2)
+    check_matrix("x", x)
     if x.shape != (n, h_in):
         raise ShapeError(
             "x",
@@ -45,7 +44,7 @@ def check_x(x: Array, n: int, h_in: int) -> None:
 
 
 def check_v(v: Array, n: int, rank: int) -> None:
-    check_array("v", v, 2)
+    check_matrix("v", v)
     if v.dtype.name not in ("float32", "float64"):
         raise DtypeError(
             "v", "float32 or float64", v.dtype.name, "pass what shrink returned, unrounded"
@@ -61,7 +60,7 @@ def check_v(v: Array, n: int, rank: int) -> None:
 
 def check_y(y: Array, n: int, h_out: int, source: str, operand: Any) -> None:
     """Y can be written without changing `operand`, the array named `source`, or itself."""
-    check_array("y", y, 2)
+    check_matrix("y", y)
     if y.shape != (n, h_out):
         raise ShapeError(
             "y",

@@ -1,5 +1,4 @@
-"""
-The float types that sgmv stores, and the types in which it sums them.
+"""The float types that sgmv stores, and the types in which it sums them.
 
 numba has neither float16 nor bfloat16 arrays, so the kernels see 16-bit floats as their bits:
 float16 as uint16 and bfloat16 as int16. The integer type alone says which format it is.
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.errors import DtypeError
+from sgmv.errors import DtypeError, ShapeError
 
 Array = npt.NDArray[Any]
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-BITS = {
+BITS: dict[str, np.dtype[Any]] = {
     "float32": FLOAT32,
     "float16": np.dtype(np.uint16),
     "bfloat16": np.dtype(np.int16),
@@ -59,22 +58,22 @@ def check_dtype(argument: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
     return found
 
 
-def check_array(argument: str, array: object, ndim: int) -> Array:
-    """The argument itself, if it is a numpy array of a float type with ndim dimensions."""
+def check_matrix(argument: str, array: object) -> Array:
+    """The argument itself, if it is a two-dimensional numpy array of a float type."""
     if not isinstance(array, np.ndarray):
         raise DtypeError(
             argument,
-            f"a {ndim}-dimensional numpy array",
+            "a two-dimensional numpy array",
             type(array).__name__,
             "convert it first, for example with np.asarray (for a torch tensor: .numpy())",
         )
     check_dtype(argument, array.dtype)
-    if array.ndim != ndim:
-        raise DtypeError(
+    if array.ndim != 2:
+        raise ShapeError(
             argument,
-            f"a {ndim}-dimensional array",
+            "two dimensions, rows first",
             f"shape {array.shape}",
-            "reshape it: rows first, as in x.reshape(-1, h_in)" if ndim == 2 else "reshape it",
+            "reshape it, as in x.reshape(-1, h_in)",
         )
     return array
 
@@ -85,8 +84,7 @@ def like(dtype: np.dtype[Any]) -> Array:
 
 
 def promote(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
-    """
-    The smallest of the float types that holds all of these exactly.
+    """The smallest of the float types that holds all of these exactly.
 
     >>> promote(np.dtype("float16"), np.dtype("float32"))
     dtype('float32')
@@ -97,8 +95,7 @@ def promote(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def sum_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
-    """
-    The type in which products of these are summed: float64 if any of them is, else float32.
+    """The type in which products of these are summed: float64 if any of them is, else float32.
 
     >>> sum_dtype(np.dtype("float16"), np.dtype("float32"))
     dtype('float32')

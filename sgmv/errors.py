@@ -1,5 +1,4 @@
-"""
-What sgmv says when it refuses an argument: which one, what was expected, what came, what to do.
+"""What sgmv says when it refuses an argument: which one, what was expected, what came, what to do.
 
 Every refusal happens before any output is written. All cases are `SgmvError`, a `ValueError`.
 """
@@ -8,8 +7,7 @@ from __future__ import annotations
 
 
 class SgmvError(ValueError):
-    """
-    A call that sgmv refuses, told as argument, expected, received, remedy.
+    """A call that sgmv refuses, told as argument, expected, received, remedy.
 
     Semantics: `str(error) == f"{argument}: expected {expected}, got {received}; {remedy}"`.
 

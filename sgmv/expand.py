@@ -14,10 +14,9 @@ from sgmv.workers import get_num_threads, run
 
 
 def expand(v: Array, stack: AdapterStack, segments: Segments, y: Array) -> Array:
-    """
-    Multiply every row of v by its adapter's B and add it to y, in place.
+    """Multiply every row of v by its adapter's B and add it to y, in place.
 
-    Semantics, for segment s with adapter B of rank r and p in seq_start[s]:seq_start[s + 1]:
+    Semantics: for segment s with adapter B of rank r and p in seq_start[s]:seq_start[s + 1]:
     `y[rows[p]] += scaling * (v[p, :r] @ B.T)`, rounded once. v[p, r:] is not read, base-only rows
     of y keep their bits.
 

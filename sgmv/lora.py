@@ -1,5 +1,4 @@
-"""
-START HERE. From adapter ids to y: segment, shrink, expand, in that order.
+"""START HERE. From adapter ids to y: segment, shrink, expand, in that order.
 
     adapter_ids ──segment──> Segments ───────┐
                                              v
@@ -29,7 +28,7 @@ from sgmv.adapters import (
     items,
 )
 from sgmv.checks import check_stack, check_x, check_y
-from sgmv.dtypes import Array, check_array, promote, sum_dtype
+from sgmv.dtypes import Array, check_matrix, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError
 from sgmv.expand import launch as launch_expand
 from sgmv.segment import BASE_ONLY, Segments, segment
@@ -39,8 +38,7 @@ from sgmv.shrink import launch as launch_shrink
 def add_lora(
     y: Array, x: Array, stack: AdapterStack, adapter_ids: Segments | npt.ArrayLike
 ) -> Array:
-    """
-    Add every row's own LoRA delta to y, in place: shrink, then expand.
+    """Add every row's own LoRA delta to y, in place: shrink, then expand.
 
     Semantics: `y[i] += scaling * (x[i] @ A.T) @ B.T` with the adapter of `adapter_ids[i]`; both
     products are summed in float32 (float64 if any operand is) and y is rounded once. Rows of id -1
@@ -85,8 +83,7 @@ def apply_batched(
     adapter_ids: Segments | npt.ArrayLike,
     scalings: Scalings = None,
 ) -> Array:
-    """
-    One linear layer for a batch whose rows name different adapters.
+    """One linear layer for a batch whose rows name different adapters.
 
     Semantics: `y = x @ W.T`, once for the whole batch, by numpy; then `add_lora`. 16-bit inputs
     are widened to float32 for the base product, and y is rounded once at the end.
@@ -111,7 +108,7 @@ def apply_batched(
            [0. , 0. , 0. ]], dtype=float32)
     """
     segments = adapter_ids if isinstance(adapter_ids, Segments) else segment(adapter_ids)
-    check_array("W", W, 2)
+    check_matrix("W", W)
     check_x(x, segments.n, W.shape[1])
     if isinstance(adapters, AdapterStack):
         if scalings is not None:
@@ -134,15 +131,15 @@ def apply_batched(
         )
     stack.table.find(segments.adapter_ids)
     wide = sum_dtype(x.dtype, W.dtype, stack.dtype)
-    y: Array = x.astype(wide, copy=False) @ W.astype(wide, copy=False).T
-    add_lora(y, x, stack, segments)
     types = [x.dtype, W.dtype, *([stack.dtype] if stack.slots else [])]
-    return y.astype(promote(*types), copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):  # inf and NaN pass through, as in add_lora
+        y: Array = x.astype(wide, copy=False) @ W.astype(wide, copy=False).T
+        add_lora(y, x, stack, segments)
+        return y.astype(promote(*types), copy=False)
 
 
 def apply_single(x: Array, W: Array, A: Array, B: Array, scaling: float) -> Array:
-    """
-    One linear layer with one adapter for all rows.
+    """One linear layer with one adapter for all rows.
 
     Semantics: `x @ W.T + scaling * (x @ A.T) @ B.T`, rounded once.
 
@@ -160,8 +157,7 @@ def apply_single(x: Array, W: Array, A: Array, B: Array, scaling: float) -> Arra
 
 
 def lora_delta(x: Array, A: Array, B: Array, scaling: float) -> Array:
-    """
-    What one adapter adds to its rows.
+    """What one adapter adds to its rows.
 
     Semantics: `scaling * (x @ A.T) @ B.T`, rounded once.
 
@@ -182,7 +178,7 @@ def lora_delta(x: Array, A: Array, B: Array, scaling: float) -> Array:
 
 
 def _all_rows(x: Any) -> npt.NDArray[np.int64]:
-    return np.zeros(len(check_array("x", x, 2)), np.int64)
+    return np.zeros(len(check_matrix("x", x)), np.int64)
 
 
 def _used(adapters: Adapters, scalings: Scalings, segments: Segments) -> dict[int, Adapter | None]:

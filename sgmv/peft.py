@@ -1,5 +1,4 @@
-"""
-Adapters that PEFT wrote to disk, read without torch and without PEFT.
+"""Adapters that PEFT wrote to disk, read without torch and without PEFT.
 
 A directory holds `adapter_config.json` (rank, alpha, options) and `adapter_model.safetensors` with
 two tensors per adapted layer:
@@ -70,8 +69,7 @@ _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def load_peft(directory: str | os.PathLike[str]) -> dict[str, Adapter]:
-    """
-    Read every adapted layer of a directory that PEFT's `save_pretrained` wrote.
+    """Read every adapted layer of a directory that PEFT's `save_pretrained` wrote.
 
     Semantics: `{module: Adapter(A, B, scaling)}`, where
         scaling = alpha / r, or alpha / sqrt(r) with use_rslora;
@@ -112,8 +110,7 @@ def load_peft(directory: str | os.PathLike[str]) -> dict[str, Adapter]:
 
 
 def read_adapter(directory: str | os.PathLike[str], module: str) -> Adapter:
-    """
-    Read one adapted layer; the others stay on disk.
+    """Read one adapted layer; the others stay on disk.
 
     Semantics: `load_peft(directory)[module]`.
 

@@ -1,5 +1,4 @@
-"""
-Segments -> tasks: who does which rows and which ranks or columns. Integers only.
+"""Segments -> tasks: who does which rows and which ranks or columns. Integers only.
 
     segment  ->  row blocks of at most ROWS_PER_TASK rows
              ->  each cut along ranks (shrink) or columns (expand), if there are too few tasks
@@ -23,8 +22,7 @@ TASKS_PER_THREAD = 4  # enough that a thread which falls behind leaves work to t
 
 @jit()
 def shrink_tasks(seq_start: Any, slot: Any, rank: Any, threads: int) -> Any:
-    """
-    Tasks (T, 5) `(slot, first, last, low, high)` of shrink, low:high ranks; and their work.
+    """Tasks (T, 5) `(slot, first, last, low, high)` of shrink, low:high ranks; and their work.
 
     seq_start (S+1,), slot (S,), rank (S,) of each segment; segments of rank 0 get no task.
     The work is the number of multiply-adds per unit of h_in.
@@ -34,8 +32,7 @@ def shrink_tasks(seq_start: Any, slot: Any, rank: Any, threads: int) -> Any:
 
 @jit()
 def expand_tasks(seq_start: Any, slot: Any, rank: Any, h_out: int, threads: int) -> Any:
-    """
-    Tasks (T, 5) `(slot, first, last, low, high)` of expand, low:high columns; and their work.
+    """Tasks (T, 5) `(slot, first, last, low, high)` of expand, low:high columns; and their work.
 
     As for shrink; the work is the number of multiply-adds per unit of h_out.
     """

@@ -1,5 +1,4 @@
-"""
-adapter_ids -> Segments: the rows of a batch, sorted by adapter into contiguous segments.
+"""adapter_ids -> Segments: the rows of a batch, sorted by adapter into contiguous segments.
 
     adapter_ids   2  0 -1  2  0          one id per row of x
     rows          2  1  4  0  3          row of x at each sorted position, stable
@@ -28,8 +27,7 @@ SHOWN_AT_EACH_END = 6
 
 @dataclass(frozen=True)
 class Traffic:
-    """
-    Work and memory traffic of one SGMV, by Punica's formulas.
+    """Work and memory traffic of one SGMV, by Punica's formulas.
 
     Semantics: `flops` floating-point operations; `bytes_read`, `bytes_written` bytes;
     `intensity` FLOP per byte. Source: Punica (arXiv 2310.18547), section 7.1.
@@ -82,8 +80,7 @@ class Stats:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """
-    A batch's rows grouped by adapter: frozen int64 arrays, reusable for every layer.
+    """A batch's rows grouped by adapter: frozen int64 arrays, reusable for every layer.
 
     Semantics: segment s holds the rows `rows[seq_start[s]:seq_start[s + 1]]` of x, all of which
     name adapter `adapter_ids[s]`.
@@ -181,8 +178,7 @@ class Segments:
         ranks: int | Sequence[int] | Mapping[int, int],
         itemsize: int = 2,
     ) -> Stats:
-        """
-        Work and traffic of this batch at one layer, by Punica's formulas.
+        """Work and traffic of this batch at one layer, by Punica's formulas.
 
         Semantics, per segment of m rows and rank r, summed over all but the base-only segment:
         shrink costs 2*m*h_in*r FLOP, reads m*h_in + h_in*r and writes m*r elements;
@@ -255,8 +251,7 @@ class Segments:
 
 
 def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
-    """
-    Group the rows of a batch by adapter: a stable sort into contiguous segments.
+    """Group the rows of a batch by adapter: a stable sort into contiguous segments.
 
     Semantics: `rows = argsort(adapter_ids, stable)`; segment s is the run of equal ids
     `adapter_ids[rows[seq_start[s]:seq_start[s + 1]]]`.
@@ -309,8 +304,7 @@ def _shorten(values: Integers) -> str:
 
 @jit()
 def _sort(ids: Any, rows: Any, seq_start: Any, segment_ids: Any) -> int:
-    """
-    Stable counting sort, one digit of the ids at a time; returns the number of segments.
+    """Stable counting sort, one digit of the ids at a time; returns the number of segments.
 
     A digit has about as many values as there are rows, so that a pass costs O(n) even where few
     rows name large ids, and ids below n take one pass.

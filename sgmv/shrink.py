@@ -14,10 +14,9 @@ from sgmv.workers import get_num_threads, run
 
 
 def shrink(x: Array, stack: AdapterStack, segments: Segments) -> Array:
-    """
-    Multiply every row by its adapter's A: the first half of a LoRA delta.
+    """Multiply every row by its adapter's A: the first half of a LoRA delta.
 
-    Semantics, for segment s with adapter A of rank r and p in seq_start[s]:seq_start[s + 1]:
+    Semantics: for segment s with adapter A of rank r and p in seq_start[s]:seq_start[s + 1]:
     `v[p, :r] = x[rows[p]] @ A.T`, and `v[p, r:] = 0`. Base-only rows are 0 throughout.
 
     x         (n, h_in)  float32, float16, bfloat16 or float64; any strides; not changed

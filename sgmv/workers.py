@@ -1,5 +1,4 @@
-"""
-The threads that run tasks.
+"""The threads that run tasks.
 
 The caller always works; helpers join it when the work is worth waking them. All of them claim
 tasks from one counter inside jitted code that has released the GIL. A helper that has not started
@@ -56,8 +55,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def get_num_threads() -> int:
-    """
-    The number of threads that a call may use, the calling one included.
+    """The number of threads that a call may use, the calling one included.
 
     Semantics: the last value set; else the environment's SGMV_NUM_THREADS; else the cores that
     this process may use. Raises ValueRangeError when SGMV_NUM_THREADS is not a whole number >= 1.
@@ -72,8 +70,7 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """
-    Let each call use n threads, the calling one included. Results do not depend on it.
+    """Let each call use n threads, the calling one included. Results do not depend on it.
 
     Semantics: holds for the whole process from the next call on. n  an integer >= 1.
     Raises DtypeError for anything but an integer, ValueRangeError below 1.
@@ -93,8 +90,7 @@ def set_num_threads(n: int) -> None:
 
 
 def run(kernel: Callable[..., None], tasks: Integers, work: int, *arguments: Any) -> None:
-    """
-    Run `kernel(next_task, batch, tasks, *arguments)` on several threads until no task is left.
+    """Run `kernel(next_task, batch, tasks, *arguments)` on several threads until no task is left.
 
     Semantics: when it returns, or raises, no thread works on `arguments` any more.
     work  multiply-adds of all tasks together: decides about waking helpers

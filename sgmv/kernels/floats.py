@@ -1,5 +1,4 @@
-"""
-16-bit floats as the kernels see them: bits in, float32 out, and back with one rounding.
+"""16-bit floats as the kernels see them: bits in, float32 out, and back with one rounding.
 
 The integer type names the format (see sgmv/dtypes.py):
 
@@ -71,18 +70,17 @@ def float32_to_bfloat16(value):
 
 @jit()
 def float64_to_odd_float32(value):
-    """
-    Truncate, and keep in the last bit whether anything was lost.
+    """Truncate, and keep in the last bit whether anything was lost.
 
     A later rounding to 16 bits then rounds as if from the float64: never twice.
     """
-    nearest = np.float32(value)
-    bits = nearest.view(np.uint32)
-    if np.float64(nearest) != value and value == value:
-        if abs(np.float64(nearest)) > abs(value):
+    bits = np.float32(value).view(np.uint32)
+    rounded = np.float64(np.float32(value))
+    if rounded != value and value == value:
+        if abs(rounded) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
-    return bits.view(np.float32)
+    return np.uint32(bits).view(np.float32)
 
 
 def decode(element, like):

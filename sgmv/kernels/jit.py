@@ -1,5 +1,4 @@
-"""
-The only place with numba flags, and the three things that numba lacks.
+"""The only place with numba flags, and the three things that numba lacks.
 
 `jit`      every kernel's decorator
 `claim`    take the next task number, atomically

@@ -1,5 +1,4 @@
-"""
-The readable kernels: plain loops over rows, ranks and columns, for every float type.
+"""The readable kernels: plain loops over rows, ranks and columns, for every float type.
 
 A task is five integers `(slot, first, last, low, high)`: the sorted positions first:last of one
 segment, all of the adapter in `slot`, and a part of the second axis: ranks for shrink, columns for

@@ -1,0 +1,147 @@
+"""Right before fast: nothing is timed until it is correct.
+
+Two gates. The corpus gate runs the kernel on every adversarial case of `reference.workloads`. The
+case gate holds each variant's result on the very arrays that are about to be timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sgmv
+from benchmarks.batch import Batch, Pool
+from benchmarks.peers import by_segment
+from reference import bounds, by_row, compare, workloads
+
+# (y, x, adapters, adapter_ids, scalings): adds the deltas to y in place.
+Kernel = Callable[[NDArray[Any], NDArray[Any], Mapping[int, Any], NDArray[Any], Any], None]
+Update = Callable[[NDArray[Any], NDArray[Any], Batch], None]
+
+# Multiplications that the float64 reference may spend on one case: about a quarter second.
+REFERENCE_WORK = 1 << 25
+
+
+class GateError(AssertionError):
+    """A wrong result: what failed, with the reference's own words on the worst element."""
+
+
+def sgmv_kernel(
+    y: NDArray[Any],
+    x: NDArray[Any],
+    adapters: Mapping[int, Any],
+    adapter_ids: NDArray[Any],
+    scalings: Mapping[int, float],
+) -> None:
+    """The library on a corpus case: everything loaded anew, then the call that is timed."""
+    loaded = {
+        adapter_id: None
+        if pair is None
+        else sgmv.Adapter(pair[0], pair[1], float(scalings.get(adapter_id, 1.0)))
+        for adapter_id, pair in adapters.items()
+    }
+    if any(adapter is not None for adapter in loaded.values()):
+        sgmv.add_lora(y, x, sgmv.AdapterStack.from_adapters(loaded), adapter_ids)
+
+
+def corpus_failures(
+    kernel: Kernel, dtypes: Sequence[np.dtype[Any]], threads: Sequence[int]
+) -> tuple[int, list[str]]:
+    """Run the corpus with each number of threads.
+
+    Returns the number of cases, and one line per failure: case, threads, what was wrong.
+    """
+    count, failures = 0, []
+    for case in workloads.corpus(dtypes=dtypes):
+        count += 1
+        for number in threads:
+            sgmv.set_num_threads(number)
+            y = case.y.copy()
+            try:
+                kernel(y, case.x, case.adapters, case.adapter_ids, case.scalings)
+                case.check(y)
+            except Exception as error:  # a crash is a failing case, and the next one still runs
+                failures.append(f"{case.name}, {number} threads: {type(error).__name__}: {error}")
+    return count, failures
+
+
+def check_case(batch: Batch, variants: Mapping[str, Update], seed: int) -> int:
+    """Hold every variant's result on this batch to the reference; return the rows it checked.
+
+    Semantics: a seeded sample of rows (all, if they are few: the reference takes its time) must be
+    within the reference's elementwise bound. Every row must agree with numpy's per-segment loop,
+    itself held to that bound, within twice a bound on the row's norms.
+    Raises GateError for the first variant that does not.
+    """
+    rows = _sample(batch, seed)
+    ids = batch.adapter_ids[rows]
+    adapters = batch.pool.adapters
+    expected = by_row.add_lora(batch.y[rows], batch.x[rows], adapters, ids)
+    bound = bounds.add_lora_bound(batch.y[rows], batch.x[rows], adapters, ids, expected=expected)
+    other = _result(by_segment, batch)
+    tolerance = 2 * norm_bound(batch, other)
+    for name, update in {"by_segment": by_segment, **variants}.items():
+        y = _result(update, batch)
+        try:
+            compare.check(y[rows], expected, bound)
+        except AssertionError as error:
+            raise GateError(f"{name}: {error}") from error
+        # Written so that a NaN is a failure.
+        wrong = ~(np.abs(y.astype(np.float32) - other.astype(np.float32)) <= tolerance)
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise GateError(
+                f"{name}: y[{row}, {column}] is {y[row, column]}, numpy per segment has "
+                f"{other[row, column]}; {int(wrong.sum())} of {y.size} elements differ by more "
+                "than both may err"
+            )
+    return len(rows)
+
+
+def norm_bound(batch: Batch, result: NDArray[Any]) -> NDArray[np.float32]:
+    """How far a correct row may be from the exact one, from norms alone: (n, h_out).
+
+    By Cauchy-Schwarz, twice, |x| |A|' |B|' <= |x|_2 |A|_F max_c |B_c|_2, and a float32 sum of that
+    many products errs by at most gamma of it (see reference.bounds); then y's two roundings.
+    """
+    pool, ids = batch.pool, batch.adapter_ids
+    terms = pool.A.shape[2] + pool.A.shape[1] + 4
+    gamma = bounds.gamma(terms, bounds.unit_roundoff(np.float32))
+    x_norms = np.linalg.norm(batch.x.astype(np.float32), axis=1)
+    norms = _weight_norms(pool, batch.slots)[ids] * x_norms
+    magnitude = np.abs(result.astype(np.float32))
+    rounding = 2 * bounds.unit_roundoff(result.dtype)
+    return np.asarray(gamma * norms[:, np.newaxis] + rounding * magnitude, np.float32)
+
+
+def _weight_norms(pool: Pool, slots: Sequence[int]) -> NDArray[np.float64]:
+    """Norms scaling * |A|_F * max_c |B_c|_2 of the given slots, 0 for the others."""
+    norms = np.zeros(len(pool.ranks))
+    for slot in slots:
+        widest = np.sqrt(np.square(pool.wb[slot]).sum(axis=0).max(initial=0.0))
+        norms[slot] = abs(pool.scalings[slot]) * np.linalg.norm(pool.A[slot]) * widest
+    return norms
+
+
+def _sample(batch: Batch, seed: int) -> NDArray[np.int64]:
+    """Rows for the reference: the ends of segments first, for that is where kernels go wrong."""
+    n = len(batch.adapter_ids)
+    pool = batch.pool
+    per_row = pool.A.shape[1] * (pool.A.shape[2] + pool.wb.shape[2])
+    limit = max(8, REFERENCE_WORK // max(per_row, 1))
+    if n <= limit:
+        return np.arange(n)
+    rng = np.random.default_rng(seed)
+    ends = np.unique([row for rows in batch.rows for row in (rows[0], rows[-1])])
+    first = rng.permutation(ends)[: limit // 2]
+    rest = rng.permutation(np.setdiff1d(np.arange(n), first))[: limit - len(first)]
+    return np.sort(np.concatenate([first, rest]))
+
+
+def _result(update: Update, batch: Batch) -> NDArray[Any]:
+    y: NDArray[Any] = batch.y.copy()
+    update(y, batch.x, batch)
+    return y

@@ -1,0 +1,180 @@
+"""Where and with what a run was made: the facts that a record carries."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+
+# The instruction sets that decide how fast such kernels can be.
+FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
+    "asimd", "asimdhp", "bf16", "sve", "sve2",
+)  # fmt: skip
+THREAD_VARIABLES = (
+    "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "SGMV_NUM_THREADS",
+)  # fmt: skip
+
+
+class Machine(TypedDict):
+    """`cores`: those this process may use. `caches`: bytes by level, one core's view."""
+
+    cpu: str
+    cores: int
+    caches: dict[str, int]
+    flags: list[str]
+    system: str
+
+
+class Blas(TypedDict):
+    """`threads`: the pool size, or None where threadpoolctl is not installed to ask for it."""
+
+    name: str
+    threads: int | None
+    environment: dict[str, str]
+
+
+class Commit(TypedDict):
+    """`dirty`: tracked files differ from the commit."""
+
+    hash: str
+    dirty: bool
+
+
+def machine() -> Machine:
+    info = _cpuinfo()
+    present = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores(),
+        "caches": _caches(),
+        "flags": [flag for flag in FLAGS if flag in present],
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping; 8 GiB where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 8 << 30
+
+
+class CpuUse(NamedTuple):
+    """Seconds: of the clock, of all cores in use since boot, and of those by this process."""
+
+    clock: float
+    everyone: float
+    own: float
+
+
+def cpu_use() -> CpuUse | None:
+    """What is used up to now; None where the system does not say.
+
+    What the host stole counts as used: it slows a timing as another process does.
+    """
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    ticks = user + nice + system + irq + softirq + steal
+    own = os.times()
+    everyone = ticks / os.sysconf("SC_CLK_TCK")
+    return CpuUse(time.perf_counter(), everyone, own.user + own.system)
+
+
+def foreign_cores(before: CpuUse | None, after: CpuUse | None) -> float | None:
+    """Cores that other processes kept busy between two `cpu_use()`, on average.
+
+    >>> foreign_cores(CpuUse(0.0, 10.0, 5.0), CpuUse(4.0, 18.0, 9.0))
+    1.0
+    """
+    if before is None or after is None:
+        return None
+    others = (after.everyone - before.everyone) - (after.own - before.own)
+    return round(max(others, 0.0) / (after.clock - before.clock), 2)
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of what decides the timings; a package not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in ("numpy", "numba", "llvmlite", "torch", "ml_dtypes"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def blas() -> Blas:
+    config = np.show_config(mode="dicts")
+    built = config["Build Dependencies"]["blas"]
+    return {
+        "name": f"{built['name']} {built['version']}",
+        "threads": _blas_threads(),
+        "environment": {k: os.environ[k] for k in THREAD_VARIABLES if k in os.environ},
+    }
+
+
+def commit(root: Path) -> Commit:
+    """The repository's commit; "unknown" outside of git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"hash": "unknown", "dirty": True}
+
+
+def _blas_threads() -> int | None:
+    if find_spec("threadpoolctl") is None:
+        return None
+    import threadpoolctl
+
+    pools = [p for p in threadpoolctl.threadpool_info() if p["user_api"] == "blas"]
+    return max((pool["num_threads"] for pool in pools), default=None)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo, empty on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    lines = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in lines}
+
+
+def _caches() -> dict[str, int]:
+    sizes = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind = (index / "type").read_text().strip()
+        if kind != "Instruction":
+            level = (index / "level").read_text().strip()
+            size = (index / "size").read_text().strip()  # "2048K"
+            sizes[f"L{level}"] = int(size.rstrip("K")) << 10
+    return sizes

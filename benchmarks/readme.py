@@ -1,0 +1,158 @@
+"""The README's measured tables, generated from the committed records.
+
+    python -m benchmarks.readme            rewrite the tables, and the figures if they are stale
+    python -m benchmarks.readme --check    exit 1 if the README or a figure is stale
+
+A table stands between `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`; NAME is `summary`
+or `cases`. The figures lie beside the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.figures import digest, draw, hub_cases
+from benchmarks.peers import PEERS
+from benchmarks.record import CaseRecord, Record, load, main_variant, summarise
+from benchmarks.table import LOSS, microseconds, ratio_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+FIGURES = ("latency.png", "roofline.png")
+REMEDY = "run python -m benchmarks.readme"
+
+
+class StaleError(Exception):
+    """The README or a figure does not show what the record holds: which part, and the remedy."""
+
+
+def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
+    """The record the README shows: a full one before a quick one. Raises StaleError for none."""
+    paths = sorted(directory.glob("*.json"), key=lambda p: (not p.name.startswith("full-"), p.name))
+    if not paths:
+        raise StaleError(f"{directory}: no record; make one with python -m benchmarks --record")
+    return paths[0], load(paths[0])
+
+
+def rendered(readme: str, record: Record, name: str) -> str:
+    """`readme` with every table written anew from `record`.
+
+    Raises StaleError for a marker that is not there exactly once.
+    """
+    tables = {"summary": summary_table(record, name), "cases": cases_table(record)}
+    for key, table in tables.items():
+        begin, end = f"<!-- bench:{key}:begin -->", f"<!-- bench:{key}:end -->"
+        if readme.count(begin) != 1 or readme.count(end) != 1:
+            raise StaleError(f"README.md: expected {begin} and {end} once each; put them in")
+        before, rest = readme.split(begin)
+        if end not in rest:
+            raise StaleError(f"README.md: {end} stands before {begin}; swap them")
+        readme = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def stale_parts(readme: str, record: Record, name: str, directory: Path = RECORDS) -> list[str]:
+    """What does not show the record: "README.md", figures by file name; [] when all is fresh."""
+    parts = [] if rendered(readme, record, name) == readme else ["README.md"]
+    wanted = digest(record).encode()
+    for figure in FIGURES:
+        path = directory / figure
+        if not path.exists() or wanted not in path.read_bytes():
+            parts.append(figure)
+    return parts
+
+
+def summary_table(record: Record, name: str) -> str:
+    """Ratios per baseline over all cases, and per popularity; for all threads and for one."""
+    machine, commit = record["machine"], record["commit"]
+    popularities = list(dict.fromkeys(case["popularity"] for case in record["cases"]))
+    lines = [
+        f"{len(record['cases'])} cases, {machine['cpu']}, {machine['cores']} cores, "
+        f"numpy {record['versions']['numpy']} ({record['blas']['name']}), "
+        f"numba {record['versions']['numba']}, {record['date'][:10]}, commit "
+        f"`{commit['hash'][:10]}`{' with changes' if commit['dirty'] else ''}; "
+        f"record: `benchmarks/records/{name}`.",
+        "",
+        "| baseline / sgmv | threads | geomean | worst | best | lost | "
+        + " | ".join(popularities)
+        + " |",
+        "| --- " + "| ---: " * (5 + len(popularities)) + "|",
+    ]
+    for threads in sorted(record["threads"], reverse=True):
+        found = summarise(record, f"sgmv@{threads}")
+        by_key = {(line.baseline, line.popularity): line for line in found}
+        for baseline in dict.fromkeys(line.baseline for line in found):
+            line = by_key[baseline, "all"]
+            cells = [
+                PEERS[baseline].title,
+                str(threads),
+                f"**{ratio_text(line.geomean)}**",
+                ratio_text(line.worst),
+                ratio_text(line.best),
+                f"{line.losses} of {line.cases}",
+            ]
+            for popularity in popularities:
+                part = by_key.get((baseline, popularity))
+                cells.append(ratio_text(part.geomean) if part else "-")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cases_table(record: Record) -> str:
+    """Every row count and popularity of one layer; the other cases are in the record."""
+    main = main_variant(record)
+    cases = hub_cases(record)
+    baselines = [name for name in PEERS if any(name in case["times"] for case in cases)]
+    first = cases[0]
+    head = ["n", "popularity", "S", f"sgmv, {max(record['threads'])} threads, µs"]
+    head += [PEERS[name].title for name in baselines] + ["share of limit"]
+    lines = [
+        f"{first['h_in']} → {first['rank']} → {first['h_out']} ({first['names'][0]}), "
+        f"{first['dtype']}; ratios as above, {LOSS} marks a loss, - did not run.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "| ---: | --- " + "| ---: " * (len(head) - 2) + "|",
+    ]
+    for case in cases:
+        lines.append("| " + " | ".join(_cells(case, main, baselines)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(case: CaseRecord, main: str, baselines: Sequence[str]) -> list[str]:
+    ratios = case["ratios"][main]
+    return [
+        str(case["rows"]),
+        case["popularity"],
+        str(case["S"]),
+        microseconds(case["times"][main]["q50"]),
+        *(ratio_text(ratios[name]) if name in ratios else "-" for name in baselines),
+        f"{case['shares'][main]:.0%}",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
+    check = parser.parse_args(argv).check
+    path = ROOT / "README.md"
+    try:
+        record_path, record = primary()
+        readme = path.read_text()
+        parts = stale_parts(readme, record, record_path.name)
+        if check and parts:
+            raise StaleError(f"{', '.join(parts)}: stale against {record_path.name}; {REMEDY}")
+    except StaleError as error:
+        print(error)
+        return 1
+    if "README.md" in parts:
+        path.write_text(rendered(readme, record, record_path.name))
+    if set(parts) & set(FIGURES):
+        draw(record, RECORDS)
+    print(f"fresh: {', '.join(parts) or 'nothing to do'}" if not check else "fresh")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

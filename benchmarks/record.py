@@ -1,0 +1,264 @@
+"""The record of a run: its schema, its arithmetic, and how it is saved and read.
+
+`Record` and the types below are the schema; `validate` holds a file to them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from benchmarks.machine import Blas, Commit, Machine
+
+SCHEMA = 1
+QUIET = 0.1  # cores that others may use while a case is timed; beyond, its figures mean nothing
+
+
+class RecordError(ValueError):
+    """A file that does not follow the schema: where, what was expected, what stands there."""
+
+
+class Times(TypedDict):
+    """Quantiles over the timed calls. Units: microseconds."""
+
+    q20: float
+    q50: float
+    q80: float
+    calls: int
+
+
+class CaseRecord(TypedDict):
+    """One timed case.
+
+    `names`: the layers of this shape. `S`: segments. `footprint`: bytes touched by one call (the
+    weights once per segment, x, y read and written). `flops`: of shrink and expand.
+    `checked_rows`: rows held to the reference's elementwise bound before timing; all other rows
+    were held to a coarser bound. `times`: by variant; "sgmv@2" is sgmv with 2 threads and segments
+    made before, "sgmv@2 ids" the same from adapter ids; the others are baselines. `ratios`: by sgmv
+    variant and baseline, baseline time / sgmv time at the median: above 1, sgmv is faster.
+    `shares`: by sgmv variant, the roofline's time limit / time. `skipped`: baselines that did not
+    run, and why. `foreign_cores`: cores that other processes kept busy meanwhile, on average; None
+    where the system does not say.
+    """
+
+    h_in: int
+    h_out: int
+    names: list[str]
+    rank: int
+    rows: int
+    popularity: str
+    dtype: str
+    S: int
+    footprint: int
+    flops: int
+    checked_rows: int
+    times: dict[str, Times]
+    ratios: dict[str, dict[str, float]]
+    shares: dict[str, float]
+    skipped: dict[str, str]
+    foreign_cores: float | None
+
+
+class CeilingsRecord(TypedDict):
+    """By number of threads (a string, as JSON has it): [bytes, bytes/s] pairs, and FLOP/s."""
+
+    bandwidth: dict[str, list[list[float]]]
+    peak: dict[str, float]
+
+
+class Gate(TypedDict):
+    """What the corpus run before the timings held: cases, by thread counts, and seconds."""
+
+    corpus_cases: int
+    threads: list[int]
+    first_use_s: float
+    seconds: float
+
+
+class Record(TypedDict):
+    """One run. `threads`: of sgmv, the last is the main one. `untimed`: cases left out, and why.
+
+    `weights`: "hot", each call reads the same weights again.
+    """
+
+    schema: int
+    mode: str
+    date: str
+    seed: int
+    commit: Commit
+    machine: Machine
+    versions: dict[str, str]
+    blas: Blas
+    threads: list[int]
+    weights: str
+    seconds: float
+    gate: Gate
+    ceilings: CeilingsRecord
+    untimed: dict[str, str]
+    cases: list[CaseRecord]
+
+
+def main_variant(record: Record) -> str:
+    """The name of sgmv's variant with the most threads."""
+    return f"sgmv@{max(record['threads'])}"
+
+
+def geomean(values: Iterable[float]) -> float:
+    """Geometric mean: the mean that treats 2x faster and 2x slower as opposites.
+
+    Raises ValueError when there are no values.
+
+    >>> geomean([2.0, 0.5])
+    1.0
+    """
+    logs = [math.log(value) for value in values]
+    if not logs:
+        raise ValueError("values: expected at least one, got none")
+    return math.exp(math.fsum(logs) / len(logs))
+
+
+@dataclass(frozen=True)
+class SummaryLine:
+    """Ratios of one baseline over the cases of one popularity ("all": over all cases)."""
+
+    variant: str
+    baseline: str
+    popularity: str
+    cases: int
+    losses: int
+    geomean: float
+    worst: float
+    worst_case: str
+    best: float
+    best_case: str
+
+
+def summarise(record: Record, variant: str) -> list[SummaryLine]:
+    """One line per baseline and popularity; a case that a baseline skipped does not count."""
+    lines = []
+    baselines = dict.fromkeys(b for case in record["cases"] for b in case["ratios"][variant])
+    popularities = dict.fromkeys(case["popularity"] for case in record["cases"])
+    for baseline in baselines:
+        for popularity in ("all", *popularities):
+            found = [
+                (case["ratios"][variant][baseline], case_label(case))
+                for case in record["cases"]
+                if popularity in ("all", case["popularity"]) and baseline in case["ratios"][variant]
+            ]
+            if found:
+                ratios = [ratio for ratio, _ in found]
+                lines.append(
+                    SummaryLine(
+                        variant,
+                        baseline,
+                        popularity,
+                        len(found),
+                        sum(ratio < 1 for ratio in ratios),
+                        geomean(ratios),
+                        *min(found),
+                        *max(found),
+                    )
+                )
+    return lines
+
+
+def noisy_cases(record: Record) -> list[str]:
+    """Labels of the cases that were timed while other processes ran."""
+    return [case_label(case) for case in record["cases"] if not is_quiet(case["foreign_cores"])]
+
+
+def is_quiet(foreign_cores: float | None) -> bool:
+    """Whether others kept still; taken for granted where the system does not say.
+
+    >>> is_quiet(0.05), is_quiet(0.5), is_quiet(None)
+    (True, False, True)
+    """
+    return foreign_cores is None or foreign_cores <= QUIET
+
+
+def case_label(case: CaseRecord) -> str:
+    return f"{case['h_in']}>{case['h_out']} r={case['rank']} n={case['rows']} {case['popularity']}"
+
+
+def ratios(times: dict[str, Times], variants: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Baseline median / sgmv median, by sgmv variant and baseline.
+
+    >>> two, one = Times(q20=1, q50=2.0, q80=3, calls=9), Times(q20=1, q50=1.0, q80=1, calls=9)
+    >>> ratios({"sgmv@1": one, "by_row": two}, ["sgmv@1"])
+    {'sgmv@1': {'by_row': 2.0}}
+    """
+    baselines = [name for name in times if not name.startswith("sgmv@")]
+    return {
+        variant: {b: significant(times[b]["q50"] / times[variant]["q50"]) for b in baselines}
+        for variant in variants
+    }
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """`value` to so many significant digits: what a timing is good for, and a shorter file.
+
+    >>> significant(1234.567)
+    1235.0
+    """
+    return float(f"{value:.{digits}g}")
+
+
+def save(record: Record, path: Path) -> None:
+    """Write JSON with one case per line, so that two records can be compared with diff."""
+    validate(record)
+    head = json.dumps({**record, "cases": []}, indent=1)
+    cases = ",\n".join(json.dumps(case) for case in record["cases"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head.replace('"cases": []', f'"cases": [\n{cases}\n]') + "\n")
+
+
+def load(path: Path) -> Record:
+    """Read and validate a record. Raises RecordError, naming the file."""
+    try:
+        record: Record = json.loads(path.read_text())
+        validate(record)
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}; make it anew with python -m benchmarks") from error
+    return record
+
+
+def validate(record: object) -> None:
+    """Raise RecordError unless `record` follows the schema."""
+    _check("record", record, Record)
+    schema = record["schema"]  # type: ignore[index]  # _check has seen to it
+    if schema != SCHEMA:
+        raise RecordError(f"record.schema: expected {SCHEMA}, got {schema}")
+
+
+def _check(where: str, value: object, expected: Any) -> None:
+    origin, args = get_origin(expected), get_args(expected)
+    if is_typeddict(expected):
+        hints = get_type_hints(expected)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            got = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise RecordError(f"{where}: expected the keys {sorted(hints)}, got {got}")
+        for key, hint in hints.items():
+            _check(f"{where}.{key}", value[key], hint)
+    elif origin in (Union, types.UnionType):
+        if value is not None:
+            _check(where, value, next(arg for arg in args if arg is not types.NoneType))
+    elif origin in (dict, list):
+        if not isinstance(value, origin):
+            raise RecordError(f"{where}: expected {expected}, got {type(value).__name__}")
+        parts = value if isinstance(value, dict) else dict(enumerate(value))
+        for index, part in parts.items():
+            _check(f"{where}[{index!r}]", part, args[-1])
+    elif not _is_scalar(value, expected):
+        raise RecordError(f"{where}: expected {expected.__name__}, got {value!r}")
+
+
+def _is_scalar(value: object, expected: type) -> bool:
+    if expected is float:
+        # NaN and inf are floats, but no measurement.
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is expected

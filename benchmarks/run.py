@@ -1,0 +1,252 @@
+"""One run: pools, gate, timings, in that order for each group of cases that shares weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sgmv
+from benchmarks.batch import (
+    Batch,
+    Pool,
+    dtype_of,
+    make_batch,
+    make_pool,
+    pool_bytes,
+    pool_from_adapters,
+    popularity_ids,
+)  # fmt: skip
+from benchmarks.ceilings import Ceilings
+from benchmarks.gate import check_case
+from benchmarks.grid import Case
+from benchmarks.machine import cpu_use, foreign_cores
+from benchmarks.peers import PEERS
+from benchmarks.record import CaseRecord, Times, is_quiet, ratios, significant
+from benchmarks.timing import Budget, Timing, Variant, alternate
+
+# From ids, sgmv also sorts: timed apart up to here, where sorting could be seen.
+IDS_ROWS = 64
+MIXED = "mixed"
+# OpenBLAS threads spin for 2**28 clock ticks, about 0.1 s, after their last call. sgmv's first
+# variant follows the baselines and must not be timed against them; the next ones follow sgmv.
+BLAS_SPIN_S = 0.12
+ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases over one pool; the pool is made when its turn comes, and freed after it."""
+
+    make: Callable[[], Pool]
+    cases: list[tuple[Case, NDArray[np.int64]]]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms cases are timed."""
+
+    threads: Sequence[int]
+    budget: Budget
+    seed: int
+    ceilings: Ceilings
+
+
+def synthetic_groups(
+    cases: Sequence[Case], seed: int, memory: int
+) -> tuple[list[Group], dict[str, str]]:
+    """Groups of cases with random weights, and the cases left out for want of memory, with why.
+
+    Units: `memory` in bytes, for both copies of a pool's weights.
+    """
+    groups: dict[tuple[int, int, int, str], list[tuple[Case, NDArray[np.int64]]]] = {}
+    untimed = {}
+    for case in cases:
+        ids = popularity_ids(case.popularity, case.rows, seed)
+        slots = int(ids.max()) + 1
+        need = pool_bytes(slots, case.rank, case.h_in, case.h_out, dtype_of(case.dtype))
+        if need > memory:
+            untimed[case.label()] = (
+                f"{slots} adapters need {need / 2**30:.1f} GiB, cap {memory / 2**30:.1f} GiB "
+                "(--memory-gib)"
+            )
+        else:
+            key = (case.h_in, case.h_out, case.rank, case.dtype)
+            groups.setdefault(key, []).append((case, ids))
+    return [
+        Group(partial(_synthetic_pool, *key, _slots(members), seed), members)
+        for key, members in groups.items()
+    ], untimed
+
+
+def adapter_groups(
+    directories: Sequence[Path], rows: Sequence[int], dtype: str, seed: int
+) -> list[Group]:
+    """Groups of real PEFT adapters: one per distinct layer shape, the batch mixed over them.
+
+    Semantics: rows take the directories in turn, those that hold the module first, then shuffled;
+    a directory without the module is base only on it. Modules whose shapes are equal in all
+    directories are timed once.
+    """
+    loaded = [sgmv.load_peft(directory) for directory in directories]
+    modules = dict.fromkeys(module for found in loaded for module in found)
+    shared: dict[tuple[object, ...], list[str]] = {}
+    for module in modules:
+        found = [adapters.get(module) for adapters in loaded]
+        key = tuple(a if a is None else (a.A.shape, a.B.shape, a.A.dtype) for a in found)
+        shared.setdefault(key, []).append(module)
+    groups = []
+    rng = np.random.default_rng(seed)
+    for names in shared.values():
+        adapters = [each.get(names[0]) for each in loaded]
+        given = [adapter for adapter in adapters if adapter is not None]
+        h_in, h_out, rank = given[0].h_in, given[0].h_out, max(adapter.r for adapter in given)
+        turns = np.argsort([adapter is None for adapter in adapters], kind="stable")
+        cases = []
+        for n in rows:
+            case = Case(h_in, h_out, rank, n, MIXED, dtype, tuple(names))
+            cases.append((case, rng.permutation(turns[np.arange(n) % len(turns)])))
+        make = partial(pool_from_adapters, adapters, dtype_of(dtype))
+        groups.append(Group(make, cases))
+    return groups
+
+
+def measure(case: Case, pool: Pool, ids: NDArray[np.int64], terms: Terms) -> CaseRecord:
+    """Gate and time one case. Raises GateError; then nothing of this case was timed."""
+    batch = make_batch(pool, ids, terms.seed)
+    skipped = {name: why for name, peer in PEERS.items() if (why := peer.refuses(batch))}
+    variants = _variants(batch, terms.threads)
+    for name, peer in PEERS.items():
+        if name not in skipped:
+            peer.prepare(batch)
+            variants[name] = (peer.run, lambda: None)
+
+    checked = check_case(batch, _gated(variants), terms.seed)
+    y = batch.y.copy()
+    turns = [
+        Variant(name, partial(update, y, batch.x, batch), before)
+        for name, (update, before) in variants.items()
+    ]
+    turns[0] = replace(turns[0], settle_s=BLAS_SPIN_S)
+    times, foreign = time_quietly(turns, terms.budget)
+    return _case_record(case, batch, checked, times_record(times), skipped, foreign, terms)
+
+
+def time_quietly(
+    turns: Sequence[Variant], budget: Budget
+) -> tuple[dict[str, Timing], float | None]:
+    """Timings, and the cores that other processes kept busy meanwhile.
+
+    Semantics: repeated, up to ATTEMPTS times, while others are busy; the quietest attempt counts,
+    whatever its timings are. Beside one other busy process on two cores, numpy's threaded product
+    took ten times its time (256 rows, one segment): such a case would flatter sgmv.
+    """
+    attempts: list[tuple[dict[str, Timing], float | None]] = []
+    while not attempts or (len(attempts) < ATTEMPTS and not is_quiet(attempts[-1][1])):
+        before = cpu_use()
+        times = alternate(turns, budget)
+        attempts.append((times, foreign_cores(before, cpu_use())))
+    return min(attempts, key=lambda attempt: attempt[1] or 0.0)
+
+
+def add_lora_with_segments(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
+    """Call sgmv as a server does: segments made once per step serve every layer."""
+    sgmv.add_lora(y, x, batch.pool.stack, batch.segments)
+
+
+def add_lora_from_ids(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
+    """Call sgmv with adapter ids: it sorts in each call."""
+    sgmv.add_lora(y, x, batch.pool.stack, batch.adapter_ids)
+
+
+def times_record(times: dict[str, Timing]) -> dict[str, Times]:
+    """Timings as the record holds them."""
+    return {
+        name: {k: v if k == "calls" else significant(v) for k, v in asdict(timing).items()}  # type: ignore[misc]
+        for name, timing in times.items()
+    }
+
+
+Updates = dict[str, tuple[Callable[[Any, Any, Batch], None], Callable[[], object]]]
+
+
+def _variants(batch: Batch, threads: Sequence[int]) -> Updates:
+    """List sgmv's variants, each with what sets its number of threads."""
+    found: Updates = {}
+    for count in sorted(threads, reverse=True):
+        found[f"sgmv@{count}"] = (add_lora_with_segments, partial(sgmv.set_num_threads, count))
+    if len(batch.adapter_ids) <= IDS_ROWS:
+        most = max(threads)
+        found[f"sgmv@{most} ids"] = (add_lora_from_ids, partial(sgmv.set_num_threads, most))
+    return found
+
+
+def _gated(variants: Updates) -> dict[str, Callable[[Any, Any, Batch], None]]:
+    """Variants that set their own number of threads, as the gate calls them one by one."""
+
+    def run(name: str, y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
+        update, before = variants[name]
+        before()
+        update(y, x, batch)
+
+    return {name: partial(run, name) for name in variants}
+
+
+def _case_record(
+    case: Case,
+    batch: Batch,
+    checked: int,
+    times: dict[str, Times],
+    skipped: dict[str, str],
+    foreign: float | None,
+    terms: Terms,
+) -> CaseRecord:
+    variants = [f"sgmv@{count}" for count in terms.threads]
+    shares = {}
+    for count, name in zip(terms.threads, variants, strict=True):
+        limit = terms.ceilings.limit_s(batch.footprint(), batch.flops(), count)
+        shares[name] = significant(limit * 1e6 / times[name]["q50"])
+    return {
+        "h_in": case.h_in,
+        "h_out": case.h_out,
+        "names": list(case.names),
+        "rank": case.rank,
+        "rows": case.rows,
+        "popularity": case.popularity,
+        "dtype": case.dtype,
+        "S": len(batch.slots),
+        "footprint": batch.footprint(),
+        "flops": batch.flops(),
+        "checked_rows": checked,
+        "times": times,
+        "ratios": ratios(times, variants),
+        "shares": shares,
+        "skipped": skipped,
+        "foreign_cores": foreign,
+    }
+
+
+def _slots(members: list[tuple[Case, NDArray[np.int64]]]) -> int:
+    return 1 + max(int(ids.max()) for _, ids in members)
+
+
+def _synthetic_pool(h_in: int, h_out: int, rank: int, dtype: str, slots: int, seed: int) -> Pool:
+    return make_pool(h_in, h_out, rank, slots, dtype_of(dtype), seed)
+
+
+def first_use_s() -> float:
+    """Seconds of the process's first stack, segments and add_lora, on tiny arrays.
+
+    It is what compiling costs, or loading compiled code.
+    """
+    start = time.perf_counter()
+    pool = make_pool(64, 64, 8, 2, np.dtype(np.float32), seed=0)
+    batch = make_batch(pool, np.array([0, 1, 0, 1]), seed=0)
+    add_lora_with_segments(batch.y, batch.x, batch)
+    return time.perf_counter() - start

@@ -1,0 +1,149 @@
+"""The terminal's table and summary: aligned text of at most 100 columns, losses marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.console import Console, Span
+from benchmarks.peers import PEERS
+from benchmarks.record import CaseRecord, Record, main_variant, noisy_cases, summarise
+
+SHORT = {"by_row": "row", "by_segment": "segment", "einsum": "einsum", "torch": "torch"}
+LOSS = "!"  # a mark, not only a colour: it must survive a pipe and colour blindness
+
+
+def print_table(record: Record, console: Console) -> None:
+    """One block per shape; the main variant's ratios against each baseline that ran."""
+    main = main_variant(record)
+    baselines = [name for name in PEERS if any(name in c["times"] for c in record["cases"])]
+    one = "sgmv@1" if 1 in record["threads"] else main
+    head = ["r", "n", "popularity", "S", f"{main} us", *([f"{one} us"] if one != main else [])]
+    head += [*(SHORT[name] for name in baselines), "limit"]
+    groups: dict[tuple[int, int, str, str], list[CaseRecord]] = {}
+    for case in record["cases"]:
+        key = (case["h_in"], case["h_out"], case["dtype"], ", ".join(case["names"]))
+        groups.setdefault(key, []).append(case)
+    rows = {key: [_row(c, main, one, baselines) for c in found] for key, found in groups.items()}
+    widths = [
+        max(len(head[i]), *(len(row[i][0]) for block in rows.values() for row in block))
+        for i in range(len(head))
+    ]
+    for key, block in rows.items():
+        console.print()
+        console.print(_clip("{} > {} {}: {}".format(*key)), "bold")
+        console.spans(_align([(text, "dim") for text in head], widths))
+        for row in block:
+            console.spans(_align(row, widths))
+    console.print()
+    for line in footnotes(record):
+        console.print(line, "dim")
+
+
+def print_summary(record: Record, console: Console) -> None:
+    """Geometric mean, worst and best ratio per baseline; per popularity for the main variant."""
+    main = main_variant(record)
+    for threads in sorted(record["threads"], reverse=True):
+        variant = f"sgmv@{threads}"
+        lines = summarise(record, variant)
+        if variant != main:
+            lines = [line for line in lines if line.popularity == "all"]
+        console.print()
+        console.print(f"sgmv with {threads} thread{'s' * (threads > 1)} against", "bold")
+        head = ["", "cases", "lost", "geomean", "worst", "best", "worst case"]
+        rows: list[list[Span]] = [[(text, "dim") for text in head]]
+        for line in lines:
+            first = line.popularity == "all"
+            name = PEERS[line.baseline].title if first else f"  {line.popularity}"
+            rows.append(
+                [
+                    (name, "bold" if first else ""),
+                    (str(line.cases), ""),
+                    (str(line.losses), "red" if line.losses else ""),
+                    _ratio(line.geomean),
+                    _ratio(line.worst),
+                    _ratio(line.best),
+                    (line.worst_case, "dim"),
+                ]
+            )
+        widths = [max(len(row[i][0]) for row in rows) for i in range(len(head))]
+        for row in rows:
+            console.spans(_align(row, widths, left=(0, 6)))
+
+
+def footnotes(record: Record) -> list[str]:
+    """What the columns mean, and on what terms the baselines ran."""
+    main = main_variant(record)
+    blas = record["blas"]
+    lines = [
+        f"Ratios: baseline time / {main} time, at the median; {LOSS} marks a loss; - did not run.",
+        "limit: share of the roofline, max(bytes / bandwidth at this footprint, FLOP / FMA peak).",
+        "Segments (sgmv), row lists and BLAS-ordered float32 weights (baselines) made beforehand;",
+        "weights hot: each call reads the same ones.",
+        f"Baselines' BLAS: {blas['name']}, threads: {blas['threads'] or 'its default'}.",
+    ]
+    if noisy := noisy_cases(record):
+        lines.append(
+            f"WARNING: other processes ran during {len(noisy)} of {len(record['cases'])} cases: "
+            "do not trust these:"
+        )
+        lines += [f"  {label}" for label in noisy[:5]] + ["  ..."] * (len(noisy) > 5)
+    return lines
+
+
+def ratio_text(ratio: float) -> str:
+    """A ratio in few characters, a loss marked.
+
+    >>> ratio_text(1.234), ratio_text(0.5), ratio_text(123.4)
+    ('1.23x', '0.50x!', '123x')
+    """
+    digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
+    return f"{ratio:.{digits}f}x" + (LOSS if ratio < 1 else "")
+
+
+def microseconds(value: float) -> str:
+    """Three or more significant digits, no more than needed.
+
+    >>> microseconds(8.123), microseconds(1234.5)
+    ('8.12', '1234')
+    """
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _row(case: CaseRecord, main: str, one: str, baselines: Sequence[str]) -> list[Span]:
+    found: list[Span] = [
+        (str(case["rank"]), ""),
+        (str(case["rows"]), ""),
+        (case["popularity"], ""),
+        (str(case["S"]), ""),
+        (microseconds(case["times"][main]["q50"]), "bold"),
+    ]
+    if one != main:
+        found.append((microseconds(case["times"][one]["q50"]), ""))
+    for name in baselines:
+        ratio = case["ratios"][main].get(name)
+        found.append(("-", "dim") if ratio is None else _ratio(ratio))
+    found.append((f"{case['shares'][main]:.0%}", ""))
+    return found
+
+
+def _ratio(ratio: float) -> Span:
+    return ratio_text(ratio), "green" if ratio >= 1 else "bold red"
+
+
+def _align(cells: Sequence[Span], widths: Sequence[int], left: Sequence[int] = (2,)) -> list[Span]:
+    """Cells padded to their widths; those in `left` stand left, the others right.
+
+    A loss mark hangs over the right edge, so that the digits of a column stay in line.
+    """
+    spans: list[Span] = [("  ", "")]
+    for i, ((text, style), width) in enumerate(zip(cells, widths, strict=True)):
+        if i in left:
+            spans.append((text.ljust(width) + "  ", style))
+        else:
+            hang = "" if text.endswith(LOSS) else " "
+            spans.append((f"{text}{hang}".rjust(width + 1) + " ", style))
+    return spans
+
+
+def _clip(text: str, width: int = 98) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

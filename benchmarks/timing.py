@@ -1,0 +1,87 @@
+"""The clock: variants take turns within one run, so that a slow minute hits all of them."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case: `before` is called ahead of each turn, off the clock.
+
+    Units: `settle_s` is the seconds of untimed calls ahead of each turn (at least one call).
+    """
+
+    name: str
+    call: Callable[[], object]
+    before: Callable[[], object] = lambda: None
+    settle_s: float = 0.003
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a case may take. Units: seconds, calls."""
+
+    rounds: int = 4
+    turn_s: float = 0.02
+    max_calls: int = 500
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles over the timed calls. Units: microseconds."""
+
+    q20: float
+    q50: float
+    q80: float
+    calls: int
+
+
+def alternate(variants: Sequence[Variant], budget: Budget) -> dict[str, Timing]:
+    """Time all variants in turns: A B C A B C ...
+
+    Semantics: a turn is first untimed calls (the variant's settle_s), then timed calls for
+    `turn_s` (at least one, at most max_calls).
+    """
+    samples: dict[str, list[int]] = {variant.name: [] for variant in variants}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(budget.rounds):
+            for variant in variants:
+                variant.before()
+                _settle(variant)
+                samples[variant.name] += _turn(variant.call, budget)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def _settle(variant: Variant) -> None:
+    end = time.perf_counter() + variant.settle_s
+    variant.call()
+    while time.perf_counter() < end:
+        variant.call()
+
+
+def _turn(call: Callable[[], object], budget: Budget) -> list[int]:
+    times: list[int] = []
+    spent = 0
+    limit = int(budget.turn_s * 1e9)
+    while not times or (spent < limit and len(times) < budget.max_calls):
+        start = time.perf_counter_ns()
+        call()
+        times.append(time.perf_counter_ns() - start)
+        spent += times[-1]
+    return times
+
+
+def _summary(nanoseconds: list[int]) -> Timing:
+    q20, q50, q80 = np.quantile(nanoseconds, (0.2, 0.5, 0.8)) / 1e3
+    return Timing(float(q20), float(q50), float(q80), len(nanoseconds))

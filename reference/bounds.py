@@ -1,0 +1,241 @@
+"""How far a correct kernel may be from `by_row`, derived for every element.
+
+The kernel: v = A @ x and d = B @ v, in any order of summation and with or without fused
+multiply-add; scaling, rounded to v's type, multiplied once into v or into d; y added first, last
+or in between. Its inputs are exact as stored; converting 16 bits to float32 rounds nothing.
+
+Write u for a type's unit roundoff, eta for half its smallest subnormal, and, with Higham
+(Accuracy and Stability of Numerical Algorithms, 2nd ed., lemma 3.1 and section 2.1),
+
+    fl(a b) = a b (1 + e) + t       |e| <= u, |t| <= eta
+    fl(a + b) = (a + b) (1 + e)     no t: a sum below the normal range is exact
+    prod_{i<=m} (1 + e_i) = 1 + g   |g| <= gamma_m = m u / (1 - m u)
+
+Count the roundings that one product s B_ij A_jk x_k can meet:
+    shrink    1 for x_k A_jk, at most h_in - 1 additions                        h_in
+    scaling   1 where it is rounded to v's type, 1 multiplication               2
+    expand    1 for v_j B_ij, at most r additions: r - 1, and 1 for y           r + 1
+and y_i itself meets at most r additions. With M_i = |s| sum_jk |B_ij| |A_jk| |x_k|:
+
+    |sum - exact| <= gamma_{h_in + r + 3} M_i + gamma_r |y_i| + (1 + gamma_{h_in + r + 3}) T_i
+
+where T_i gathers every t, times what is multiplied onto it afterwards:
+
+    T_i = (|s| + eta) (h_in eta sum_j |B_ij| + r eta)     shrink's and expand's products
+        + eta (M_i / |s| + sum_j |B_ij| + 1)              the rounding of s, and s v_j or s d_i
+
+(v in float32 and the rest in float64, as for a float64 y, counts each part with its own u.)
+A base product W @ x in place of y brings its own gamma_{h_in} and h_in eta, before its additions.
+
+ONE rounding at the store, if y's type is narrower than the sum: u max(|sum|, smallest normal).
+
+Last, `by_row` itself sums in float64: its own error, the same formula with u = 2**-53, is added,
+as is the rounding of this file's arithmetic. Where every product is exactly 0 (rank 0, B = 0,
+scaling 0, base only) the sum is exactly y, and the bound is 0.
+
+The derivation holds while |y_i| + M_i is below the largest finite value of the sum's type.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from reference import by_row
+from reference.arguments import Adapter, Adapters, Scaling, checked, matrix, used_adapters
+from reference.floats import FloatType, float_type, sum_dtype
+
+Bound = NDArray[np.float64]
+_FLOAT64 = float_type("float64")
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """Half the gap after 1.0: rounding to nearest errs by at most this share of the value.
+
+    Semantics: 2**-11 float16, 2**-8 bfloat16, 2**-24 float32, 2**-53 float64.
+    Raises: ValueError for any other type. Source: Higham, section 2.1.
+
+    >>> unit_roundoff("bfloat16"), unit_roundoff(np.float16) == 2.0**-11
+    (0.00390625, True)
+    """
+    return float_type(dtype).unit_roundoff
+
+
+def gamma(roundings: int, u: float) -> float:
+    """What m roundings in a row can do to a value, as a share of it.
+
+    Semantics: m u / (1 - m u). Raises: ValueError from m u = 1 on, where nothing is promised.
+    Source: Higham, lemma 3.1.
+
+    >>> gamma(2, 0.25)
+    1.0
+    """
+    if roundings * u >= 1:
+        raise ValueError(f"roundings: expected fewer than {1 / u:.0f}, got {roundings}; sum wider")
+    return roundings * u / (1 - roundings * u)
+
+
+def lora_delta_bound(
+    x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float, *, out: DTypeLike | None = None
+) -> Bound:
+    """Largest |actual - by_row.lora_delta| of a correct kernel, for every element.
+
+    Semantics: this file's head, with y = 0. Arguments and errors as `by_row.lora_delta`; out is
+    the type of the kernel's result, left out: numpy's promotion of x, A, B -> (n, h_out) float64.
+
+    >>> bool(lora_delta_bound(np.ones((1, 4), np.float32), np.ones((2, 4)), [[0.0, 0.0]], 1.0) == 0)
+    True
+    """
+    x = matrix(x, "x")
+    adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None)
+    out = np.result_type(x, adapter.A, adapter.B) if out is None else np.dtype(out)
+    nothing = np.zeros((len(x), len(adapter.B)), x.dtype)
+    return add_lora_bound(nothing, x, [adapter], np.zeros(len(x), np.int64), out=out)
+
+
+@np.errstate(invalid="ignore", over="ignore", under="ignore")
+def add_lora_bound(
+    y: ArrayLike,
+    x: ArrayLike,
+    adapters: Adapters,
+    adapter_ids: ArrayLike,
+    scalings: Scaling = None,
+    *,
+    out: DTypeLike | None = None,
+    expected: Bound | None = None,
+) -> Bound:
+    """Largest |actual - by_row.add_lora| of a correct kernel, for every element.
+
+    Semantics: this file's head. Exactly 0 on base-only rows, and where the expected value is NaN
+    or inf (there kind and place must agree). Arguments and errors as `by_row.add_lora`; out is the
+    type of the result, left out: y's; expected saves computing it again -> (n, h_out) float64.
+
+    >>> add_lora_bound(np.ones((1, 1)), np.ones((1, 1)), [None], [0])
+    array([[0.]])
+    """
+    y = matrix(y, "y")
+    x = matrix(x, "x", rows=len(y))
+    ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], y.shape[1], len(y))
+    if expected is None:
+        expected = by_row.add_lora(y, x, adapters, ids, scalings)
+    start = _Start(np.abs(y.astype(np.float64)), y, float_type(y.dtype), roundings=0)
+    return _bound(start, x, ids, chosen, expected, float_type(y.dtype if out is None else out))
+
+
+@np.errstate(invalid="ignore", over="ignore", under="ignore")
+def apply_batched_bound(
+    x: ArrayLike,
+    W: ArrayLike,
+    adapters: Adapters,
+    adapter_ids: ArrayLike,
+    scalings: Scaling = None,
+    *,
+    out: DTypeLike | None = None,
+    expected: Bound | None = None,
+) -> Bound:
+    """Largest |actual - by_row.apply_batched| of a correct kernel, for every element.
+
+    Semantics: this file's head, with the base product W @ x in place of y. Arguments and errors as
+    `by_row.apply_batched`; out is the type of the result, left out: numpy's promotion of x, W and
+    the adapters that rows use -> (n, h_out) float64. One adapter for all rows is `apply_single`.
+
+    >>> bool(apply_batched_bound(np.ones((1, 2)), np.ones((1, 2)), [None], [0])[0, 0] > 0)
+    True
+    """
+    x = matrix(x, "x")
+    W = matrix(W, "W", columns=x.shape[1])
+    ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], len(W), len(x))
+    if expected is None:
+        expected = by_row.apply_batched(x, W, adapters, ids, scalings)
+    if out is None:
+        weights = [weight for adapter in chosen.values() if adapter for weight in adapter[:2]]
+        out = np.result_type(x, W, *weights)
+    size = np.abs(x.astype(np.float64)) @ np.abs(W.astype(np.float64)).T
+    start = _Start(size, W, float_type(sum_dtype(x, W)), roundings=x.shape[1])
+    return _bound(start, x, ids, chosen, expected, float_type(out))
+
+
+class _Start(NamedTuple):
+    """What the delta is added to: y, exact as stored (0 roundings), or x @ W.T (h_in of them)."""
+
+    size: Bound  # |y| or |x| |W|.T, (n, h_out)
+    operand: NDArray[Any]  # y or W: its dtype takes part in choosing the type of the sums
+    type: FloatType  # the one it was summed in
+    roundings: int
+
+
+class _Delta(NamedTuple):
+    """The magnitudes in the derivation, for the rows of one adapter."""
+
+    h_in: int
+    r: int
+    scaling: float  # |s|
+    product: Bound  # M / |s|, (rows, h_out)
+    B_sum: Bound  # sum_j |B_ij|, (h_out,)
+
+
+def _bound(
+    start: _Start,
+    x: NDArray[Any],
+    ids: NDArray[np.int64],
+    chosen: dict[int, Adapter | None],
+    expected: Bound,
+    out: FloatType,
+) -> Bound:
+    h_in, h_out = x.shape[1], start.size.shape[1]
+    nothing = Adapter(np.zeros((0, h_in), x.dtype), np.zeros((h_out, 0), x.dtype), 0.0)
+    bound = np.zeros(start.size.shape)
+    largest_rank = 0
+    for adapter_id, used in chosen.items():
+        rows = np.flatnonzero(ids == adapter_id)
+        adapter = nothing if used is None else used
+        largest_rank = max(largest_rank, len(adapter.A))
+        v_type = float_type(sum_dtype(x, adapter.A))
+        sum_type = float_type(sum_dtype(x, adapter.A, adapter.B, start.operand))
+        delta, touched = _magnitudes(x[rows], adapter)
+        total = _sum_error(delta, touched, start, rows, v_type, sum_type, start.type)
+        total += _sum_error(delta, touched, start, rows, _FLOAT64, _FLOAT64, _FLOAT64)
+        if out.unit_roundoff > sum_type.unit_roundoff:
+            reached = np.maximum(np.abs(expected[rows]) + total, out.smallest_normal)
+            rounded = touched | (start.roundings > 0)
+            total += np.where(rounded, out.unit_roundoff * reached, 0.0)
+        bound[rows] = total
+    # This arithmetic, all of it on numbers >= 0, and the subtraction in a comparison.
+    bound *= 1 + gamma(h_in + largest_rank + 32, _FLOAT64.unit_roundoff)
+    return np.where(np.isfinite(expected), bound, 0.0)
+
+
+def _magnitudes(x: NDArray[Any], adapter: Adapter) -> tuple[_Delta, NDArray[np.bool_]]:
+    """The magnitudes, and where any product differs from 0 (tested apart: float64 underflows)."""
+    x_abs, A_abs, B_abs = (np.abs(array.astype(np.float64)) for array in (x, *adapter[:2]))
+    product = (x_abs @ A_abs.T) @ B_abs.T
+    v_touched = (x_abs != 0).astype(np.float32) @ (A_abs != 0).astype(np.float32).T > 0
+    touched = v_touched.astype(np.float32) @ (B_abs != 0).astype(np.float32).T > 0
+    r, h_in = adapter.A.shape
+    delta = _Delta(h_in, r, abs(adapter.scaling), product, B_abs.sum(axis=1))
+    return delta, touched & (adapter.scaling != 0)
+
+
+def _sum_error(
+    delta: _Delta,
+    touched: NDArray[np.bool_],
+    start: _Start,
+    rows: NDArray[np.intp],
+    v_type: FloatType,
+    sum_type: FloatType,
+    start_type: FloatType,
+) -> Bound:
+    """The inequality in this file's head, and the start's own error carried through it."""
+    h_in, r, s, product, B_sum = delta
+    in_v = gamma(h_in + 1, v_type.unit_roundoff)
+    in_sum = gamma(r + 2, sum_type.unit_roundoff)
+    growth = in_v + in_sum + in_v * in_sum
+    eta_v, eta = v_type.half_smallest_subnormal, sum_type.half_smallest_subnormal
+    tiny = (s + eta_v) * (h_in * eta_v * B_sum + r * eta) + eta_v * (product + B_sum) + eta
+    error = np.where(touched, growth * s * product + (1 + growth) * tiny, 0.0)
+
+    later = np.where(touched, gamma(r, sum_type.unit_roundoff), 0.0)
+    own = gamma(start.roundings, start_type.unit_roundoff)
+    own_error = own * start.size[rows]
+    own_error += (1 + own) * start.roundings * start_type.half_smallest_subnormal
+    return error + later * start.size[rows] + (1 + later) * own_error

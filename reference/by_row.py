@@ -1,0 +1,95 @@
+"""The definition: a per-row loop in float64. What these functions return is what is right."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from reference.arguments import Adapters, Scaling, checked, matrix, used_adapters
+
+Result = NDArray[np.float64]
+
+
+def _delta(x: Result, A: Result, B: Result, scaling: float) -> Result:
+    v: Result = (A * x).sum(axis=1)  # (r,)
+    return np.asarray(scaling * (B * v).sum(axis=1))  # (h_out,)
+
+
+def lora_delta(x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:
+    """One adapter's low-rank delta for every row.
+
+    Semantics: `out[i] = scaling * (B @ (A @ x[i]))`
+    x (n, h_in), A (r, h_in), B (h_out, r), any float type -> (n, h_out) float64.
+    Raises: ValueError on shapes that do not fit. Source: LoRA (Hu et al. 2021), equation 3.
+
+    >>> lora_delta([[1.0, 2.0]], A=[[1.0, 1.0]], B=[[1.0], [10.0]], scaling=2.0)
+    array([[ 6., 60.]])
+    """
+    x = matrix(x, "x")
+    adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None)
+    nothing = np.zeros((len(x), len(adapter.B)))
+    return add_lora(nothing, x, [adapter], np.zeros(len(x), np.int64))
+
+
+@np.errstate(invalid="ignore", over="ignore")  # NaN and inf are inputs like any other
+def add_lora(
+    y: ArrayLike, x: ArrayLike, adapters: Adapters, adapter_ids: ArrayLike, scalings: Scaling = None
+) -> Result:
+    """The sum of y and each row's own delta, as a new array; y itself never changes.
+
+    Semantics: `out[i] = y[i] + lora_delta(x[i:i+1], *adapters[adapter_ids[i]])[0]`,
+    and exactly `y[i]` where adapter_ids[i] is -1 or its adapter is None.
+    y (n, h_out), x (n, h_in), adapter_ids (n,) integers; adapters: mapping or sequence of
+    (A, B), Adapter or None; scalings: mapping, sequence, one number, or None = each adapter's
+    own, 1.0 for a plain (A, B) -> (n, h_out) float64.
+    Raises: ValueError naming the id, shape or scaling. Source: Punica (2023), section 4.
+
+    >>> add_lora([[1.0], [1.0]], [[2.0], [2.0]], {7: ([[3.0]], [[1.0]])}, [7, -1], 0.5)
+    array([[4.],
+           [1.]])
+    """
+    y = matrix(y, "y")
+    x = matrix(x, "x", rows=len(y))
+    ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], y.shape[1], len(y))
+    in_float64: dict[int, Any] = {
+        adapter_id: (adapter.A.astype(np.float64), adapter.B.astype(np.float64), adapter.scaling)
+        for adapter_id, adapter in chosen.items()
+        if adapter
+    }
+    out = y.astype(np.float64)
+    for i, adapter_id in enumerate(ids.tolist()):
+        if adapter_id in in_float64:
+            out[i] += _delta(x[i].astype(np.float64), *in_float64[adapter_id])
+    return out
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def apply_batched(
+    x: ArrayLike, W: ArrayLike, adapters: Adapters, adapter_ids: ArrayLike, scalings: Scaling = None
+) -> Result:
+    """The shared base product plus each row's own delta.
+
+    Semantics: `out[i] = W @ x[i] + lora_delta(x[i:i+1], *adapters[adapter_ids[i]])[0]`
+    x (n, h_in), W (h_out, h_in), the rest as in `add_lora` -> (n, h_out) float64.
+    Raises: ValueError as `add_lora`. Source: Punica (Chen et al. 2023), section 4.
+
+    >>> apply_batched([[1.0], [2.0]], [[10.0]], [([[1.0]], [[1.0]])], [0, -1])
+    array([[11.],
+           [20.]])
+    """
+    x = matrix(x, "x")
+    W = matrix(W, "W", columns=x.shape[1]).astype(np.float64)
+    base = [(W * x_i).sum(axis=1) for x_i in x.astype(np.float64)]
+    return add_lora(np.reshape(base, (len(x), len(W))), x, adapters, adapter_ids, scalings)
+
+
+def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:
+    """The base product plus one adapter's delta for every row.
+
+    Semantics: `out[i] = W @ x[i] + scaling * (B @ (A @ x[i]))`
+    W (h_out, h_in), the rest, errors and source as in `lora_delta` -> (n, h_out) float64.
+
+    >>> apply_single([[1.0]], [[10.0]], A=[[1.0]], B=[[2.0]], scaling=3.0)
+    array([[16.]])
+    """
+    return apply_batched(x, W, [(A, B)], np.zeros(len(np.asarray(x)), np.int64), scaling)

@@ -1,0 +1,89 @@
+"""What every form of add_lora must pass: the corpus, and same row, same bits.
+
+The suite runs it on sgmv; test_planted_faults.py runs it on sgmv with a fault planted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import sgmv
+from reference.workloads import Workload
+
+
+def stack_of(case: Workload) -> sgmv.AdapterStack:
+    """The case's adapters, loaded: all of them, also those that no row uses."""
+    adapters = {
+        adapter_id: pair and sgmv.Adapter(*pair, case.scalings[adapter_id])
+        for adapter_id, pair in case.adapters.items()
+    }
+    return sgmv.AdapterStack.from_adapters(
+        adapters, h_in=case.x.shape[1], h_out=case.y.shape[1], dtype=weight_dtype(case)
+    )
+
+
+def weight_dtype(case: Workload) -> np.dtype[Any]:
+    pairs = [pair for pair in case.adapters.values() if pair is not None]
+    return pairs[0][0].dtype if pairs else case.x.dtype
+
+
+def check_case(case: Workload) -> None:
+    """add_lora's y is right; so is y made by shrink and expand, with NaN where v is not read."""
+    stack = stack_of(case)
+    y = case.y.copy()
+    assert sgmv.add_lora(y, case.x, stack, case.adapter_ids) is y
+    case.check(y)
+
+    segments = sgmv.segment(case.adapter_ids)
+    np.testing.assert_array_equal(segments.rows, case.rows)
+    np.testing.assert_array_equal(segments.seq_start, case.seq_start)
+    np.testing.assert_array_equal(segments.adapter_ids, case.segment_ids)
+    v = sgmv.shrink(case.x, stack, segments)
+    for s, adapter_id in enumerate(segments.adapter_ids.tolist()):
+        adapter = None if adapter_id == -1 else stack[adapter_id]
+        past_rank = v[
+            segments.seq_start[s] : segments.seq_start[s + 1], adapter.r if adapter else 0 :
+        ]
+        assert not past_rank.any(), f"{case.name}: v is not 0 past the rank of adapter {adapter_id}"
+        past_rank[:] = np.nan
+    in_two_steps = sgmv.expand(v, stack, segments, case.y.copy())
+    case.check(in_two_steps)
+
+
+def check_same_bits(rng: np.random.Generator, batches: int, threads: tuple[int, ...]) -> None:
+    """Random batches: each row's bits equal that row's alone, shuffled, and in other company."""
+    for _ in range(batches):
+        h_in, h_out = rng.integers(1, 90, 2)
+        ranks = rng.integers(0, 20, rng.integers(1, 6))
+        stack = sgmv.AdapterStack.from_adapters(
+            [_adapter(rng, r, h_in, h_out) for r in ranks], h_in=h_in, h_out=h_out
+        )
+        n = int(rng.integers(1, 24))
+        ids = rng.integers(-1, len(ranks), n)
+        x = rng.standard_normal((n, h_in), np.float32)
+        y = rng.standard_normal((n, h_out), np.float32)
+        together = sgmv.add_lora(y.copy(), x, stack, ids)
+        for count in threads:
+            sgmv.set_num_threads(count)
+            order = rng.permutation(n)
+            shuffled = sgmv.add_lora(y[order], x[order], stack, ids[order])
+            assert_same_bits(shuffled, together[order], "shuffled")
+            company = rng.permutation(np.concatenate([np.arange(n), rng.integers(0, n, 70)]))
+            crowded = sgmv.add_lora(y[company], x[company], stack, ids[company])
+            assert_same_bits(crowded, together[company], "in other company")
+            for i in rng.choice(n, min(n, 6), replace=False):
+                alone = sgmv.add_lora(y[i : i + 1].copy(), x[i : i + 1], stack, ids[i : i + 1])
+                assert_same_bits(alone, together[i : i + 1], "alone")
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray, how: str) -> None:
+    bits = f"u{actual.itemsize}"
+    different = np.argwhere(actual.view(bits) != expected.view(bits))
+    assert not len(different), f"{how}: other bits at {different[:3].tolist()}"
+
+
+def _adapter(rng: np.random.Generator, r: int, h_in: int, h_out: int) -> sgmv.Adapter:
+    A = rng.standard_normal((r, h_in), np.float32)
+    return sgmv.Adapter(A, rng.standard_normal((h_out, r), np.float32), rng.uniform(0.1, 2))

@@ -1,0 +1,34 @@
+"""Seeds and threads for every test.
+
+SGMV_TEST_SEED=k draws other random batches; SGMV_NUM_THREADS=k runs all on k threads.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import numba
+import numpy as np
+import pytest
+
+import sgmv
+
+SEED = int(os.environ.get("SGMV_TEST_SEED", "0"))
+JITTED = not numba.config.DISABLE_JIT
+# Without the jit the loops are Python: the small cases suffice to run every line of them.
+MAX_ELEMENTS = None if JITTED else 3_000
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator of the test's own: its name and SGMV_TEST_SEED are the seed."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.name.encode())])
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_after() -> Iterator[None]:
+    threads = sgmv.get_num_threads()
+    yield
+    sgmv.set_num_threads(threads)

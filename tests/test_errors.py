@@ -1,0 +1,462 @@
+"""Every refusal: its text's key parts, its class, and that nothing was changed before it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sgmv
+from sgmv import errors
+
+SOURCES = Path(sgmv.__file__).parent
+F = np.float32
+A, B = np.ones((2, 3), F), np.ones((4, 2), F)
+X, W, Y = np.ones((5, 3), F), np.ones((4, 3), F), np.ones((5, 4), F)
+IDS = [0, -1, 0, 7, 0]
+SEGMENTS = sgmv.segment(IDS)
+
+
+def stack(**shape: Any) -> sgmv.AdapterStack:
+    made = sgmv.AdapterStack(3, 4, **{"slots": 2, "max_rank": 2, **shape})
+    for adapter_id in (0, 7):
+        made.load(adapter_id, (A, B))
+    return made
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def add(y: Any = Y, x: Any = X, ids: Any = IDS, to: Any = None) -> Any:
+    return lambda: sgmv.add_lora(y, x, stack() if to is None else to, ids)
+
+
+SHARED = np.ones((5, 7), F)
+ALIASED = np.lib.stride_tricks.as_strided(np.ones(30, F), (5, 4), (4, 8))
+BROADCAST = np.lib.stride_tricks.as_strided(np.ones(4, F), (5, 4), (0, 4))
+
+# call, class, key parts of the message in their order: argument, expected, received, remedy
+REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]] = {
+    # add_lora's arrays
+    "y is no array": (
+        add(y=Y.tolist()),
+        errors.DtypeError,
+        ["y: ", "two-dimensional numpy array", "list", "np.asarray"],
+    ),
+    "y of integers": (
+        add(y=Y.astype(int)),
+        errors.DtypeError,
+        ["y: ", "float32, float16", "int64", ".astype"],
+    ),
+    "y big-endian": (
+        add(y=Y.astype(">f4")),
+        errors.DtypeError,
+        ["y: ", "native", ">f4", ".astype"],
+    ),
+    "y one-dimensional": (
+        add(y=Y[0]),
+        errors.ShapeError,
+        ["y: ", "two dimensions", "(4,)", "reshape"],
+    ),
+    "y too narrow": (
+        add(y=Y[:, :3].copy()),
+        errors.ShapeError,
+        ["y: ", "(5, 4)", "(5, 3)", "h_out"],
+    ),
+    "y too short": (add(y=Y[:4].copy()), errors.ShapeError, ["y: ", "(5, 4)", "(4, 4)", "one row"]),
+    "y read-only": (
+        add(y=read_only(Y)),
+        errors.MemoryLayoutError,
+        ["y: ", "writable", "read-only", "y.copy()"],
+    ),
+    "y overlaps itself": (
+        add(y=ALIASED),
+        errors.MemoryLayoutError,
+        ["y: ", "own memory", "strides (4, 8)", "y.copy()"],
+    ),
+    "y broadcast": (
+        add(y=BROADCAST),
+        errors.MemoryLayoutError,
+        ["y: ", "own memory", "strides (0, 4)", "y.copy()"],
+    ),
+    "y overlaps x": (
+        add(y=SHARED[:, 2:6], x=SHARED[:, :3]),
+        errors.MemoryLayoutError,
+        ["y: ", "apart from x", "overlap", "x.copy()"],
+    ),
+    "x of integers": (
+        add(x=X.astype(np.int32)),
+        errors.DtypeError,
+        ["x: ", "float32", "int32", ".astype"],
+    ),
+    "x complex": (
+        add(x=X.astype(complex)),
+        errors.DtypeError,
+        ["x: ", "float32", "complex128", ".astype"],
+    ),
+    "x too wide": (
+        add(x=np.ones((5, 9), F)),
+        errors.ShapeError,
+        ["x: ", "(5, 3)", "(5, 9)", "h_in"],
+    ),
+    "x with another n": (
+        add(x=X[:2]),
+        errors.ShapeError,
+        ["x: ", "(5, 3)", "(2, 3)", "one row per adapter id"],
+    ),
+    "x three-dimensional": (
+        add(x=X[None]),
+        errors.ShapeError,
+        ["x: ", "two dimensions", "(1, 5, 3)", "reshape"],
+    ),
+    # ids
+    "ids unknown, all listed": (
+        add(ids=[3, 0, 2, -1, 9]),
+        errors.UnknownAdapterError,
+        ["adapter_ids: ", "[0, 7]", "[2, 3, 9]", "load"],
+    ),
+    "ids below -1": (
+        add(ids=[0, -2, -9, 0, 0]),
+        errors.ValueRangeError,
+        ["adapter_ids: ", ">= 0", "[-9, -2]", "-1"],
+    ),
+    "ids of floats": (
+        add(ids=[0.0] * 5),
+        errors.DtypeError,
+        ["adapter_ids: ", "integers", "float64", "astype"],
+    ),
+    "ids of bools": (
+        add(ids=[True] * 5),
+        errors.DtypeError,
+        ["adapter_ids: ", "integers", "bool", "astype"],
+    ),
+    "ids two-dimensional": (
+        add(ids=[[0], [0]]),
+        errors.ShapeError,
+        ["adapter_ids: ", "one dimension", "(2, 1)", "per row"],
+    ),
+    "ids beyond int64": (
+        add(ids=np.array([2**63] * 5, np.uint64)),
+        errors.ValueRangeError,
+        ["adapter_ids: ", "2**63", str(2**63), "smaller"],
+    ),
+    "too few ids": (
+        add(ids=[0]),
+        errors.ShapeError,
+        ["x: ", "(1, 3)", "(5, 3)", "one row per adapter id"],
+    ),
+    # stack and segments
+    "no stack": (
+        add(to={0: (A, B)}),
+        errors.DtypeError,
+        ["stack: ", "AdapterStack", "dict", "from_adapters"],
+    ),
+    "shrink without segments": (
+        lambda: sgmv.shrink(X, stack(), IDS),
+        errors.DtypeError,
+        ["segments: ", "Segments", "list", "segment(adapter_ids)"],
+    ),
+    # expand's v
+    "v of halves": (
+        lambda: sgmv.expand(np.ones((5, 2), np.float16), stack(), SEGMENTS, Y),
+        errors.DtypeError,
+        ["v: ", "float32 or float64", "float16", "shrink"],
+    ),
+    "v too narrow": (
+        lambda: sgmv.expand(np.ones((5, 1), F), stack(), SEGMENTS, Y),
+        errors.ShapeError,
+        ["v: ", "(5, >= 2)", "(5, 1)", "shrink"],
+    ),
+    "v with another n": (
+        lambda: sgmv.expand(np.ones((4, 2), F), stack(), SEGMENTS, Y),
+        errors.ShapeError,
+        ["v: ", "(5, >= 2)", "(4, 2)", "shrink"],
+    ),
+    "y overlaps v": (
+        lambda: sgmv.expand(SHARED[:, :2], stack(), SEGMENTS, SHARED[:, 1:5]),
+        errors.MemoryLayoutError,
+        ["y: ", "apart from v", "overlap", "v.copy()"],
+    ),
+    # Adapter
+    "A and B of unequal rank": (
+        lambda: sgmv.Adapter(A, np.ones((4, 3), F)),
+        errors.ShapeError,
+        ["B: ", "(h_out, 2)", "(4, 3)", "(r, h_in)"],
+    ),
+    "A one-dimensional": (
+        lambda: sgmv.Adapter(A[0], B),
+        errors.ShapeError,
+        ["A: ", "two dimensions", "(3,)", "reshape"],
+    ),
+    "B no array": (
+        lambda: sgmv.Adapter(A, None),
+        errors.DtypeError,
+        ["B: ", "numpy array", "NoneType", "np.asarray"],
+    ),
+    "scaling NaN": (
+        lambda: sgmv.Adapter(A, B, float("nan")),
+        errors.ValueRangeError,
+        ["scaling: ", "finite", "nan", "lora_alpha"],
+    ),
+    "scaling beyond float32": (
+        lambda: sgmv.Adapter(A, B, 1e39),
+        errors.ValueRangeError,
+        ["scaling: ", "float32", "1e+39", "lora_alpha"],
+    ),
+    "scaling no number": (
+        lambda: sgmv.Adapter(A, B, "2"),
+        errors.DtypeError,
+        ["scaling: ", "real number", "str", "1.0"],
+    ),
+    # AdapterStack
+    "h_in of 0": (
+        lambda: sgmv.AdapterStack(0, 4),
+        errors.ValueRangeError,
+        ["h_in: ", "at least 1", "0", "larger"],
+    ),
+    "slots of a float": (
+        lambda: sgmv.AdapterStack(3, 4, slots=2.0),
+        errors.DtypeError,
+        ["slots: ", "integer", "float", "whole"],
+    ),
+    "stack of integers": (
+        lambda: sgmv.AdapterStack(3, 4, dtype="int8"),
+        errors.DtypeError,
+        ["dtype: ", "float32", "int8", "astype"],
+    ),
+    "stack of nonsense": (
+        lambda: sgmv.AdapterStack(3, 4, dtype="wide"),
+        errors.DtypeError,
+        ["dtype: ", "float32", "'wide'", "astype"],
+    ),
+    "no adapters, no widths": (
+        lambda: sgmv.AdapterStack.from_adapters({3: None}),
+        errors.ShapeError,
+        ["adapters: ", "at least one", "1 ids without", "h_in and h_out"],
+    ),
+    "adapters no mapping": (
+        lambda: sgmv.AdapterStack.from_adapters(7),
+        errors.DtypeError,
+        ["adapters: ", "mapping", "int", "dict"],
+    ),
+    "an adapter that is none": (
+        lambda: sgmv.AdapterStack.from_adapters({5: "adapter"}),
+        errors.DtypeError,
+        ["adapters[5]: ", "Adapter", "str", "wrap"],
+    ),
+    "adapters of unequal widths": (
+        lambda: sgmv.AdapterStack.from_adapters([(A, B), (np.ones((1, 9), F), np.ones((4, 1), F))]),
+        errors.ShapeError,
+        ["adapter: ", "h_in = 3", "h_in = 9", "this layer"],
+    ),
+    "rank above max_rank": (
+        lambda: stack().load(0, (np.ones((3, 3), F), np.ones((4, 3), F))),
+        errors.StackError,
+        ["adapter: ", "max_rank = 2", "got 3", "larger max_rank"],
+    ),
+    "no free slot": (
+        lambda: stack().load(1, (A, B)),
+        errors.StackError,
+        ["adapter: ", "free slot among 2", "none", "unload"],
+    ),
+    "a negative id": (
+        lambda: stack().load(-1, (A, B)),
+        errors.ValueRangeError,
+        ["adapter_id: ", "from 0", "-1", "base only"],
+    ),
+    "an id of a string": (
+        lambda: stack().load("a", (A, B)),
+        errors.DtypeError,
+        ["adapter_id: ", "integer >= 0", "'a'", "integers"],
+    ),
+    "unload what is not there": (
+        lambda: stack().unload(5),
+        errors.UnknownAdapterError,
+        ["adapter_id: ", "[0, 7]", "5", "load"],
+    ),
+    "get what is not there": (
+        lambda: stack()[5],
+        errors.UnknownAdapterError,
+        ["adapter_id: ", "[0, 7]", "5", "load"],
+    ),
+    # apply_batched
+    "W no matrix": (
+        lambda: sgmv.apply_batched(X, W[0], [], [-1] * 5),
+        errors.ShapeError,
+        ["W: ", "two dimensions", "(3,)", "reshape"],
+    ),
+    "W of another width": (
+        lambda: sgmv.apply_batched(X, np.ones((4, 9), F), [], [-1] * 5),
+        errors.ShapeError,
+        ["x: ", "(5, 9)", "(5, 3)", "h_in"],
+    ),
+    "adapters of another layer": (
+        lambda: sgmv.apply_batched(X, np.ones((6, 3), F), stack(), IDS),
+        errors.ShapeError,
+        ["adapters: ", "h_out = 6", "h_out = 4", "this layer"],
+    ),
+    "scalings beside a stack": (
+        lambda: sgmv.apply_batched(X, W, stack(), IDS, 2.0),
+        errors.DtypeError,
+        ["scalings: ", "none", "float", "when loading"],
+    ),
+    "an id without adapter": (
+        lambda: sgmv.apply_batched(X, W, {0: (A, B)}, IDS),
+        errors.UnknownAdapterError,
+        ["adapter_ids: ", "[0]", "7", "add it"],
+    ),
+    "an id beyond the sequence": (
+        lambda: sgmv.apply_batched(X, W, [(A, B)], IDS),
+        errors.UnknownAdapterError,
+        ["adapter_ids: ", "[0]", "7", "add it"],
+    ),
+    "an id without scaling": (
+        lambda: sgmv.apply_batched(X, W, {0: (A, B), 7: (A, B)}, IDS, {0: 1.0}),
+        errors.UnknownAdapterError,
+        ["scalings: ", "every adapter", "adapter 7", "leave scalings out"],
+    ),
+    "a scaling that is none": (
+        lambda: sgmv.apply_batched(X, W, {0: (A, B), 7: (A, B)}, IDS, {0: 1.0, 7: float("inf")}),
+        errors.ValueRangeError,
+        ["scalings[7]: ", "finite", "inf", "lora_alpha"],
+    ),
+    "scalings of a string": (
+        lambda: sgmv.apply_batched(X, W, [(A, B)], [0] * 5, object()),
+        errors.DtypeError,
+        ["scalings: ", "real number", "object", "lora_alpha"],
+    ),
+    # Segments by hand
+    "offsets that end early": (
+        lambda: sgmv.Segments([0, 1], [0, 1], [3]),
+        errors.ValueRangeError,
+        ["seq_start: ", "from 0 to n = 2", "[0, 1]", "running sum"],
+    ),
+    "offsets that descend": (
+        lambda: sgmv.Segments([0, 1], [0, 2, 1, 2], [3, 4, 5]),
+        errors.ValueRangeError,
+        ["seq_start: ", "ascending", "[0, 2, 1, 2]", "running sum"],
+    ),
+    "one offset short": (
+        lambda: sgmv.Segments([0, 1], [0, 2], [3, 4]),
+        errors.ShapeError,
+        ["seq_start: ", "3 offsets", "2", "n at the end"],
+    ),
+    "a row twice": (
+        lambda: sgmv.Segments([1, 1], [0, 2], [3]),
+        errors.ValueRangeError,
+        ["rows: ", "0..1 once", "[1, 1]", "permutation"],
+    ),
+    "segments out of order": (
+        lambda: sgmv.Segments([0, 1], [0, 1, 2], [4, 3]),
+        errors.ValueRangeError,
+        ["adapter_ids: ", "ascending", "[4, 3]", "merge"],
+    ),
+    # stats
+    "ranks for too few segments": (
+        lambda: SEGMENTS.stats(3, 4, [2, 2]),
+        errors.ShapeError,
+        ["ranks: ", "3 segments", "(2,)", "rank of 0"],
+    ),
+    "a rank missing": (
+        lambda: SEGMENTS.stats(3, 4, {0: 2}),
+        errors.UnknownAdapterError,
+        ["ranks: ", "every adapter", "[7]", "mapping"],
+    ),
+    # threads
+    "threads below 1": (
+        lambda: sgmv.set_num_threads(0),
+        errors.ValueRangeError,
+        ["n: ", "at least 1", "0", "pass 1"],
+    ),
+    "threads of a float": (
+        lambda: sgmv.set_num_threads(2.0),
+        errors.DtypeError,
+        ["n: ", "integer", "float", "number of threads"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_with_a_clear_message_before_anything_is_changed(name: str) -> None:
+    call, kind, parts = REFUSALS[name]
+    inputs = [A, B, X, W, Y, SHARED, ALIASED, BROADCAST]
+    before = [array.copy() for array in inputs]
+    with pytest.raises(kind) as refusal:
+        call()
+    message = str(refusal.value)
+    assert re.fullmatch(r".+: expected .+, got .+; .+", message), message
+    at = 0
+    for part in parts:
+        assert part in message[at:], f"{part!r} is not in {message[at:]!r}"
+        at = message.index(part, at)
+    assert isinstance(refusal.value, sgmv.SgmvError)
+    assert isinstance(refusal.value, ValueError)
+    for array, same in zip(inputs, before, strict=True):
+        np.testing.assert_array_equal(array, same)
+
+
+def test_every_refusal_in_the_sources_is_in_this_table() -> None:
+    """Each `raise` names its argument; one that is not hit by a case above is not tested.
+
+    The PEFT reader's are in test_peft.py, the environment's in test_workers.py.
+    """
+    elsewhere = {"peft.py"}
+    raised = {
+        path.name: [
+            number + 1
+            for number, line in enumerate(path.read_text().splitlines())
+            if re.match(r" +raise \w+Error\(", line)
+        ]
+        for path in SOURCES.glob("*.py")
+        if path.name not in elsewhere
+    }
+    hit: dict[str, set[int]] = {name: set() for name in raised}
+    for call, kind, _ in REFUSALS.values():
+        with pytest.raises(kind) as refusal:
+            call()
+        last = refusal.traceback[-1]
+        hit.setdefault(Path(str(last.path)).name, set()).add(last.lineno + 1)
+    missed = {
+        f"{name}:{line}"
+        for name, lines in raised.items()
+        for line in lines
+        if not any(line <= h <= line + 8 for h in hit[name])
+    }
+    names = {m for m in missed if not _is_elsewhere(m)}
+    assert not names
+
+
+def _is_elsewhere(place: str) -> bool:
+    """Refusals that need another process to be seen: test_workers.py and the test below."""
+    name, line = place.split(":")
+    following = (SOURCES / name).read_text().splitlines()[int(line) - 1 :][:6]
+    return any(word in " ".join(following) for word in ("SGMV_NUM_THREADS", "'bfloat16'"))
+
+
+def test_the_name_bfloat16_needs_ml_dtypes_imported() -> None:
+    program = "import sgmv; sgmv.AdapterStack(3, 4, dtype='bfloat16')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    for part in ("dtype: expected a numpy dtype", "'bfloat16'", "import ml_dtypes"):
+        assert part in done.stderr
+
+
+def test_columns_of_one_buffer_do_not_overlap() -> None:
+    """x and y interleaved in memory, but no element shared: allowed."""
+    both = np.ones((5, 7), F)
+    sgmv.add_lora(both[:, 3:], both[:, :3], stack(), IDS)
+    np.testing.assert_array_equal(both[0], [1, 1, 1, 7, 7, 7, 7])
+
+
+def test_warnings_are_not_raised_for_nan_and_inf() -> None:
+    x = X.copy()
+    x[0] = [np.nan, np.inf, -np.inf]
+    sgmv.apply_batched(x.astype(np.float16), W, [(A, B)], [0] * 5)

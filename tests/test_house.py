@@ -1,0 +1,147 @@
+"""The house: imports point one way, kernels are jitted in one place, the core needs no extra."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each file may import from those before it in its own line's reach, and from no other.
+FLOORS = [
+    {"errors", "kernels.jit"},
+    {"dtypes", "kernels.floats"},
+    {"kernels.loops", "segment"},
+    {"schedule", "adapters", "workers"},
+    {"checks", "peft"},
+    {"shrink", "expand"},
+    {"lora"},
+    {"__init__"},
+]
+EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft"}
+
+
+def imports(path: Path, *, anywhere: bool = True) -> set[str]:
+    """Full names of the modules that a file imports; only at its top level, if asked."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if anywhere else iter(tree.body)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(package: str) -> dict[str, Path]:
+    folder = ROOT / package
+    return {
+        ".".join(path.relative_to(folder).with_suffix("").parts): path
+        for path in folder.rglob("*.py")
+        if path.name != "__init__.py" or path.parent == folder
+    }
+
+
+def test_every_file_has_a_floor() -> None:
+    assert set(sources("sgmv")) == set().union(*FLOORS)
+
+
+def test_imports_point_one_way() -> None:
+    files = sources("sgmv")
+    for floor, names in enumerate(FLOORS):
+        below = set().union(*FLOORS[:floor])
+        for name in names:
+            used = {f.removeprefix("sgmv.") for f in imports(files[name], anywhere=False)}
+            own = {m for m in files if m in used}
+            assert own <= below, f"sgmv/{name}.py imports {own - below}"
+
+
+def test_shrink_and_expand_never_import_each_other() -> None:
+    files = sources("sgmv")
+    assert not any(
+        "expand" in name
+        for name in imports(files["shrink"])
+        if "sgmv" in name and "tasks" not in name
+    )
+    assert "sgmv.shrink" not in imports(files["expand"])
+
+
+@pytest.mark.parametrize(
+    ("package", "never"),
+    [
+        ("sgmv", {"reference", "tests", "benchmarks"}),
+        ("reference", {"sgmv", "tests", "benchmarks", "numba", *EXTRAS}),
+    ],
+)
+def test_packages_that_must_not_know_each_other(package: str, never: set[str]) -> None:
+    for name, path in sources(package).items():
+        used = {module.split(".")[0] for module in imports(path)}
+        assert not used & never, f"{package}/{name}.py imports {used & never}"
+
+
+def test_kernels_hold_jitted_code_and_take_no_upper_floor() -> None:
+    for name, path in sources("sgmv").items():
+        if name.startswith("kernels."):
+            own = {m for m in imports(path) if m.startswith("sgmv.")}
+            assert all(m.startswith("sgmv.kernels.") for m in own), name
+
+
+def test_numba_flags_stand_in_one_place() -> None:
+    for name, path in sources("sgmv").items():
+        if name == "kernels.jit":
+            continue
+        used = {module for module in imports(path) if module.split(".")[0] == "numba"}
+        assert used <= {"numba", "numba.types", "numba.extending", "numba.extending.overload"}, name
+        text = path.read_text()
+        assert "njit" not in text, name
+        assert "prange" not in text.replace("not prange", "").replace("numba's prange", ""), name
+
+
+def test_no_fast_math_that_forgets_nan_and_inf() -> None:
+    from sgmv.kernels import jit
+
+    assert set(jit.ANY_ORDER) == {"contract", "reassoc"}
+    assert set(jit.IN_ORDER) == {"contract"}
+
+
+def test_jitted_functions_are_short() -> None:
+    for name, path in sources("sgmv").items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                isinstance(d, ast.Call) and getattr(d.func, "id", "") == "jit"
+                for d in node.decorator_list
+            ):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 50, f"{name}.{node.name} has {length} lines"
+                assert len(node.args.args) <= 13, f"{name}.{node.name}"
+
+
+def test_the_core_imports_no_extra() -> None:
+    program = (
+        "import sys, sgmv; "
+        f"print(sorted({sorted(EXTRAS)!r} & sys.modules.keys() if False else "
+        f"set({sorted(EXTRAS)!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_public_functions_have_contracts() -> None:
+    """One line, `Semantics:`, a source and an example; classes likewise."""
+    import sgmv
+
+    for name in sgmv.__all__:
+        doc = getattr(sgmv, name).__doc__ or ""
+        assert doc.splitlines()[0].strip(), name
+        assert ">>>" in doc, f"{name} has no example"
+        assert "Semantics:" in doc, f"{name} has no Semantics"
+
+
+def test_no_bare_assert_refuses_a_user() -> None:
+    for name, path in sources("sgmv").items():
+        nodes = ast.walk(ast.parse(path.read_text()))
+        assert not any(isinstance(node, ast.Assert) for node in nodes), name

@@ -1,0 +1,36 @@
+# Every verb makes its own .venv and installs what it needs: Python 3.10+ and git are enough.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: bench test check format readme wheel clean
+
+bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="--full" for all)
+	$(RUN) -m benchmarks $(ARGS)
+
+test: $(VENV)/test.installed  ## the whole suite (ARGS="-k lora" for a part)
+	$(RUN) -m pytest $(ARGS)
+
+check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, wheel
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m benchmarks.readme --check
+
+format: $(VENV)/dev.installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+readme: $(VENV)/bench.installed  ## tables and figures of the README, from the committed records
+	$(RUN) -m benchmarks.readme
+
+wheel: $(VENV)/dev.installed
+	$(RUN) -m build --wheel
+
+$(VENV)/%.installed: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) bench-out build dist *.egg-info

@@ -166,7 +166,7 @@ class SlotTable:
         """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""
         slot = np.empty(len(adapter_ids), np.int64)
         rank = np.empty(len(adapter_ids), np.int64)
-        if _find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank):
+        if _find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank) > 0:
             raise UnknownAdapterError(
                 "adapter_ids",
                 f"-1 or ids of loaded adapters, {_some(self.ids)}",

@@ -70,7 +70,7 @@ def check_y(y: Array, n: int, h_out: int, source: str, operand: Any) -> None:
         )
     if not y.flags.writeable:
         raise MemoryLayoutError("y", "a writable array", "a read-only one", "pass y.copy()")
-    if _overlaps_itself(y):
+    if not y.flags.c_contiguous and _overlaps_itself(y):
         raise MemoryLayoutError(
             "y",
             "elements that each have their own memory",

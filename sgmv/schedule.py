@@ -25,7 +25,7 @@ def shrink_tasks(seq_start: Any, slot: Any, rank: Any, threads: int) -> Any:
     """Tasks (T, 5) `(slot, first, last, low, high)` of shrink, low:high ranks; and their work.
 
     seq_start (S+1,), slot (S,), rank (S,) of each segment; segments of rank 0 get no task.
-    The work is the number of multiply-adds per unit of h_in.
+    The work is multiply-adds plus weights read, per unit of h_in.
     """
     return _cut(seq_start, slot, rank, rank, RANK_BLOCK, threads)
 
@@ -34,7 +34,7 @@ def shrink_tasks(seq_start: Any, slot: Any, rank: Any, threads: int) -> Any:
 def expand_tasks(seq_start: Any, slot: Any, rank: Any, h_out: int, threads: int) -> Any:
     """Tasks (T, 5) `(slot, first, last, low, high)` of expand, low:high columns; and their work.
 
-    As for shrink; the work is the number of multiply-adds per unit of h_out.
+    As for shrink; the work is per unit of h_out.
     """
     return _cut(seq_start, slot, rank, np.full_like(rank, h_out), COLUMN_BLOCK, threads)
 
@@ -48,7 +48,7 @@ def _cut(seq_start: Any, slot: Any, rank: Any, extent: Any, block: int, threads:
         if rank[s] > 0:
             m = seq_start[s + 1] - seq_start[s]
             row_blocks += -(-m // ROWS_PER_TASK)
-            work += m * rank[s]
+            work += (m + 1) * rank[s]
     parts = -(-threads * TASKS_PER_THREAD // max(row_blocks, 1))
     if threads == 1:
         parts = 1

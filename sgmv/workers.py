@@ -22,9 +22,10 @@ import numpy as np
 from sgmv.errors import DtypeError, ValueRangeError
 from sgmv.segment import Integers
 
-# Multiply-adds below which waking a helper costs more than it brings (benchmarks, n = 1 and 4).
-WORTH_WAKING = 2_000_000
-# Multiply-adds between two looks at pending signals, so that Ctrl-C is heard within about 50 ms.
+# Work below which waking a helper, some 60 us, costs more than it brings: at half of it, 64 rows at
+# r = 8, two threads took 1.4 times as long as one.
+WORTH_WAKING = 4_000_000
+# Work between two looks at pending signals, so that Ctrl-C is heard within about 50 ms.
 BETWEEN_SIGNALS = 500_000_000
 
 
@@ -93,24 +94,25 @@ def run(kernel: Callable[..., None], tasks: Integers, work: int, *arguments: Any
     """Run `kernel(next_task, batch, tasks, *arguments)` on several threads until no task is left.
 
     Semantics: when it returns, or raises, no thread works on `arguments` any more.
-    work  multiply-adds of all tasks together: decides about waking helpers
+    work  multiply-adds and weights read by all tasks together: decides about waking helpers
     """
-    if len(tasks) == 0:
-        return
+    last = len(tasks)
     next_task = np.zeros(1, np.int64)
-    batch = max(1, len(tasks) * BETWEEN_SIGNALS // max(work, 1))
+    batch = max(1, last * BETWEEN_SIGNALS // max(work, 1))
 
     def drain() -> None:
-        while next_task[0] < len(tasks):
+        while next_task[0] < last:
             kernel(next_task, batch, tasks, *arguments)
 
+    if work < WORTH_WAKING:
+        drain()
+        return
     helpers: list[Future[None]] = []
     try:
-        if work >= WORTH_WAKING:
-            _wake(helpers, min(get_num_threads(), len(tasks)) - 1, drain)
+        _wake(helpers, min(get_num_threads(), last) - 1, drain)
         drain()
     finally:
-        next_task[0] = len(tasks)
+        next_task[0] = last
         _dismiss(helpers)
 
 

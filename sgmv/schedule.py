@@ -22,7 +22,7 @@ TASKS_PER_THREAD = 4  # enough that a thread which falls behind leaves work to t
 
 @jit()
 def shrink_tasks(seq_start: Any, slot: Any, rank: Any, threads: int) -> Any:
-    """Tasks (T, 5) `(slot, first, last, low, high)` of shrink, low:high ranks; and their work.
+    """Tasks (T, 6) `(slot, r, first, last, low, high)` of shrink, low:high ranks; and their work.
 
     seq_start (S+1,), slot (S,), rank (S,) of each segment; segments of rank 0 get no task.
     The work is multiply-adds plus weights read, per unit of h_in.
@@ -32,7 +32,7 @@ def shrink_tasks(seq_start: Any, slot: Any, rank: Any, threads: int) -> Any:
 
 @jit()
 def expand_tasks(seq_start: Any, slot: Any, rank: Any, h_out: int, threads: int) -> Any:
-    """Tasks (T, 5) `(slot, first, last, low, high)` of expand, low:high columns; and their work.
+    """Tasks (T, 6) `(slot, r, first, last, low, high)` of expand, low:high columns; and their work.
 
     As for shrink; the work is per unit of h_out.
     """
@@ -52,7 +52,7 @@ def _cut(seq_start: Any, slot: Any, rank: Any, extent: Any, block: int, threads:
     parts = -(-threads * TASKS_PER_THREAD // max(row_blocks, 1))
     if threads == 1:
         parts = 1
-    tasks = np.empty((row_blocks * parts, 5), np.int64)
+    tasks = np.empty((row_blocks * parts, 6), np.int64)
     t = 0
     for s in range(slot.shape[0]):
         if rank[s] == 0:
@@ -68,7 +68,8 @@ def _cut(seq_start: Any, slot: Any, rank: Any, extent: Any, block: int, threads:
             for q in range(cuts):
                 low = blocks * q // cuts * block
                 high = min(blocks * (q + 1) // cuts * block, extent[s])
-                tasks[t, 0], tasks[t, 1], tasks[t, 2] = slot[s], first, last
-                tasks[t, 3], tasks[t, 4] = low, high
+                tasks[t, 0], tasks[t, 1] = slot[s], rank[s]
+                tasks[t, 2], tasks[t, 3] = first, last
+                tasks[t, 4], tasks[t, 5] = low, high
                 t += 1
     return tasks[:t], work

@@ -36,8 +36,8 @@ FAULTS = {
     "v is not cleared": ("kernels.loops", "v[first:last, low:high] = zero", "pass"),
     "x is read in sorted order": (
         "kernels.loops",
-        "x_address + rows[p] * x_stride",
-        "x_address + p * x_stride",
+        "vector(x_row[p] +",
+        "vector(x_row[len(x_row) - 1 - p] +",
     ),
     "the last row of a task is dropped in shrink": (
         "kernels.loops",
@@ -55,17 +55,17 @@ FAULTS = {
     "the first slot's scaling for all": ("kernels.loops", "scalings[slot]", "scalings[0]"),
     "y is written in sorted order": (
         "kernels.loops",
-        "y_address + rows[p + i]",
-        "y_address + (p + i)",
+        "vector(y_row[p + i] +",
+        "vector(y_row[len(y_row) - 1 - p - i] +",
     ),
     "sums carry over to the next rows": (
         "kernels.loops",
-        "sums[i, :width] = zero",
-        "sums[i, :width] += zero",
+        "scratch[: together * width] = v.dtype.type(0)",
+        "scratch[: together * width] *= p == first",
     ),
     "the ranks of a full four are added twice": (
         "kernels.loops",
-        "v[p + i, whole:r], wb[whole:]",
+        "v[p + i, in_fours:r], wb[in_fours:]",
         "v[p + i, :r], wb",
     ),
     "subnormal halves are flushed": (
@@ -102,11 +102,15 @@ FAULTS = {
         "high = min(blocks * (q + 1) // cuts * block, extent[s])",
         "high = min(blocks * (q + 1) // cuts * block, extent[s] - extent[s] % 2)",
     ),
-    "every slot takes the smallest rank": ("kernels.loops", "r = ranks[slot]", "r = min(ranks)"),
+    "every slot takes the smallest rank": (
+        "kernels.loops",
+        "scaling = v.dtype",
+        "r = min(tasks[:, 1]); scaling = v.dtype",
+    ),
     "the ranks left over take other columns": (
         "kernels.loops",
-        "wb[whole:], c)",
-        "wb[whole:], low)",
+        "wb[in_fours:], c)",
+        "wb[in_fours:], low)",
     ),
     "every id is served by the first slot": (
         "adapters",

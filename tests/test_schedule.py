@@ -29,8 +29,9 @@ def test_covers_everything_once(segments: list[tuple[int, int]], threads: int, h
     ):
         assert work == sum((m + 1) * r for m, r in segments if r)
         done = [np.zeros((m, e), int) for (m, _), e in zip(segments, extent, strict=True)]
-        for at, first, last, low, high in tasks:
+        for at, r, first, last, low, high in tasks:
             s = at - 10
+            assert r == rank[s]
             assert 0 < last - first <= ROWS_PER_TASK
             assert low % block == 0
             assert high % block == 0 or high == extent[s]
@@ -48,7 +49,7 @@ def test_one_long_segment_gives_every_thread_work(threads: int) -> None:
 
 def test_one_thread_gets_whole_segments() -> None:
     tasks, _ = shrink_tasks(np.array([0, 40]), np.array([0]), np.array([64]), 1)
-    np.testing.assert_array_equal(tasks, [[0, 0, 40, 0, 64]])
+    np.testing.assert_array_equal(tasks, [[0, 64, 0, 40, 0, 64]])
 
 
 def test_cost_follows_the_rows_not_the_slots() -> None:

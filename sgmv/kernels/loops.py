@@ -1,8 +1,8 @@
 """The readable kernels: plain loops over rows, ranks and columns, for every float type.
 
-A task is five integers `(slot, first, last, low, high)`: the sorted positions first:last of one
-segment, all of the adapter in `slot`, and a part of the second axis: ranks for shrink, columns for
-expand. Threads claim tasks one by one; no two tasks write the same element.
+A task is six integers `(slot, r, first, last, low, high)`: the sorted positions first:last of one
+segment, whose adapter of rank r stands in `slot`, and a part of the second axis: ranks low:high for
+shrink, columns for expand. Threads claim tasks one by one; no two tasks write the same element.
 
     shrink    v[p, j]        = sum over k of  x[rows[p], k] * wa[j, k]
     expand    y[rows[p], c] += scaling * sum over j of  v[p, j] * wb[j, c]
@@ -18,7 +18,8 @@ vectorises over columns, where no order is at stake.
 
 Edge rules. Nothing past a slot's rank is read or written, in wa, wb or v; rows of rank 0 get no
 task. shrink overwrites v, expand accumulates into y and rounds once, at the store. NaN and inf
-stay in their row: no padding is multiplied in. Offsets are 64-bit: rows are found by address.
+stay in their row: no padding is multiplied in. Rows are found by their own address: x_row[p] is
+where x[rows[p]] begins, so any distance between rows will do, and no offset can overflow.
 """
 
 from __future__ import annotations
@@ -46,19 +47,7 @@ def dot4(x, a0, a1, a2, a3, zero):
 
 
 @jit()
-def shrink(
-    next_task,
-    batch,
-    tasks,
-    rows,
-    x_address,
-    x_stride,
-    x_like,
-    wa_address,
-    wa_like,
-    h_in,
-    v,
-):
+def shrink(next_task, batch, tasks, x_row, x_like, wa_address, wa_like, h_in, v):
     """Run up to `batch` tasks of v[first:last, low:high] = x[rows[first:last]] @ wa[low:high].T."""
     zero = v.dtype.type(0)
     row_bytes = h_in * wa_like.itemsize
@@ -66,7 +55,7 @@ def shrink(
         t = claim(next_task)
         if t >= tasks.shape[0]:
             return
-        slot, first, last, low, high = tasks[t]
+        slot, _r, first, last, low, high = tasks[t]
         v[first:last, low:high] = zero
         for k in range(0, h_in, K_BLOCK):
             width = min(K_BLOCK, h_in - k)
@@ -79,8 +68,8 @@ def shrink(
                 a2 = vector(min(a + 2 * row_bytes, last_a), width, wa_like)
                 a3 = vector(min(a + 3 * row_bytes, last_a), width, wa_like)
                 for p in range(first, last):
-                    xp = x_address + rows[p] * x_stride + k * x_like.itemsize
-                    s0, s1, s2, s3 = dot4(vector(xp, width, x_like), a0, a1, a2, a3, zero)
+                    xp = vector(x_row[p] + k * x_like.itemsize, width, x_like)
+                    s0, s1, s2, s3 = dot4(xp, a0, a1, a2, a3, zero)
                     v[p, j] += s0
                     if j + 1 < high:
                         v[p, j + 1] += s1
@@ -122,8 +111,11 @@ def add_ranks(sums, v, wb, low):
 
 
 @jit()
-def add_4_rows_4_ranks(s0, s1, s2, s3, v, wb, j, low):
-    """Four rows: s0..s3 += v[0:4, j:j + 4] @ wb[j:j + 4, low:high]: one read of wb for all."""
+def add_4_ranks_to_4_rows(s0, s1, s2, s3, v, wb, j, low):
+    """Four rows: s0..s3 += v[:, j:j + 4] @ wb[j:j + 4, low:high]: one read of wb for all four.
+
+    The sums come as four vectors: with one (4, width) array here, expand took 1.4 times as long.
+    """
     high = low + s0.shape[0]
     v00, v01, v02, v03 = v[0, j : j + 4]
     v10, v11, v12, v13 = v[1, j : j + 4]
@@ -142,57 +134,34 @@ def add_4_rows_4_ranks(s0, s1, s2, s3, v, wb, j, low):
 
 @jit()
 def store(y, scaling, sums, like):
-    """Y += scaling * sums, rounded once."""
+    """Add scaling * sums to y, rounded once."""
     for c in range(y.shape[0]):
         y[c] = encode(decode(y[c], scaling) + scaling * sums[c], like)
 
 
 @jit()
-def expand(
-    next_task,
-    batch,
-    tasks,
-    rows,
-    y_address,
-    y_stride,
-    y_like,
-    wb_address,
-    wb_like,
-    h_out,
-    ranks,
-    scalings,
-    v,
-):
+def expand(next_task, batch, tasks, y_row, y_like, wb_address, wb_like, h_out, scalings, v):
     """Run up to `batch` tasks of y[rows[first:last], low:high] += scaling * v[first:last] @ wb."""
-    zero = v.dtype.type(0)
-    sums = np.empty((4, COLUMN_BLOCK), v.dtype)
+    scratch = np.empty(4 * COLUMN_BLOCK, v.dtype)
     for _ in range(batch):
         t = claim(next_task)
         if t >= tasks.shape[0]:
             return
-        slot, first, last, low, high = tasks[t]
-        r = ranks[slot]
+        slot, r, first, last, low, high = tasks[t]
         scaling = v.dtype.type(scalings[slot])
         wb = vector(wb_address[slot], r * h_out, wb_like).reshape((r, h_out))
         for c in range(low, high, COLUMN_BLOCK):
             width = min(COLUMN_BLOCK, high - c)
+            sums = scratch[: 4 * width].reshape((4, width))
             for p in range(first, last, 4):
                 together = min(4, last - p)
-                for i in range(together):
-                    sums[i, :width] = zero
-                whole = r // 4 * 4 if together == 4 else 0
-                for j in range(0, whole, 4):
-                    add_4_rows_4_ranks(
-                        sums[0, :width],
-                        sums[1, :width],
-                        sums[2, :width],
-                        sums[3, :width],
-                        v[p : p + 4],
-                        wb,
-                        j,
-                        c,
+                scratch[: together * width] = v.dtype.type(0)
+                in_fours = r // 4 * 4 if together == 4 else 0
+                for j in range(0, in_fours, 4):
+                    add_4_ranks_to_4_rows(
+                        sums[0], sums[1], sums[2], sums[3], v[p : p + 4], wb, j, c
                     )
                 for i in range(together):
-                    add_ranks(sums[i, :width], v[p + i, whole:r], wb[whole:], c)
-                    yp = y_address + rows[p + i] * y_stride + c * y_like.itemsize
-                    store(vector(yp, width, y_like), scaling, sums[i], y_like)
+                    add_ranks(sums[i], v[p + i, in_fours:r], wb[in_fours:], c)
+                    y = vector(y_row[p + i] + c * y_like.itemsize, width, y_like)
+                    store(y, scaling, sums[i], y_like)

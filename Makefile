@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: bench test check format readme wheel clean
+.PHONY: bench test check format readme clean
 
 bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="--full" for all)
 	$(RUN) -m benchmarks $(ARGS)
@@ -11,11 +11,16 @@ bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="-
 test: $(VENV)/test.installed  ## the whole suite (ARGS="-k lora" for a part)
 	$(RUN) -m pytest $(ARGS)
 
-check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, wheel
+check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, and that a wheel holds sgmv alone
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m benchmarks.readme --check
+	rm -rf $(VENV)/wheel
+	$(RUN) -m build --quiet --wheel --outdir $(VENV)/wheel
+	$(RUN) -c "import glob, zipfile as z; [wheel] = glob.glob('$(VENV)/wheel/*.whl'); \
+	  found = {name.split('/')[0] for name in z.ZipFile(wheel).namelist()}; \
+	  assert {n for n in found if not n.endswith('.dist-info')} == {'sgmv'}, found"
 
 format: $(VENV)/dev.installed
 	$(RUN) -m ruff check --fix .
@@ -23,9 +28,6 @@ format: $(VENV)/dev.installed
 
 readme: $(VENV)/bench.installed  ## tables and figures of the README, from the committed records
 	$(RUN) -m benchmarks.readme
-
-wheel: $(VENV)/dev.installed
-	$(RUN) -m build --wheel
 
 $(VENV)/%.installed: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -110,3 +110,5 @@ PEERS = {
     "einsum": Peer("numpy gather + einsum", einsum, refuses=einsum_refuses),
     "torch": Peer("torch per segment", torch_addmm, torch_prepare, torch_refuses),
 }
+# In the order of their turns: torch before numpy, whose BLAS threads spin on (see run.py).
+TURNS = ("torch", "by_row", "by_segment", "einsum")

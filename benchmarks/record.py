@@ -172,6 +172,14 @@ def noisy_cases(record: Record) -> list[str]:
     return [case_label(case) for case in record["cases"] if not is_quiet(case["foreign_cores"])]
 
 
+def without_noisy(record: Record) -> Record:
+    """The record with its noisy cases among the untimed ones."""
+    reason = "other processes ran meanwhile"
+    untimed = {**record["untimed"], **dict.fromkeys(noisy_cases(record), reason)}
+    quiet = [case for case in record["cases"] if is_quiet(case["foreign_cores"])]
+    return {**record, "untimed": untimed, "cases": quiet}
+
+
 def is_quiet(foreign_cores: float | None) -> bool:
     """Whether others kept still; taken for granted where the system does not say.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,10 @@ from benchmarks.batch import (
     popularity_ids,
 )  # fmt: skip
 from benchmarks.ceilings import Ceilings
-from benchmarks.gate import check_case
+from benchmarks.gate import GateError, check_case
 from benchmarks.grid import Case
 from benchmarks.machine import cpu_use, foreign_cores
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, TURNS
 from benchmarks.record import CaseRecord, Times, is_quiet, ratios, significant
 from benchmarks.timing import Budget, Timing, Variant, alternate
 
@@ -35,7 +35,8 @@ from benchmarks.timing import Budget, Timing, Variant, alternate
 IDS_ROWS = 64
 MIXED = "mixed"
 # OpenBLAS threads spin for 2**28 clock ticks, about 0.1 s, after their last call. sgmv's first
-# variant follows the baselines and must not be timed against them; the next ones follow sgmv.
+# variant follows the numpy baselines and must not be timed against them; the next ones follow sgmv,
+# and torch, whose threads suffered 100-fold from those spinning beside them, goes before numpy.
 BLAS_SPIN_S = 0.12
 ATTEMPTS = 4
 
@@ -117,15 +118,45 @@ def adapter_groups(
     return groups
 
 
+def measure_all(
+    groups: Sequence[Group], terms: Terms, step: Callable[[str], None]
+) -> list[CaseRecord]:
+    """Gate and time every case; those beside which other processes ran get a second round.
+
+    Raises GateError, which names the case.
+    """
+    records: dict[Case, CaseRecord] = {}
+    for round_groups in (groups, _noisy(groups, records)):
+        for group in round_groups:
+            pool = group.make()
+            for case, ids in group.cases:
+                step(case.label())
+                try:
+                    records[case] = measure(case, pool, ids, terms)
+                except GateError as error:
+                    raise GateError(f"{case.label()}: {error}") from error
+    return list(records.values())
+
+
+def _noisy(groups: Sequence[Group], records: dict[Case, CaseRecord]) -> Iterator[Group]:
+    """Groups of the cases that were timed beside other processes; read once all are timed."""
+    for group in groups:
+        cases = [
+            (case, ids) for case, ids in group.cases if not is_quiet(records[case]["foreign_cores"])
+        ]
+        if cases:
+            yield Group(group.make, cases)
+
+
 def measure(case: Case, pool: Pool, ids: NDArray[np.int64], terms: Terms) -> CaseRecord:
     """Gate and time one case. Raises GateError; then nothing of this case was timed."""
     batch = make_batch(pool, ids, terms.seed)
     skipped = {name: why for name, peer in PEERS.items() if (why := peer.refuses(batch))}
     variants = _variants(batch, terms.threads)
-    for name, peer in PEERS.items():
+    for name in TURNS:
         if name not in skipped:
-            peer.prepare(batch)
-            variants[name] = (peer.run, lambda: None)
+            PEERS[name].prepare(batch)
+            variants[name] = (PEERS[name].run, lambda: None)
 
     checked = check_case(batch, _gated(variants), terms.seed)
     y = batch.y.copy()

@@ -83,6 +83,9 @@ def test_base_rows_keep_even_odd_bits(rng: np.random.Generator) -> None:
         assert (array[::2] != 1.0).all()
 
 
+RANKS = {0: 5, 1: 0, 2: 9}
+
+
 @pytest.mark.parametrize("r", [1, 3, 4, 5, 8, 9, 17])
 def test_nothing_outside_the_arrays_is_read_or_written(
     r: int, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +118,24 @@ def _store_amid_nan(self: sgmv.AdapterStack, adapter: sgmv.Adapter) -> object:
     wa, _ = _amid_nan(np.ascontiguousarray(adapter.A))
     wb, _ = _amid_nan(np.ascontiguousarray(adapter.B.T))
     return stored(wa, wb, adapter.scaling)
+
+
+def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN or huge numbers here; without the jit, the kernels' own as well."""
+    empty = np.empty
+
+    def poisoned(shape: object, dtype: object = float, *rest: object, **named: object) -> object:
+        made = empty(shape, dtype, *rest, **named)
+        made.fill(np.nan if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max // 2)
+        return made
+
+    case = real("poisoned", "reads what was never written", [2, 0, -1, 1, 0], RANKS, 33, 40)
+    stack = stack_of(case)
+    y = case.y.copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "empty", poisoned)
+        sgmv.add_lora(y, case.x, stack, case.adapter_ids)
+    case.check(y)
 
 
 def test_blocks_are_multiples_of_what_shares_a_read() -> None:

@@ -148,6 +148,27 @@ def test_ctrl_c_stops_between_batches() -> None:
     CASE.check(add())
 
 
+@pytest.mark.skipif(os.name != "posix" or not JITTED, reason="sends SIGINT to jitted code")
+def test_ctrl_c_ends_a_program_that_runs_kernels() -> None:
+    program = (
+        "import numpy as np, sgmv\n"
+        "x = np.ones((512, 2048), 'f')\n"
+        "while True:\n"
+        "    sgmv.lora_delta(x, x[:64], np.ones((2048, 64), 'f'), 1.0)\n"
+        "    print('again', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            for _ in range(3):
+                assert process.stdout.readline() == b"again\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert b"KeyboardInterrupt" in errors
+
+
 def test_long_work_is_cut_into_batches_that_hear_signals() -> None:
     batches = []
 

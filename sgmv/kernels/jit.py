@@ -10,8 +10,10 @@ Each of the two functions is also plain Python, so that the loops run under NUMB
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -26,15 +28,31 @@ IN_ORDER = frozenset({"contract"})
 ANY_ORDER = frozenset({"contract", "reassoc"})
 
 
+def _digest_of_kernels() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+KERNELS = _digest_of_kernels()
+
+
 def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], Any]:
     """Compile without the GIL, cached on disk wherever there is a place that can be written."""
     flags: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, **flags)(function)
+            compiled = numba.njit(cache=True, **flags)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache is writable
             return numba.njit(**flags)(function)
+        if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # set by the environment
+            # numba's cache notices an edit of the function's own file only, but a kernel also
+            # holds the code of what it calls in the others.
+            index = compiled._cache._cache_file
+            index._source_stamp = (index._source_stamp, KERNELS)
+        return compiled
 
     return decorate
 

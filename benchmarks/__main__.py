@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     facts = machine.machine()
     threads = sorted(set(args.threads or [1, machine.cores()]))
+    if args.record and (args.adapters or _filters(args).any() or args.threads):
+        raise SystemExit("--record: expected the whole grid of its mode; leave the filters out")
     console.print(machine_line(facts, threads), "bold")
 
     try:
@@ -210,12 +212,19 @@ def record_name(record: Record) -> str:
 
 def _groups(args: argparse.Namespace) -> tuple[list[run.Group], dict[str, str]]:
     if args.adapters:
+        if args.model or args.layer or args.rank or args.popularity or len(args.dtype or []) > 1:
+            raise SystemExit(
+                "--adapters: expected --rows and one --dtype at most; they have the rest"
+            )
         rows = args.rows or QUICK_ROWS
         dtype = (args.dtype or DTYPES)[0]
         return run.adapter_groups(args.adapters, rows, dtype, args.seed), {}
-    filters = Filters(args.model, args.layer, args.rank, args.rows, args.popularity, args.dtype)
     memory = int(args.memory_gib * 2**30)
-    return run.synthetic_groups(cases(args.mode, filters), args.seed, memory)
+    return run.synthetic_groups(cases(args.mode, _filters(args)), args.seed, memory)
+
+
+def _filters(args: argparse.Namespace) -> Filters:
+    return Filters(args.model, args.layer, args.rank, args.rows, args.popularity, args.dtype)
 
 
 def _write(record: Record, args: argparse.Namespace, console: Console) -> None:

@@ -35,7 +35,11 @@ class Pool:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows over a pool; segments stand ready for the baselines as they do for sgmv."""
+    """Rows over a pool; segments stand ready for the baselines as they do for sgmv.
+
+    `rows` are each segment's row numbers; `takes` the same as baselines index with them: a slice
+    where they are consecutive, which numpy and torch read and write without a copy.
+    """
 
     pool: Pool
     x: NDArray[Any]
@@ -43,6 +47,7 @@ class Batch:
     adapter_ids: NDArray[np.int64]
     segments: sgmv.Segments
     rows: list[NDArray[np.int64]]
+    takes: list[slice | NDArray[np.int64]]
     slots: list[int]
     prepared: dict[str, Any] = field(default_factory=dict)
 
@@ -132,7 +137,13 @@ def make_batch(pool: Pool, adapter_ids: NDArray[np.int64], seed: int) -> Batch:
     order = np.argsort(adapter_ids, kind="stable")
     rows = np.split(order, np.cumsum(counts)[:-1])
     segments = sgmv.segment(adapter_ids)
-    return Batch(pool, x, y, adapter_ids, segments, rows, slots.tolist())
+    takes = [_consecutive(part) for part in rows]
+    return Batch(pool, x, y, adapter_ids, segments, rows, takes, slots.tolist())
+
+
+def _consecutive(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """A slice of the same rows, if there is one."""
+    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
 
 
 def _pool(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,8 @@ def roofline(record: Record) -> Any:
             f"{_bytes(size)}: {rate / 1e9:.0f} GB/s", (low, low * rate / 1e9), (3, -3),
             textcoords="offset points", fontsize=7.5, color="#444444", va="top",
         )  # fmt: skip
-    for popularity, colour in zip(popularities, POPULARITY_COLOURS, strict=False):
-        for rank, marker in zip(ranks, RANK_MARKERS, strict=False):
+    for popularity, colour in zip(popularities, cycle(POPULARITY_COLOURS), strict=False):
+        for rank, marker in zip(ranks, cycle(RANK_MARKERS), strict=False):
             points = [
                 (intensity, case["flops"] / case["times"][main]["q50"] / 1e3)
                 for case, intensity in zip(cases, intensities, strict=True)
@@ -135,10 +136,10 @@ def roofline(record: Record) -> Any:
             )  # fmt: skip
     handles = [
         axis.scatter([], [], color=colour, marker="o", label=popularity)
-        for popularity, colour in zip(popularities, POPULARITY_COLOURS, strict=False)
+        for popularity, colour in zip(popularities, cycle(POPULARITY_COLOURS), strict=False)
     ] + [
         axis.scatter([], [], facecolors="none", edgecolors="k", marker=marker, label=f"r = {rank}")
-        for rank, marker in zip(ranks, RANK_MARKERS, strict=False)
+        for rank, marker in zip(ranks, cycle(RANK_MARKERS), strict=False)
     ]
     axis.legend(handles=handles, loc="lower right", fontsize=8, ncols=2, framealpha=0.9)
     axis.set(

@@ -79,7 +79,7 @@ def available_memory() -> int:
 
 
 class CpuUse(NamedTuple):
-    """Seconds: of the clock, of all cores in use since boot, and of those by this process."""
+    """Seconds: of the clock, of use since boot of this process's cores, and of those by itself."""
 
     clock: float
     everyone: float
@@ -92,11 +92,15 @@ def cpu_use() -> CpuUse | None:
     What the host stole counts as used: it slows a timing as another process does.
     """
     try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    except OSError:
+        lines = Path("/proc/stat").read_text().splitlines()
+        mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):
         return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
-    ticks = user + nice + system + irq + softirq + steal
+    ticks = 0
+    for name, *fields in map(str.split, lines):
+        if name in mine:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
     own = os.times()
     everyone = ticks / os.sysconf("SC_CLK_TCK")
     return CpuUse(time.perf_counter(), everyone, own.user + own.system)
@@ -120,6 +124,10 @@ def versions() -> dict[str, str]:
     for package in ("numpy", "numba", "llvmlite", "torch", "ml_dtypes"):
         try:
             found[package] = version(package)
+            if package == "torch":
+                import torch
+
+                found[package] += f", {torch.get_num_threads()} threads"
         except PackageNotFoundError:
             continue
     return found

@@ -43,7 +43,7 @@ def by_row(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
 def by_segment(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
     """numpy, one segment at a time: gather the rows, two matrix products, scatter."""
     pool = batch.pool
-    for slot, rows in zip(batch.slots, batch.rows, strict=True):
+    for slot, rows in zip(batch.slots, batch.takes, strict=True):
         if pool.ranks[slot]:
             r = pool.ranks[slot]
             v = x[rows].astype(np.float32, copy=False) @ pool.A[slot, :r].T
@@ -82,18 +82,21 @@ def torch_prepare(batch: Batch) -> None:
             A, wb = torch.from_numpy(pool.A[slot, :r]), torch.from_numpy(pool.wb[slot, :r])
             parts.append((start, start + len(rows), A.T, wb, float(pool.scalings[slot])))
         start += len(rows)
-    batch.prepared["torch"] = (torch, torch.from_numpy(np.concatenate(batch.rows)), parts)
+    order = np.concatenate(batch.rows)
+    sorted_already = bool((np.diff(order) == 1).all())
+    batch.prepared["torch"] = (torch, None if sorted_already else torch.from_numpy(order), parts)
 
 
 def torch_addmm(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
     """torch, one segment at a time: rows sorted once, `addmm_` per segment, rows put back."""
     torch, order, parts = batch.prepared["torch"]
-    y_tensor = torch.from_numpy(y)
-    x_sorted = torch.from_numpy(x).index_select(0, order)
-    y_sorted = y_tensor.index_select(0, order)
+    x_sorted, y_sorted = torch.from_numpy(x), torch.from_numpy(y)
+    if order is not None:
+        x_sorted, y_sorted = x_sorted.index_select(0, order), y_sorted.index_select(0, order)
     for start, end, A_T, wb, scaling in parts:
         y_sorted[start:end].addmm_(x_sorted[start:end] @ A_T, wb, alpha=scaling)
-    y_tensor.index_copy_(0, order, y_sorted)
+    if order is not None:
+        torch.from_numpy(y).index_copy_(0, order, y_sorted)
 
 
 def torch_refuses(batch: Batch) -> str:

@@ -73,6 +73,7 @@ def summary_table(record: Record, name: str) -> str:
         f"numpy {record['versions']['numpy']} ({record['blas']['name']}), "
         f"numba {record['versions']['numba']}, {record['date'][:10]}, commit "
         f"`{commit['hash'][:10]}`{' with changes' if commit['dirty'] else ''}; "
+        f"{len(record['untimed'])} more were left out (mostly for want of memory, see the record); "
         f"record: `benchmarks/records/{name}`.",
         "",
         "| baseline / sgmv | threads | geomean | worst | best | lost | "

@@ -88,18 +88,18 @@ class Workload:
     @cached_property
     def rows(self) -> NDArray[np.int64]:
         """rows[p]: which row of x stands at sorted position p (stable sort by id), (n,)."""
-        return np.argsort(self.adapter_ids, kind="stable").astype(np.int64)
+        return _frozen(np.argsort(self.adapter_ids, kind="stable"))
 
     @cached_property
     def segment_ids(self) -> NDArray[np.int64]:
         """The adapter of each segment, ascending; -1 first if there are base-only rows, (S,)."""
-        return np.unique(self.adapter_ids)
+        return _frozen(np.unique(self.adapter_ids))
 
     @cached_property
     def seq_start(self) -> NDArray[np.int64]:
         """Segment s is sorted positions seq_start[s]:seq_start[s+1], (S+1,)."""
         _, lengths = np.unique(self.adapter_ids, return_counts=True)
-        return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+        return _frozen(np.concatenate(([0], np.cumsum(lengths))))
 
     @cached_property
     def expected(self) -> NDArray[np.float64]:
@@ -258,6 +258,12 @@ def integer(
     workload = Workload(name, why, x, y, adapters, scalings, ids, exact=True)
     _check_sums_fit(workload)
     return workload
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[np.int64]:
+    frozen = array.astype(np.int64)
+    frozen.flags.writeable = False
+    return frozen
 
 
 def _signs(

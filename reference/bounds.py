@@ -22,9 +22,11 @@ and y_i itself meets at most r additions. With M_i = |s| sum_jk |B_ij| |A_jk| |x
 where T_i gathers every t, times what is multiplied onto it afterwards:
 
     T_i = (|s| + eta) (h_in eta sum_j |B_ij| + r eta)     shrink's and expand's products
-        + eta (M_i / |s| + sum_j |B_ij| + 1)              the rounding of s, and s v_j or s d_i
+        + eta (M_i / |s| + sum_j |B_ij| + r + 1)          the rounding of s, s v_j or s d_i, and
+                                                          expand's products where s v_j came first
 
-(v in float32 and the rest in float64, as for a float64 y, counts each part with its own u.)
+(v in float32 and the rest in float64, as for a float64 y, counts each part with its own u, and
+the product by scaling in both, as it may stand in either.)
 A base product W @ x in place of y brings its own gamma_{h_in} and h_in eta, before its additions.
 
 ONE rounding at the store, if y's type is narrower than the sum: u max(|sum|, smallest normal).
@@ -227,11 +229,12 @@ def _sum_error(
 ) -> Bound:
     """The inequality in this file's head, and the start's own error carried through it."""
     h_in, r, s, product, B_sum = delta
-    in_v = gamma(h_in + 1, v_type.unit_roundoff)
+    in_v = gamma(h_in + (1 if v_type == sum_type else 2), v_type.unit_roundoff)
     in_sum = gamma(r + 2, sum_type.unit_roundoff)
     growth = in_v + in_sum + in_v * in_sum
     eta_v, eta = v_type.half_smallest_subnormal, sum_type.half_smallest_subnormal
-    tiny = (s + eta_v) * (h_in * eta_v * B_sum + r * eta) + eta_v * (product + B_sum) + eta
+    tiny = (s + eta_v) * (h_in * eta_v * B_sum + r * eta) + eta_v * (product + B_sum)
+    tiny += (r + 1) * eta
     error = np.where(touched, growth * s * product + (1 + growth) * tiny, 0.0)
 
     later = np.where(touched, gamma(r, sum_type.unit_roundoff), 0.0)

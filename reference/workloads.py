@@ -237,7 +237,7 @@ def _layout_specs() -> Iterator[_Spec]:
     ids, ranks = [1, 0, -1, 1, 0, 2], {0: 3, 1: 16, 2: 17}
     why = "contiguous memory assumed: x is a slice of wider rows, A and B are transposed views"
     yield _Spec("views", why, ids, ranks, 65, 33, integer, edit=_views)
-    why = "32-bit offsets: x's rows lie 2**31 elements apart"
+    why = "32-bit offsets into x, whose rows lie 2**31 elements apart"
     yield _Spec("far rows", why, [0, 1, 0], {0: 3, 1: 3}, 65, 33, integer, edit=_far_rows)
 
 

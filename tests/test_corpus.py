@@ -206,7 +206,8 @@ def eight_slots_only(case: Workload) -> Array:
 def ids_in_a_byte(case: Workload) -> Array:
     adapters = {id_ & 0xFF: pair for id_, pair in reversed(list(case.adapters.items()))}
     wrapped = replace(case, adapter_ids=np.where(case.adapter_ids < 0, -1, case.adapter_ids & 0xFF))
-    return plain(replace(wrapped, adapters=adapters, scalings=dict.fromkeys(range(256), 1.0)))
+    scalings = {id_ & 0xFF: scaling for id_, scaling in reversed(list(case.scalings.items()))}
+    return plain(replace(wrapped, adapters=adapters, scalings=scalings))
 
 
 def ids_taken_for_slots(case: Workload) -> Array:

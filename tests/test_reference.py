@@ -347,6 +347,21 @@ def test_the_bound_is_nearly_attained_by_an_adversarial_sum() -> None:
     assert statistics.mean_signed == -(h_in - 1) * u
 
 
+def test_products_that_underflow_after_scaling_are_within_the_bound() -> None:
+    """Each of r products rounds up to twice its size, and small scaling no longer shrinks that."""
+    r = 64
+    A = np.ones((r, 1), np.float32)
+    B = np.full((1, r), (1 + 2.0**-23) * 2.0**-80, np.float32)
+    case = workloads.Workload(
+        "underflow", "", x=np.full((1, 1), 2.0**-60, np.float32), y=np.zeros((1, 1), np.float32),
+        adapters={0: (A, B)}, scalings={0: 2.0**-10}, adapter_ids=np.zeros(1, np.int64),
+    )  # fmt: skip
+    actual = kernel(case, range, scale_v=True, y_first=False)
+    assert actual[0, 0] == r * 2.0**-149
+    assert compare.error_statistics(actual, case.expected, case.bound).largest > 60 * 2.0**-150
+    case.check(actual)
+
+
 def test_the_bound_by_hand() -> None:
     # One product: u each for x A, v B, the rounding of scaling and its product, the sum with y.
     u, one = 2.0**-24, np.ones((1, 1), np.float32)
@@ -360,7 +375,7 @@ def test_the_bound_by_hand() -> None:
     bound = bounds.apply_batched_bound(one, one, [(one, one)], [0])
     assert bound[0, 0] == pytest.approx(5 * u + 2 * u, rel=1e-6)
     wide = bounds.add_lora_bound(one.astype(np.float64), one, [(one, one)], [0], 1.0)
-    assert wide[0, 0] == pytest.approx(2 * u, rel=1e-6)
+    assert wide[0, 0] == pytest.approx(3 * u, rel=1e-6)  # x A, the rounding of scaling, v scaling
     stored = bounds.lora_delta_bound(one, one, one, 1.0, out=np.float16)
     assert stored[0, 0] == pytest.approx(2.0**-11 + 5 * u, rel=1e-3)
     assert bounds.lora_delta_bound(one, one, one, 1.0)[0, 0] == pytest.approx(5 * u, rel=1e-6)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -28,9 +29,10 @@ from sgmv.errors import (
     StackError,
     UnknownAdapterError,
     ValueRangeError,
+    some,
 )
 from sgmv.kernels.jit import jit
-from sgmv.segment import BASE_ONLY, Integers
+from sgmv.segment import BASE_ONLY, Integers, check_count
 
 NO_SLOT = -1
 UNKNOWN = -2
@@ -99,6 +101,11 @@ class Adapter:
 
         Raises PeftError for what cannot be read or is no plain LoRA, and for a name that matches
         nothing, with near names. Source: peft, src/peft/tuners/lora. Needs the extra `peft`.
+
+        >>> Adapter.from_peft("no-such-place", "model.layers.0.mlp.up_proj")
+        Traceback (most recent call last):
+        sgmv.errors.PeftError: directory: expected a PEFT adapter directory, got no-such-place \
+(no such directory); pass a local directory that save_pretrained wrote (nothing is downloaded)
         """
         from sgmv.peft import read_adapter
 
@@ -169,8 +176,8 @@ class SlotTable:
         if _find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank) > 0:
             raise UnknownAdapterError(
                 "adapter_ids",
-                f"-1 or ids of loaded adapters, {_some(self.ids)}",
-                _some(adapter_ids[slot == UNKNOWN]),
+                f"-1 or ids of loaded adapters, {some(self.ids)}",
+                some(adapter_ids[slot == UNKNOWN]),
                 "load those adapters first, or name -1 for base only",
             )
         return slot, rank
@@ -198,6 +205,9 @@ def _find(ids: Any, slots: Any, ranks: Any, adapter_ids: Any, slot: Any, rank: A
             slot[s] = slots[low]
             rank[s] = ranks[slots[low]]
     return unknown
+
+
+_stacks: weakref.WeakSet[AdapterStack] = weakref.WeakSet()
 
 
 class AdapterStack:
@@ -234,14 +244,15 @@ class AdapterStack:
         max_rank: int = 64,
         dtype: npt.DTypeLike = "float32",
     ) -> None:
-        self.h_in = _count("h_in", h_in, 1)
-        self.h_out = _count("h_out", h_out, 1)
-        self.slots = _count("slots", slots, 0)
-        self.max_rank = _count("max_rank", max_rank, 0)
+        self.h_in = check_count("h_in", h_in, 1)
+        self.h_out = check_count("h_out", h_out, 1)
+        self.slots = check_count("slots", slots, 0)
+        self.max_rank = check_count("max_rank", max_rank, 0)
         self.dtype = check_dtype("dtype", dtype)
         self._slot_of: dict[int, int] = {}
         self._table = SlotTable.empty(self.slots, self.dtype)
         self._changing = threading.Lock()
+        _stacks.add(self)
 
     @classmethod
     def from_adapters(
@@ -261,7 +272,7 @@ class AdapterStack:
         h_in, h_out  the layer's widths; needed only where there is no adapter to tell them
         dtype        the smallest type that holds all of them exactly, if left out
 
-        Raises as `Adapter` and `load` do.
+        Raises as `Adapter` and `load` do. Source: vLLM, lora/model_manager.py.
 
         >>> A, B = np.ones((2, 8), "float32"), np.ones((4, 2), "float32")
         >>> AdapterStack.from_adapters({0: (A, B), 5: Adapter(A, B, 0.5), 9: None}).ids
@@ -303,12 +314,31 @@ class AdapterStack:
         adapter     Adapter or (A, B): A (r, h_in), B (h_out, r), r <= max_rank
 
         Raises ShapeError when the widths differ from the stack's, StackError when the rank is
-        above max_rank or no slot is free; the stack is then as it was.
+        above max_rank or no slot is free, ValueRangeError when a weight is too large for the
+        stack's dtype; the stack is then as it was. Source: vLLM, LoRAModelManager.activate_adapter.
+
+        >>> stack = AdapterStack(h_in=64, h_out=32, slots=1)
+        >>> stack.load(7, (np.ones((4, 64), "float32"), np.ones((32, 4), "float32")))
+        >>> stack.load(8, (np.ones((4, 64), "float32"), np.ones((32, 4), "float32")))
+        Traceback (most recent call last):
+        sgmv.errors.StackError: adapter: expected a free slot among 1, got none; \
+unload an adapter first, or make the stack with more slots
         """
         self._load_all({_adapter_id(adapter_id): as_adapter("adapter", adapter)})
 
     def unload(self, adapter_id: int) -> None:
-        """Forget an adapter and free its slot. Raises UnknownAdapterError when it is not loaded."""
+        """Forget an adapter and free its slot.
+
+        Semantics: afterwards `adapter_id not in stack`; a call in flight still ends with it.
+
+        Raises UnknownAdapterError when it is not loaded. Source: vLLM,
+        LoRAModelManager.deactivate_adapter.
+
+        >>> stack = AdapterStack.from_adapters({7: None}, h_in=64, h_out=32)
+        >>> stack.unload(7)
+        >>> 7 in stack
+        False
+        """
         with self._changing:
             slot = self._slot(adapter_id)
             slot_of = {i: s for i, s in self._slot_of.items() if i != adapter_id}
@@ -322,7 +352,8 @@ class AdapterStack:
         return None if stored is None else Adapter(stored.wa, stored.wb.T, stored.scaling)
 
     def __contains__(self, adapter_id: object) -> bool:
-        return adapter_id in self._slot_of
+        is_id = isinstance(adapter_id, (int, np.integer)) and not isinstance(adapter_id, bool)
+        return is_id and adapter_id in self._slot_of
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.ids)
@@ -352,9 +383,9 @@ class AdapterStack:
         return self._table
 
     def _slot(self, adapter_id: int) -> int:
-        if adapter_id not in self._slot_of:
+        if adapter_id not in self:
             raise UnknownAdapterError(
-                "adapter_id", f"one of {_some(self.ids)}", repr(adapter_id), "load it first"
+                "adapter_id", f"one of {some(self.ids)}", repr(adapter_id), "load it first"
             )
         return self._slot_of[adapter_id]
 
@@ -404,14 +435,36 @@ class AdapterStack:
             )
 
     def _store(self, adapter: Adapter) -> Stored:
-        wa = np.array(adapter.A, self.dtype, order="C")
-        wb = np.array(adapter.B.T, self.dtype, order="C")
-        wa.flags.writeable = wb.flags.writeable = False
+        wa, wb = (self._converted(weights) for weights in (adapter.A, adapter.B.T))
         return Stored(wa, wb, adapter.scaling)
+
+    def _converted(self, weights: Array) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored: Array = np.array(weights, self.dtype, order="C")
+        converted = weights.dtype != self.dtype
+        if converted and (np.isinf(stored) & ~np.isinf(weights)).any():
+            raise ValueRangeError(
+                "adapter",
+                f"weights that {self.dtype.name} can hold",
+                str(np.abs(weights.astype(np.float64)).max()),
+                "use a stack of a wider dtype",
+            )
+        stored.flags.writeable = False
+        return stored
 
     def _replace(self, slot_of: dict[int, int], changes: Mapping[int, Stored | None]) -> None:
         self._table = self._table.with_changes(slot_of, changes)
         self._slot_of = slot_of
+
+
+def _renew_locks() -> None:
+    """In a forked child: another thread of the parent may have held one."""
+    for stack in _stacks:
+        stack._changing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def items(adapters: Adapters) -> list[tuple[int, AdapterLike]]:
@@ -445,7 +498,10 @@ def check_scaling(argument: str, scaling: object) -> float:
         raise DtypeError(
             argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
         )
-    value = float(scaling)
+    try:
+        value = float(scaling)
+    except OverflowError:  # an int beyond every float
+        value = math.inf
     if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
         raise ValueRangeError(
             argument, "a finite number that float32 holds", repr(value), "pass lora_alpha / r"
@@ -466,16 +522,3 @@ def _adapter_id(adapter_id: object) -> int:
             "use another id; -1 always means base only",
         )
     return int(adapter_id)
-
-
-def _count(argument: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
-    if value < least:
-        raise ValueRangeError(argument, f"at least {least}", str(value), "pass a larger number")
-    return int(value)
-
-
-def _some(ids: Sequence[int] | Integers) -> str:
-    shown = ", ".join(str(i) for i in ids[:8])
-    return f"[{shown}{', ...' if len(ids) > 8 else ''}]"

@@ -60,10 +60,10 @@ def check_dtype(argument: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
 
 def check_matrix(argument: str, array: object) -> Array:
     """The argument itself, if it is a two-dimensional numpy array of a float type."""
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
         raise DtypeError(
             argument,
-            "a two-dimensional numpy array",
+            "a plain two-dimensional numpy array",
             type(array).__name__,
             "convert it first, for example with np.asarray (for a torch tensor: .numpy())",
         )

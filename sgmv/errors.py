@@ -5,6 +5,9 @@ Every refusal happens before any output is written. All cases are `SgmvError`, a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+
 
 class SgmvError(ValueError):
     """A call that sgmv refuses, told as argument, expected, received, remedy.
@@ -37,7 +40,7 @@ class ValueRangeError(SgmvError):
 
 
 class MemoryLayoutError(SgmvError):
-    """An output that cannot be written safely: read-only, or sharing memory with an input."""
+    """An output that cannot be written safely: read-only, or overlapping an input or itself."""
 
 
 class UnknownAdapterError(SgmvError, LookupError):
@@ -50,3 +53,13 @@ class StackError(SgmvError):
 
 class PeftError(SgmvError):
     """A PEFT directory that cannot be read, or that asks for more than low-rank adapters."""
+
+
+def some(values: Iterable[object], most: int = 8) -> str:
+    """The first few of the values, for a message.
+
+    >>> some([7, 9]), some(range(100))
+    ('[7, 9]', '[0, 1, 2, 3, 4, 5, 6, 7, ...]')
+    """
+    shown = [str(value) for value in islice(values, most + 1)]
+    return f"[{', '.join([*shown[:most], '...'] if shown[most:] else shown)}]"

@@ -52,19 +52,17 @@ def launch(
     v: Array, y: Array, table: SlotTable, segments: Segments, slot: Integers, rank: Integers
 ) -> None:
     """Add to y's rows that have an adapter; arguments are checked, v is in the type of the sums."""
-    if y.strides[1] != y.itemsize and y.size:
+    dense = y
+    if y.shape[1] > 1 and y.strides[1] != y.itemsize:
         dense = np.ascontiguousarray(y)
-        launch(v, dense, table, segments, slot, rank)
-        changed = segments.rows[np.repeat(rank > 0, segments.lengths)]
-        y[changed] = dense[changed]
-        return
     h_out = y.shape[1]
     tasks, work = expand_tasks(segments.seq_start, slot, rank, h_out, get_num_threads())
     run(
         loops.expand,
         tasks,
         work * h_out,
-        y.ctypes.data + segments.rows * y.strides[0],
+        (dense, table),
+        dense.ctypes.data + segments.rows * dense.strides[0],
         like(y.dtype),
         table.wb_address,
         like(table.dtype),
@@ -72,3 +70,6 @@ def launch(
         table.scalings,
         v,
     )
+    if dense is not y:
+        changed = segments.rows[np.repeat(rank > 0, segments.lengths)]
+        y[changed] = dense[changed]

@@ -29,7 +29,7 @@ from sgmv.adapters import (
 )
 from sgmv.checks import check_stack, check_x, check_y
 from sgmv.dtypes import Array, check_matrix, promote, sum_dtype
-from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError
+from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.expand import launch as launch_expand
 from sgmv.segment import BASE_ONLY, Segments, segment
 from sgmv.shrink import launch as launch_shrink
@@ -108,8 +108,12 @@ def apply_batched(
            [0. , 0. , 0. ]], dtype=float32)
     """
     segments = adapter_ids if isinstance(adapter_ids, Segments) else segment(adapter_ids)
-    check_matrix("W", W)
-    check_x(x, segments.n, W.shape[1])
+    h_in = check_matrix("x", x).shape[1]
+    if check_matrix("W", W).shape[1] != h_in:
+        raise ShapeError(
+            "W", f"(h_out, {h_in}), as x has h_in = {h_in}", str(W.shape), "pass W as (h_out, h_in)"
+        )
+    check_x(x, segments.n, h_in)
     if isinstance(adapters, AdapterStack):
         if scalings is not None:
             raise DtypeError(
@@ -184,18 +188,17 @@ def _all_rows(x: Any) -> npt.NDArray[np.int64]:
 def _used(adapters: Adapters, scalings: Scalings, segments: Segments) -> dict[int, Adapter | None]:
     """The batch's adapters, with the scalings given for them; those of other ids are not read."""
     entries: dict[int, AdapterLike] = dict(items(adapters))
+    ids = [adapter_id for adapter_id in segments.adapter_ids.tolist() if adapter_id != BASE_ONLY]
+    unknown = [adapter_id for adapter_id in ids if adapter_id not in entries]
+    if unknown:
+        raise UnknownAdapterError(
+            "adapter_ids",
+            f"-1 or ids of the given adapters, {some(sorted(entries))}",
+            some(unknown),
+            "add them to adapters, or name -1 for base only",
+        )
     used: dict[int, Adapter | None] = {}
-    for adapter_id in segments.adapter_ids.tolist():
-        if adapter_id == BASE_ONLY:
-            continue
-        if adapter_id not in entries:
-            known = sorted(entries)
-            raise UnknownAdapterError(
-                "adapter_ids",
-                f"-1 or ids of the given adapters, {known[:8]}{' ...' if known[8:] else ''}",
-                str(adapter_id),
-                "add it to adapters, or name -1 for base only",
-            )
+    for adapter_id in ids:
         adapter = as_adapter(f"adapters[{adapter_id}]", entries[adapter_id])
         if adapter is not None and scalings is not None:
             adapter = Adapter(adapter.A, adapter.B, _scaling(scalings, adapter_id))

@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError
+from sgmv.errors import (
+    DtypeError,
+    ShapeError,
+    UnknownAdapterError,
+    ValueRangeError,
+    some,
+)
 from sgmv.kernels.jit import jit
 
 Integers = npt.NDArray[np.int64]
@@ -122,21 +128,21 @@ class Segments:
             raise ValueRangeError(
                 "seq_start",
                 f"ascending offsets from 0 to n = {n}",
-                _shorten(seq_start),
+                some(seq_start),
                 "make it the running sum of the segments' lengths",
             )
         if not np.array_equal(np.sort(self.rows), np.arange(n)):
             raise ValueRangeError(
                 "rows",
                 f"each of 0..{n - 1} once",
-                _shorten(self.rows),
+                some(self.rows),
                 "give a permutation of the rows of x",
             )
         if (np.diff(ids) <= 0).any() or (len(ids) and ids[0] < BASE_ONLY):
             raise ValueRangeError(
                 "adapter_ids",
                 "strictly ascending ids, -1 (base only) first",
-                _shorten(ids),
+                some(ids),
                 "merge segments of one adapter and sort them by id",
             )
 
@@ -180,7 +186,7 @@ class Segments:
     ) -> Stats:
         """Work and traffic of this batch at one layer, by Punica's formulas.
 
-        Semantics, per segment of m rows and rank r, summed over all but the base-only segment:
+        Semantics: per segment of m rows and rank r, summed over all but the base-only segment:
         shrink costs 2*m*h_in*r FLOP, reads m*h_in + h_in*r and writes m*r elements;
         expand costs 2*m*r*h_out FLOP, reads m*r + r*h_out and writes m*h_out elements.
 
@@ -188,11 +194,14 @@ class Segments:
         itemsize  bytes per element; 2, as in the paper, if left out
 
         Raises ShapeError when the number of ranks is not S, UnknownAdapterError when the mapping
-        lacks an id. Source: Punica (arXiv 2310.18547), section 7.1.
+        lacks an id, DtypeError and ValueRangeError for what is no integer >= 0.
+        Source: Punica (arXiv 2310.18547), section 7.1.
 
         >>> round(segment(range(64)).stats(16, 4096, 16).expand.intensity, 2)
         0.94
         """
+        for name, value in (("h_in", h_in), ("h_out", h_out), ("itemsize", itemsize)):
+            check_count(name, value, 0)
         m = self.lengths
         r = self._ranks(ranks)
         m, r = m[self.adapter_ids != BASE_ONLY], r[self.adapter_ids != BASE_ONLY]
@@ -214,13 +223,15 @@ class Segments:
                 raise UnknownAdapterError(
                     "ranks",
                     "a rank for every adapter of the batch",
-                    f"none for {missing[:8]}",
+                    f"none for {some(missing)}",
                     "add them to the mapping",
                 )
-            return np.array([ranks.get(int(i), 0) for i in self.adapter_ids], np.int64)
-        given = np.asarray(ranks, np.int64)
-        if given.ndim == 0:
-            given = np.full(self.S, given)
+            ranks = [ranks.get(int(i), 0) for i in self.adapter_ids]
+        if np.ndim(ranks) == 0:
+            ranks = [check_count("ranks", ranks, 0)] * self.S
+        given = _as_integers("ranks", ranks)
+        if len(given) and given.min() < 0:
+            raise ValueRangeError("ranks", "ranks >= 0", str(given.min()), "use 0 for none")
         if given.shape != (self.S,):
             raise ShapeError(
                 "ranks",
@@ -265,12 +276,12 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     >>> segment([7, -1, 7]).rows
     array([1, 0, 2])
     """
-    ids = _as_integers("adapter_ids", adapter_ids)
+    ids = _as_integers("adapter_ids", _none_as_base_only(adapter_ids))
     if len(ids) and ids.min() < BASE_ONLY:
         raise ValueRangeError(
             "adapter_ids",
             "ids >= 0, or -1 for base only",
-            _shorten(np.unique(ids[ids < BASE_ONLY])),
+            some(np.unique(ids[ids < BASE_ONLY])),
             "use -1, or None, for rows without an adapter",
         )
     rows = np.empty(len(ids), np.int64)
@@ -280,26 +291,39 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
 
 
+def check_count(argument: str, value: object, least: int) -> int:
+    """The value as an int, if it is a whole number and not below the least."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
+    if value < least:
+        raise ValueRangeError(argument, f"at least {least}", str(value), "pass a larger number")
+    return int(value)
+
+
 def _as_integers(argument: str, values: Any) -> Integers:
-    array = values if isinstance(values, np.ndarray) else np.asarray(values)
-    if array.dtype == object and array.ndim == 1:
-        array = np.asarray([BASE_ONLY if i is None else i for i in array])
+    try:
+        array = values if isinstance(values, np.ndarray) else np.asarray(values)
+        shape = f"shape {array.shape}"
+    except ValueError:
+        array, shape = np.empty((0, 0)), "lists of unequal lengths"
     if array.ndim != 1:
-        raise ShapeError(
-            argument, "one dimension", f"shape {array.shape}", "give one integer per row"
-        )
+        raise ShapeError(argument, "one dimension", shape, "give one integer per row")
     if array.size == 0:
         return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu":
+    largest = np.iinfo(np.int64).max
+    integers = array.dtype.kind in "iu" or all(type(value) is int for value in array)
+    if not integers:
         raise DtypeError(argument, "integers", str(array.dtype), "convert with .astype(np.int64)")
-    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
-        raise ValueRangeError(argument, "ids below 2**63", str(array.max()), "use smaller ids")
+    if array.dtype.kind not in "i" and array.max() > largest:
+        raise ValueRangeError(argument, "integers below 2**63", str(array.max()), "use smaller ids")
     return np.ascontiguousarray(array, np.int64)
 
 
-def _shorten(values: Integers) -> str:
-    shown = ", ".join(str(value) for value in values[:8])
-    return f"[{shown}{', ...' if len(values) > 8 else ''}]"
+def _none_as_base_only(adapter_ids: Any) -> Any:
+    is_object_array = isinstance(adapter_ids, np.ndarray) and adapter_ids.dtype == object
+    if is_object_array or isinstance(adapter_ids, list | tuple):
+        return [BASE_ONLY if adapter_id is None else adapter_id for adapter_id in adapter_ids]
+    return adapter_ids
 
 
 @jit()

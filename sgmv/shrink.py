@@ -49,7 +49,7 @@ def launch(
     v: Array, x: Array, table: SlotTable, segments: Segments, slot: Integers, rank: Integers
 ) -> None:
     """Write v[p, :rank] of every row that has an adapter; arguments are checked already."""
-    if x.strides[1] != x.itemsize:
+    if x.shape[1] > 1 and x.strides[1] != x.itemsize:
         x = np.ascontiguousarray(x)
     h_in = x.shape[1]
     tasks, work = shrink_tasks(segments.seq_start, slot, rank, get_num_threads())
@@ -57,6 +57,7 @@ def launch(
         loops.shrink,
         tasks,
         work * h_in,
+        (x, table),
         x.ctypes.data + segments.rows * x.strides[0],
         like(x.dtype),
         table.wa_address,

@@ -2,7 +2,7 @@
 
 The caller always works; helpers join it when the work is worth waking them. All of them claim
 tasks from one counter inside jitted code that has released the GIL. A helper that has not started
-by the time the caller runs out of tasks is not waited for: its turn is cancelled. So a second
+by the time the caller runs out of tasks is not waited for: it finds the call closed. So a second
 concurrent caller, who finds the helpers busy, simply runs alone.
 
 Not numba's prange: its OpenMP layer dies in a forked child and took 4-8 ms a barrier after 20 ms of
@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from sgmv.errors import DtypeError, ValueRangeError
-from sgmv.segment import Integers
+from sgmv.errors import ValueRangeError
+from sgmv.segment import Integers, check_count
 
 # Work below which waking a helper, some 60 us, costs more than it brings: at half of it, 64 rows at
 # r = 8, two threads took 1.4 times as long as one.
@@ -79,44 +79,81 @@ def set_num_threads(n: int) -> None:
     >>> set_num_threads(get_num_threads())
     """
     global _threads, _pool
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-        raise DtypeError("n", "an integer", type(n).__name__, "pass a number of threads")
-    if n < 1:
-        raise ValueRangeError("n", "at least 1", str(n), "pass 1 to use the calling thread alone")
+    n = check_count("n", n, 1)
     with _lock:
-        if int(n) != _threads and _pool is not None:
+        if n != _threads and _pool is not None:
             _pool.shutdown(wait=False)
             _pool = None
-        _threads = int(n)
+        _threads = n
 
 
-def run(kernel: Callable[..., None], tasks: Integers, work: int, *arguments: Any) -> None:
+def run(
+    kernel: Callable[..., None], tasks: Integers, work: int, owners: object, *arguments: Any
+) -> None:
     """Run `kernel(next_task, batch, tasks, *arguments)` on several threads until no task is left.
 
     Semantics: when it returns, or raises, no thread works on `arguments` any more.
-    work  multiply-adds and weights read by all tasks together: decides about waking helpers
+    work    multiply-adds and weights read by all tasks together: decides about waking helpers
+    owners  what holds the memory behind the addresses among `arguments`: kept alive meanwhile
     """
-    last = len(tasks)
     next_task = np.zeros(1, np.int64)
-    batch = max(1, last * BETWEEN_SIGNALS // max(work, 1))
+    batch = max(1, len(tasks) * BETWEEN_SIGNALS // max(work, 1))
 
     def drain() -> None:
-        while next_task[0] < last:
+        while next_task[0] < len(tasks):
             kernel(next_task, batch, tasks, *arguments)
 
     if work < WORTH_WAKING:
         drain()
         return
-    helpers: list[Future[None]] = []
+    call = _Call(drain, owners)
     try:
-        _wake(helpers, min(get_num_threads(), last) - 1, drain)
+        _wake(min(get_num_threads(), len(tasks)) - 1, call.help)
         drain()
     finally:
-        next_task[0] = last
-        _dismiss(helpers)
+        next_task[0] = len(tasks)
+        call.close()
 
 
-def _wake(helpers: list[Future[None]], count: int, drain: Callable[[], None]) -> None:
+class _Call:
+    """The door to one call: helpers come in to drain its tasks until it is closed."""
+
+    def __init__(self, drain: Callable[[], None], owners: object) -> None:
+        self.drain, self.owners = drain, owners
+        self.changed = threading.Condition()
+        self.helpers = 0
+        self.closed = False
+        self.failure: BaseException | None = None
+
+    def help(self) -> None:
+        with self.changed:
+            if self.closed:
+                return
+            self.helpers += 1
+        try:
+            self.drain()
+        except BaseException as failure:
+            self.failure = failure
+        finally:
+            with self.changed:
+                self.helpers -= 1
+                self.changed.notify_all()
+
+    def close(self) -> None:
+        """Let no helper in any more, wait for those inside, raise what one of them raised."""
+        interrupt = None
+        while not self.closed or self.helpers:
+            try:
+                with self.changed:
+                    self.closed = True
+                    self.changed.wait_for(lambda: not self.helpers)
+            except KeyboardInterrupt as error:  # helpers still write: hear it, but wait on
+                interrupt = error
+        if self.failure or interrupt:
+            raise self.failure or interrupt  # type: ignore[misc]  # one of them is there
+
+
+def _wake(count: int, help: Callable[[], None]) -> None:
     global _pool
     if count < 1:
         return
@@ -125,24 +162,9 @@ def _wake(helpers: list[Future[None]], count: int, drain: Callable[[], None]) ->
             _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), "sgmv")
         try:
             for _ in range(count):
-                helpers.append(_pool.submit(drain))
-        except RuntimeError:  # the interpreter is shutting down: the caller does it all
+                _pool.submit(help)
+        except RuntimeError:  # shutting down, or no thread to be had: the caller does it all
             return
-
-
-def _dismiss(helpers: list[Future[None]]) -> None:
-    """Cancel those that have not started, wait for the others, then raise what they raised."""
-    failures: list[BaseException | None] = []
-    for helper in helpers:
-        while not helper.cancel():
-            try:
-                failures.append(helper.exception())
-                break
-            except KeyboardInterrupt as interrupt:  # the helper still writes: wait on
-                failures.append(interrupt)
-    for failure in failures:
-        if failure is not None:
-            raise failure
 
 
 def _forget_pool() -> None:

@@ -5,12 +5,13 @@ The suite runs it on sgmv; test_planted_faults.py runs it on sgmv with a fault p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import sgmv
-from reference.workloads import Workload
+from reference.workloads import Workload, corpus
 
 
 def stack_of(case: Workload) -> sgmv.AdapterStack:
@@ -52,6 +53,27 @@ def check_case(case: Workload) -> None:
     case.check(in_two_steps)
 
 
+def check_applied(case: Workload) -> None:
+    """apply_batched's y is right, with scalings apart from the adapters."""
+    pairs = {adapter_id: pair and sgmv.Adapter(*pair) for adapter_id, pair in case.adapters.items()}
+    case.check_applied(sgmv.apply_batched(case.x, case.W, pairs, case.adapter_ids, case.scalings))
+
+
+def check_reused_ids() -> None:
+    """Two tenants, one after the other, under the same ids: each gets its own weights."""
+    tenants = [case for case in corpus(10_000) if case.name.startswith("reused ids")]
+    assert len(tenants) == 2
+    other_scalings = {adapter_id: -scaling for adapter_id, scaling in tenants[1].scalings.items()}
+    tenants[1] = replace(tenants[1], scalings=other_scalings)
+    stack = sgmv.AdapterStack(tenants[0].x.shape[1], tenants[0].y.shape[1], slots=3, max_rank=8)
+    for case in tenants:
+        for adapter_id, pair in case.adapters.items():
+            stack.load(adapter_id, sgmv.Adapter(*pair, case.scalings[adapter_id]))
+        case.check(sgmv.add_lora(case.y.copy(), case.x, stack, case.adapter_ids))
+        stack.unload(0)
+        stack.load(0, None)
+
+
 def check_same_bits(
     rng: np.random.Generator, batches: int, threads: tuple[int, ...], wide: bool = False
 ) -> None:
@@ -60,13 +82,14 @@ def check_same_bits(
         # Every tenth batch is wide enough for several K and column blocks.
         h_in, h_out = rng.integers(1, 2500 if wide and batch % 10 == 0 else 90, 2)
         ranks = rng.integers(0, 20, rng.integers(1, 6))
+        dtype = (np.float32, np.float16, np.float64)[batch % 3]
         stack = sgmv.AdapterStack.from_adapters(
             [_adapter(rng, r, h_in, h_out) for r in ranks], h_in=h_in, h_out=h_out
         )
         n = int(rng.integers(1, 24))
         ids = rng.integers(-1, len(ranks), n)
-        x = rng.standard_normal((n, h_in), np.float32)
-        y = rng.standard_normal((n, h_out), np.float32)
+        x = rng.standard_normal((n, h_in)).astype(dtype)
+        y = rng.standard_normal((n, h_out)).astype(dtype)
         together = sgmv.add_lora(y.copy(), x, stack, ids)
         for count in threads:
             sgmv.set_num_threads(count)

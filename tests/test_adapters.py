@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import signal
 import threading
 import weakref
 
@@ -174,6 +176,29 @@ def test_a_call_in_flight_keeps_the_weights_it_started_with() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+def test_lookups_take_ids_as_strictly_as_loading() -> None:
+    stack = sgmv.AdapterStack.from_adapters({0: adapter(1.0), 1: adapter(2.0)})
+    assert np.int32(1) in stack
+    for no_id in (True, 1.0, "1", None, [1]):
+        assert no_id not in stack
+        with pytest.raises(SgmvError, match="adapter_id"):
+            stack[no_id]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_can_load_though_the_parent_was_loading() -> None:
+    stack = sgmv.AdapterStack.from_adapters([adapter(1.0)])
+    with stack._changing:
+        child = os.fork()
+        if child == 0:  # pragma: no cover
+            signal.alarm(20)
+            stack.load(0, adapter(3.0))
+            os._exit(0 if stack[0].A[0, 0] == 3.0 else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_ten_thousand_slots() -> None:

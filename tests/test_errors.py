@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -118,6 +119,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.ShapeError,
         ["x: ", "two dimensions", "(1, 5, 3)", "reshape"],
     ),
+    "x masked": (
+        add(x=np.ma.masked_array(X)),
+        errors.DtypeError,
+        ["x: ", "plain", "MaskedArray", "np.asarray"],
+    ),
     # ids
     "ids unknown, all listed": (
         add(ids=[3, 0, 2, -1, 9]),
@@ -153,6 +159,26 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         add(ids=[0]),
         errors.ShapeError,
         ["x: ", "(1, 3)", "(5, 3)", "one row per adapter id"],
+    ),
+    "ids beyond uint64": (
+        add(ids=[2**64] * 5),
+        errors.ValueRangeError,
+        ["adapter_ids: ", "2**63", str(2**64), "smaller"],
+    ),
+    "ids of strings": (
+        add(ids=np.array(["a"] * 5, object)),
+        errors.DtypeError,
+        ["adapter_ids: ", "integers", "<U1", "astype"],
+    ),
+    "ids of unequal lengths": (
+        add(ids=[[0], [0, 1]]),
+        errors.ShapeError,
+        ["adapter_ids: ", "one dimension", "unequal lengths", "per row"],
+    ),
+    "ids of one number": (
+        add(ids=3),
+        errors.ShapeError,
+        ["adapter_ids: ", "one dimension", "shape ()", "per row"],
     ),
     # stack and segments
     "no stack": (
@@ -216,6 +242,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         lambda: sgmv.Adapter(A, B, "2"),
         errors.DtypeError,
         ["scaling: ", "real number", "str", "1.0"],
+    ),
+    "scaling beyond every float": (
+        lambda: sgmv.Adapter(A, B, 10**400),
+        errors.ValueRangeError,
+        ["scaling: ", "float32", "inf", "lora_alpha"],
     ),
     # AdapterStack
     "h_in of 0": (
@@ -288,6 +319,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.UnknownAdapterError,
         ["adapter_id: ", "[0, 7]", "5", "load"],
     ),
+    "weights beyond float16": (
+        lambda: sgmv.AdapterStack.from_adapters([(1e6 * A, B)], dtype="float16"),
+        errors.ValueRangeError,
+        ["adapter: ", "float16 can hold", "1000000.0", "wider dtype"],
+    ),
     # apply_batched
     "W no matrix": (
         lambda: sgmv.apply_batched(X, W[0], [], [-1] * 5),
@@ -297,7 +333,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
     "W of another width": (
         lambda: sgmv.apply_batched(X, np.ones((4, 9), F), [], [-1] * 5),
         errors.ShapeError,
-        ["x: ", "(5, 9)", "(5, 3)", "h_in"],
+        ["W: ", "(h_out, 3)", "(4, 9)", "(h_out, h_in)"],
     ),
     "adapters of another layer": (
         lambda: sgmv.apply_batched(X, np.ones((6, 3), F), stack(), IDS),
@@ -312,12 +348,12 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
     "an id without adapter": (
         lambda: sgmv.apply_batched(X, W, {0: (A, B)}, IDS),
         errors.UnknownAdapterError,
-        ["adapter_ids: ", "[0]", "7", "add it"],
+        ["adapter_ids: ", "[0]", "7", "add them"],
     ),
     "an id beyond the sequence": (
         lambda: sgmv.apply_batched(X, W, [(A, B)], IDS),
         errors.UnknownAdapterError,
-        ["adapter_ids: ", "[0]", "7", "add it"],
+        ["adapter_ids: ", "[0]", "7", "add them"],
     ),
     "an id without scaling": (
         lambda: sgmv.apply_batched(X, W, {0: (A, B), 7: (A, B)}, IDS, {0: 1.0}),
@@ -371,16 +407,31 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.UnknownAdapterError,
         ["ranks: ", "every adapter", "[7]", "mapping"],
     ),
+    "ranks of floats": (
+        lambda: SEGMENTS.stats(3, 4, [2.7, 1.0, 1.0]),
+        errors.DtypeError,
+        ["ranks: ", "integers", "float64", "astype"],
+    ),
+    "a negative rank for all": (
+        lambda: SEGMENTS.stats(3, 4, -2),
+        errors.ValueRangeError,
+        ["ranks: ", "at least 0", "-2", "larger"],
+    ),
+    "a negative rank": (
+        lambda: SEGMENTS.stats(3, 4, [0, -2, 1]),
+        errors.ValueRangeError,
+        ["ranks: ", ">= 0", "-2", "use 0"],
+    ),
     # threads
     "threads below 1": (
         lambda: sgmv.set_num_threads(0),
         errors.ValueRangeError,
-        ["n: ", "at least 1", "0", "pass 1"],
+        ["n: ", "at least 1", "0", "larger"],
     ),
     "threads of a float": (
         lambda: sgmv.set_num_threads(2.0),
         errors.DtypeError,
-        ["n: ", "integer", "float", "number of threads"],
+        ["n: ", "integer", "float", "whole number"],
     ),
 }
 
@@ -409,37 +460,30 @@ def test_every_refusal_in_the_sources_is_in_this_table() -> None:
 
     The PEFT reader's are in test_peft.py, the environment's in test_workers.py.
     """
-    elsewhere = {"peft.py"}
     raised = {
         path.name: [
-            number + 1
-            for number, line in enumerate(path.read_text().splitlines())
-            if re.match(r" +raise \w+Error\(", line)
+            (node.lineno, node.end_lineno)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Raise) and getattr(node.exc, "func", None)
         ]
         for path in SOURCES.glob("*.py")
-        if path.name not in elsewhere
+        if path.name != "peft.py"
     }
-    hit: dict[str, set[int]] = {name: set() for name in raised}
+    hit: set[tuple[str, int]] = set()
     for call, kind, _ in REFUSALS.values():
         with pytest.raises(kind) as refusal:
             call()
         last = refusal.traceback[-1]
-        hit.setdefault(Path(str(last.path)).name, set()).add(last.lineno + 1)
+        hit.add((Path(str(last.path)).name, last.lineno + 1))
     missed = {
-        f"{name}:{line}"
-        for name, lines in raised.items()
-        for line in lines
-        if not any(line <= h <= line + 8 for h in hit[name])
+        f"{name}:{first}": "\n".join((SOURCES / name).read_text().splitlines()[first - 1 : last])
+        for name, places in raised.items()
+        for first, last in places
+        if not any((name, line) in hit for line in range(first, last + 1))
     }
-    names = {m for m in missed if not _is_elsewhere(m)}
-    assert not names
-
-
-def _is_elsewhere(place: str) -> bool:
-    """Refusals that need another process to be seen: test_workers.py and the test below."""
-    name, line = place.split(":")
-    following = (SOURCES / name).read_text().splitlines()[int(line) - 1 :][:6]
-    return any(word in " ".join(following) for word in ("SGMV_NUM_THREADS", "'bfloat16'"))
+    # Refusals that another process must see: test_workers.py and the test below.
+    elsewhere = ("SGMV_NUM_THREADS", "'bfloat16'")
+    assert not {at for at, text in missed.items() if not any(word in text for word in elsewhere)}
 
 
 def test_the_name_bfloat16_needs_ml_dtypes_imported() -> None:

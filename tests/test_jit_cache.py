@@ -45,9 +45,9 @@ def test_hit_by_the_next_process_and_missed_after_an_edit(tmp_path: Path) -> Non
     assert run(tmp_path) == ["16.0", "0", "1"]
 
 
-@pytest.mark.skipif(os.name != "posix" or not JITTED, reason="makes folders read-only")
+@pytest.mark.skipif(not JITTED, reason="nothing is compiled")
 def test_works_where_nothing_can_be_written(tmp_path: Path) -> None:
-    """numba refuses to cache there; the kernels must compile all the same."""
+    """numba, as if no folder would take a cache, refuses; the kernels compile all the same."""
     program = (
         "import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"

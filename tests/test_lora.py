@@ -14,7 +14,13 @@ import reference
 import sgmv
 from reference import bounds, compare
 from reference.workloads import Workload, corpus, integer, real
-from tests.acceptance import assert_same_bits, check_case, stack_of
+from tests.acceptance import (
+    assert_same_bits,
+    check_applied,
+    check_case,
+    check_reused_ids,
+    stack_of,
+)
 from tests.conftest import MAX_ELEMENTS
 
 DTYPES = {
@@ -33,9 +39,11 @@ def test_corpus(case: Workload) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_apply_batched_corpus(case: Workload) -> None:
-    used = {i: pair and sgmv.Adapter(*pair) for i, pair in case.adapters.items()}
-    y = sgmv.apply_batched(case.x, case.W, used, case.adapter_ids, case.scalings)
-    case.check_applied(y)
+    check_applied(case)
+
+
+def test_reused_ids_serve_their_new_weights() -> None:
+    check_reused_ids()
 
 
 @pytest.mark.parametrize("build", [real, integer])
@@ -153,6 +161,16 @@ def test_strided_rows(side: str, dtype: type) -> None:
             y = sgmv.add_lora(view, case.x, stack, case.adapter_ids)
             assert y is view
         case.check(np.ascontiguousarray(y))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize(("h_in", "h_out"), [(1, 1), (1, 4), (4, 1)])
+def test_strides_of_axes_of_length_one_say_nothing(n: int, h_in: int, h_out: int) -> None:
+    case = integer("ones", "a stride of one element", [0] * n, {0: 3}, h_in, h_out)
+    for x in _layouts(case.x):
+        for y in _layouts(case.y):
+            x[:], y[:] = case.x, case.y
+            case.check(sgmv.add_lora(y, x, stack_of(case), case.adapter_ids).copy())
 
 
 def _layouts(array: np.ndarray) -> list[np.ndarray]:

@@ -104,7 +104,6 @@ def test_nothing_outside_the_arrays_is_read_or_written(
     sgmv.expand(v, stack, segments, y)
     case.check(y.copy())
     for around in (x_around, y_around, v_around):
-        assert np.isnan(around).sum() == around.size - np.isfinite(around).sum()
         assert np.isnan(around[:8]).all()
         assert np.isnan(around[-8:]).all()
 

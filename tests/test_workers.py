@@ -99,7 +99,7 @@ def test_every_task_runs_once_on_whichever_thread() -> None:
             time.sleep(0.0001)
 
     lock = threading.Lock()
-    workers.run(kernel, np.arange(500), 1)
+    workers.run(kernel, np.arange(500), 1, None)
     assert (done == 1).all()
     assert len(threads) == 3
 
@@ -122,7 +122,7 @@ def test_a_failure_is_raised_after_all_have_stopped(where: str) -> None:
             running.pop()
 
     with pytest.raises(MemoryError, match=where):
-        workers.run(kernel, np.arange(10), 1)
+        workers.run(kernel, np.arange(10), 1, None)
     assert not running
 
 
@@ -142,7 +142,7 @@ def test_ctrl_c_stops_between_batches() -> None:
     threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        workers.run(kernel, np.arange(10_000), 1)
+        workers.run(kernel, np.arange(10_000), 1, None)
     assert time.monotonic() - started < 20
     assert not running
     CASE.check(add())
@@ -176,7 +176,7 @@ def test_long_work_is_cut_into_batches_that_hear_signals() -> None:
         batches.append(batch)
         next_task[0] += batch
 
-    workers.run(kernel, np.arange(1000), 4 * workers.BETWEEN_SIGNALS)
+    workers.run(kernel, np.arange(1000), 4 * workers.BETWEEN_SIGNALS, None)
     assert set(batches) == {250}
 
 
@@ -184,6 +184,44 @@ def test_small_work_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_wake", lambda *_: pytest.fail("woke a helper"))
     sgmv.set_num_threads(4)
     sgmv.lora_delta(np.ones((1, 8), "f"), np.ones((2, 8), "f"), np.ones((8, 2), "f"), 1.0)
+
+
+@pytest.mark.usefixtures("_always_wake")
+def test_the_caller_goes_on_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    sgmv.set_num_threads(4)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    CASE.check(add())
+
+
+@pytest.mark.skipif(not JITTED, reason="Python code holds the GIL")
+def test_other_python_threads_run_meanwhile() -> None:
+    x, A, B = np.ones((2048, 4096), "f"), np.ones((64, 4096), "f"), np.ones((4096, 64), "f")
+    stack, ids = sgmv.AdapterStack.from_adapters([(A, B)]), np.zeros(2048, int)
+    y = np.zeros((2048, 4096), "f")
+    sgmv.set_num_threads(1)
+    sgmv.add_lora(y[:1], x[:1], stack, ids[:1])
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.0005):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        start = time.perf_counter()
+        sgmv.add_lora(y, x, stack, ids)
+        end = time.perf_counter()
+    finally:
+        stop.set()
+        thread.join()
+    # With the GIL held the other thread could tick only between two kernels.
+    assert sum(start < at < end for at in ticks) > 3
 
 
 def run_python(program: str, **environment: str) -> str:

@@ -4,11 +4,12 @@
 `claim`    take the next task number, atomically
 `vector`   the elements behind a bare address
 
-Each of the two functions is also plain Python, so that the loops run under NUMBA_DISABLE_JIT=1.
+`claim` and `vector` are also plain Python, so that the loops run under NUMBA_DISABLE_JIT=1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import threading
@@ -47,9 +48,9 @@ def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], A
             compiled = numba.njit(cache=True, **flags)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache is writable
             return numba.njit(**flags)(function)
-        if not numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # set by the environment
-            # numba's cache notices an edit of the function's own file only, but a kernel also
-            # holds the code of what it calls in the others.
+        # numba's cache notices an edit of the function's own file only, but a kernel also holds
+        # the code of what it calls in the others. No jit, or another numba: no such attribute.
+        with contextlib.suppress(AttributeError):
             index = compiled._cache._cache_file
             index._source_stamp = (index._source_stamp, KERNELS)
         return compiled

@@ -33,13 +33,17 @@ def check_segments(segments: object) -> None:
 
 
 def check_x(x: Array, n: int, h_in: int) -> None:
-    check_matrix("x", x)
-    if x.shape != (n, h_in):
+    _check_shape("x", x, n, "h_in", h_in)
+
+
+def _check_shape(argument: str, array: Array, n: int, name: str, width: int) -> None:
+    check_matrix(argument, array)
+    if array.shape != (n, width):
         raise ShapeError(
-            "x",
-            f"shape (n, h_in) = ({n}, {h_in})",
-            str(x.shape),
-            "give one row per adapter id, as wide as the adapters' h_in",
+            argument,
+            f"shape (n, {name}) = ({n}, {width})",
+            str(array.shape),
+            f"give one row per adapter id, as wide as the adapters' {name}",
         )
 
 
@@ -60,14 +64,7 @@ def check_v(v: Array, n: int, rank: int) -> None:
 
 def check_y(y: Array, n: int, h_out: int, source: str, operand: Any) -> None:
     """Y can be written without changing `operand`, the array named `source`, or itself."""
-    check_matrix("y", y)
-    if y.shape != (n, h_out):
-        raise ShapeError(
-            "y",
-            f"shape (n, h_out) = ({n}, {h_out})",
-            str(y.shape),
-            "give one row per adapter id, as wide as the adapters' h_out",
-        )
+    _check_shape("y", y, n, "h_out", h_out)
     if not y.flags.writeable:
         raise MemoryLayoutError("y", "a writable array", "a read-only one", "pass y.copy()")
     if not y.flags.c_contiguous and _overlaps_itself(y):

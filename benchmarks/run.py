@@ -107,6 +107,7 @@ def adapter_groups(
     for names in shared.values():
         adapters = [each.get(names[0]) for each in loaded]
         given = [adapter for adapter in adapters if adapter is not None]
+        _check_mixable(names[0], given)
         h_in, h_out, rank = given[0].h_in, given[0].h_out, max(adapter.r for adapter in given)
         turns = np.argsort([adapter is None for adapter in adapters], kind="stable")
         cases = []
@@ -116,6 +117,15 @@ def adapter_groups(
         make = partial(pool_from_adapters, adapters, dtype_of(dtype))
         groups.append(Group(make, cases))
     return groups
+
+
+def _check_mixable(module: str, adapters: Sequence[sgmv.Adapter]) -> None:
+    """Refuse adapters that no one layer could hold, and those that the baselines would round."""
+    widths = sorted({(adapter.h_in, adapter.h_out) for adapter in adapters})
+    if len(widths) > 1:
+        raise SystemExit(f"--adapters: {module}: expected one (h_in, h_out), got {widths}")
+    if any(adapter.dtype == np.float64 for adapter in adapters):
+        raise SystemExit(f"--adapters: {module}: expected float32 or 16 bits, got float64")
 
 
 def measure_all(

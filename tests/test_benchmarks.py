@@ -298,6 +298,20 @@ def test_red_case_gate_times_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("h_in", "dtype", "message"),
+    [
+        (5, np.float32, r"one \(h_in, h_out\), got \[\(3, 4\), \(5, 4\)\]"),
+        (3, np.float64, "float64"),
+    ],
+)
+def test_adapters_that_cannot_be_mixed_are_refused(h_in: int, dtype: type, message: str) -> None:
+    first = sgmv.Adapter(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))
+    second = sgmv.Adapter(np.ones((2, h_in), dtype), np.ones((4, 2), dtype))
+    with pytest.raises(SystemExit, match=message):
+        run._check_mixable("mlp.up_proj", [first, second])
+
+
 def test_noisy_cases_get_a_second_round(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = {"first": [0.0], "second": [0.9, 0.0], "third": [0.9, 0.9]}
     cases = {name: Case(8, 8, 1, 1, "identical", name, ()) for name in noise}

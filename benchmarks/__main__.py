@@ -15,7 +15,7 @@ from benchmarks import figures, gate, machine, readme, run, table
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.console import Console
-from benchmarks.grid import DTYPES, POPULARITIES, QUICK_ROWS, RANKS, Filters, cases
+from benchmarks.grid import DTYPES, QUICK_ROWS, RANKS, Filters, cases
 from benchmarks.models import LAYERS, MODELS
 from benchmarks.record import (
     SCHEMA,
@@ -28,6 +28,8 @@ from benchmarks.record import (
     without_noisy,
 )  # fmt: skip
 from benchmarks.timing import Budget
+from reference.workloads import POPULARITIES
+from sgmv.workers import cores
 
 OUTPUT = Path("bench-out")
 RED = 1
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     started = time.perf_counter()
     facts = machine.machine()
-    threads = sorted(set(args.threads or [1, machine.cores()]))
+    threads = sorted(set(args.threads or [1, cores()]))
     if args.record and (args.adapters or _filters(args).any() or args.threads):
         raise SystemExit("--record: expected the whole grid of its mode; leave the filters out")
     console.print(machine_line(facts, threads), "bold")

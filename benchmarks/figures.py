@@ -32,15 +32,15 @@ def digest(record: Record) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def draw(record: Record, directory: Path, stem: str = "") -> list[Path]:
-    """Write `latency.png` and `roofline.png` (after `stem`) and return their paths."""
+def draw(record: Record, directory: Path) -> list[Path]:
+    """Write `latency.png` and `roofline.png` and return their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, make in (("latency", latency), ("roofline", roofline)):
-        path = directory / f"{stem}{name}.png"
+        path = directory / f"{name}.png"
         figure = make(record)
         figure.savefig(path, dpi=110, metadata={DIGEST_KEY: digest(record), "Software": None})
         paths.append(path)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.models import LAYERS, MODELS, shapes
+from reference.workloads import POPULARITIES
 
-POPULARITIES = ("distinct", "uniform", "skewed", "identical")
 # With one row the four popularities are the same batch: it is timed once, under this name.
 ONE_ROW = "one row"
 DTYPES = ("float32", "float16", "bfloat16")

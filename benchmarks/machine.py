@@ -13,6 +13,8 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from sgmv.workers import cores
+
 # The instruction sets that decide how fast such kernels can be.
 FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
@@ -58,13 +60,6 @@ def machine() -> Machine:
         "flags": [flag for flag in FLAGS if flag in present],
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def available_memory() -> int:

@@ -32,7 +32,7 @@ from sgmv.errors import (
     some,
 )
 from sgmv.kernels.jit import jit
-from sgmv.segment import BASE_ONLY, Integers, check_count
+from sgmv.segment import BASE_ONLY, Integers, check_count, is_integer
 
 NO_SLOT = -1
 UNKNOWN = -2
@@ -137,8 +137,9 @@ class SlotTable:
     """What the kernels read: ids in ascending order with their slots, and the slots' weights."""
 
     dtype: np.dtype[Any]
-    ids: Integers  # (loaded,) ascending
-    slots: Integers  # (loaded,) the slot of each id; NO_SLOT where the id is base only
+    slot_of: Mapping[int, int]  # id -> slot, NO_SLOT where the id is base only
+    ids: Integers  # (loaded,) the same for the kernels: the ids ascending
+    slots: Integers  # (loaded,) and the slot of each
     wa_address: Integers  # (slots,)
     wb_address: Integers  # (slots,)
     ranks: Integers  # (slots,)
@@ -150,7 +151,7 @@ class SlotTable:
         none = np.empty(0, np.int64)
         address, ranks = np.zeros((2, slots), np.int64), np.zeros(slots, np.int64)
         weights = (None,) * slots
-        return cls(dtype, none, none, address[0], address[1], ranks, np.zeros(slots), weights)
+        return cls(dtype, {}, none, none, address[0], address[1], ranks, np.zeros(slots), weights)
 
     def with_changes(
         self, slot_of: Mapping[int, int], changes: Mapping[int, Stored | None]
@@ -166,8 +167,8 @@ class SlotTable:
             wb_address[slot] = 0 if stored is None else stored.wb.ctypes.data
             ranks[slot] = 0 if stored is None else len(stored.wa)
             scalings[slot] = 0.0 if stored is None else stored.scaling
-        held = tuple(weights)
-        return SlotTable(self.dtype, ids, slots, wa_address, wb_address, ranks, scalings, held)
+        tables = (ids, slots, wa_address, wb_address, ranks, scalings)
+        return SlotTable(self.dtype, slot_of, *tables, tuple(weights))
 
     def find(self, adapter_ids: Integers) -> tuple[Integers, Integers]:
         """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""
@@ -249,7 +250,6 @@ class AdapterStack:
         self.slots = check_count("slots", slots, 0)
         self.max_rank = check_count("max_rank", max_rank, 0)
         self.dtype = check_dtype("dtype", dtype)
-        self._slot_of: dict[int, int] = {}
         self._table = SlotTable.empty(self.slots, self.dtype)
         self._changing = threading.Lock()
         _stacks.add(self)
@@ -302,7 +302,7 @@ class AdapterStack:
     @property
     def ids(self) -> list[int]:
         """The ids that are known, ascending; those that are base only included."""
-        return sorted(self._slot_of)
+        return sorted(self._table.slot_of)
 
     def load(self, adapter_id: int, adapter: AdapterLike) -> None:
         """Put an adapter's weights into a slot, replacing what the id held before.
@@ -341,8 +341,9 @@ unload an adapter first, or make the stack with more slots
         """
         with self._changing:
             slot = self._slot(adapter_id)
-            slot_of = {i: s for i, s in self._slot_of.items() if i != adapter_id}
-            self._replace(slot_of, {} if slot == NO_SLOT else {slot: None})
+            slot_of = {i: s for i, s in self._table.slot_of.items() if i != adapter_id}
+            changes = {} if slot == NO_SLOT else {slot: None}
+            self._table = self._table.with_changes(slot_of, changes)
 
     def __getitem__(self, adapter_id: int) -> Adapter | None:
         """The adapter as loaded, in read-only arrays of the stack's dtype; None if base only."""
@@ -352,14 +353,13 @@ unload an adapter first, or make the stack with more slots
         return None if stored is None else Adapter(stored.wa, stored.wb.T, stored.scaling)
 
     def __contains__(self, adapter_id: object) -> bool:
-        is_id = isinstance(adapter_id, (int, np.integer)) and not isinstance(adapter_id, bool)
-        return is_id and adapter_id in self._slot_of
+        return is_integer(adapter_id) and adapter_id in self._table.slot_of
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.ids)
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._table.slot_of)
 
     def __repr__(self) -> str:
         used = sum(stored is not None for stored in self._table.weights)
@@ -387,14 +387,14 @@ unload an adapter first, or make the stack with more slots
             raise UnknownAdapterError(
                 "adapter_id", f"one of {some(self.ids)}", repr(adapter_id), "load it first"
             )
-        return self._slot_of[adapter_id]
+        return self._table.slot_of[adapter_id]
 
     def _load_all(self, adapters: Mapping[int, Adapter | None]) -> None:
         for adapter in adapters.values():
             if adapter is not None:
                 self._check_fits(adapter)
         with self._changing:
-            slot_of = dict(self._slot_of)
+            slot_of = dict(self._table.slot_of)
             changes: dict[int, Stored | None] = {}
             for adapter_id in adapters:
                 slot = slot_of.pop(adapter_id, NO_SLOT)
@@ -406,7 +406,7 @@ unload an adapter first, or make the stack with more slots
                 slot_of[adapter_id] = NO_SLOT if adapter is None else self._take(free)
                 if adapter is not None:
                     changes[slot_of[adapter_id]] = self._store(adapter)
-            self._replace(slot_of, changes)
+            self._table = self._table.with_changes(slot_of, changes)
 
     def _take(self, free: Iterator[int]) -> int:
         for slot in free:
@@ -451,10 +451,6 @@ unload an adapter first, or make the stack with more slots
             )
         stored.flags.writeable = False
         return stored
-
-    def _replace(self, slot_of: dict[int, int], changes: Mapping[int, Stored | None]) -> None:
-        self._table = self._table.with_changes(slot_of, changes)
-        self._slot_of = slot_of
 
 
 def _renew_locks() -> None:
@@ -510,7 +506,7 @@ def check_scaling(argument: str, scaling: object) -> float:
 
 
 def _adapter_id(adapter_id: object) -> int:
-    if isinstance(adapter_id, bool) or not isinstance(adapter_id, (int, np.integer)):
+    if not is_integer(adapter_id):
         raise DtypeError(
             "adapter_id", "an integer >= 0", repr(adapter_id), "name adapters by integers"
         )

@@ -63,7 +63,7 @@ def check_v(v: Array, n: int, rank: int) -> None:
 
 
 def check_y(y: Array, n: int, h_out: int, source: str, operand: Any) -> None:
-    """Y can be written without changing `operand`, the array named `source`, or itself."""
+    """Refuse a y whose writing would change `operand`, the array named `source`, or y elsewhere."""
     _check_shape("y", y, n, "h_out", h_out)
     if not y.flags.writeable:
         raise MemoryLayoutError("y", "a writable array", "a read-only one", "pass y.copy()")

@@ -133,7 +133,6 @@ def apply_batched(
             f"h_in = {stack.h_in} and h_out = {stack.h_out}",
             "use adapters made for this layer",
         )
-    stack.table.find(segments.adapter_ids)
     wide = sum_dtype(x.dtype, W.dtype, stack.dtype)
     types = [x.dtype, W.dtype, *([stack.dtype] if stack.slots else [])]
     with np.errstate(invalid="ignore", over="ignore"):  # inf and NaN pass through, as in add_lora

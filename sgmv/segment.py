@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -291,9 +291,14 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether the value is a Python or numpy integer; True and False are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def check_count(argument: str, value: object, least: int) -> int:
     """The value as an int, if it is a whole number and not below the least."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if not is_integer(value):
         raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
     if value < least:
         raise ValueRangeError(argument, f"at least {least}", str(value), "pass a larger number")

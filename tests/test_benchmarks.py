@@ -30,7 +30,7 @@ from benchmarks.batch import (
 )
 from benchmarks.ceilings import Ceilings
 from benchmarks.console import Console
-from benchmarks.grid import FULL_ROWS, ONE_ROW, POPULARITIES, RANKS, Case, Filters, cases
+from benchmarks.grid import FULL_ROWS, ONE_ROW, RANKS, Case, Filters, cases
 from benchmarks.models import LAYERS, MODELS, shapes
 from benchmarks.peers import PEERS
 from benchmarks.record import (
@@ -104,7 +104,7 @@ def test_full_grid_is_the_product_of_all_axes() -> None:
         for shape in shapes(list(MODELS), list(LAYERS))
         for rank in RANKS
         for n in FULL_ROWS
-        for popularity in (POPULARITIES if n > 1 else [ONE_ROW])
+        for popularity in (workloads.POPULARITIES if n > 1 else [ONE_ROW])
     }
     assert keys == expected
     assert len(found) == len(keys)
@@ -113,7 +113,7 @@ def test_full_grid_is_the_product_of_all_axes() -> None:
 def test_quick_grid_touches_every_value_of_every_axis_but_the_model() -> None:
     found = cases("quick", Filters())
     assert {c.rank for c in found} == set(RANKS)
-    assert {c.popularity for c in found} == {*POPULARITIES, ONE_ROW}
+    assert {c.popularity for c in found} == {*workloads.POPULARITIES, ONE_ROW}
     assert {name.split()[1] for c in found for name in c.names} == set(LAYERS)
 
 
@@ -154,7 +154,7 @@ def small_batch(popularity: str = "uniform", dtype: str = "float32", n: int = 16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("popularity", workloads.POPULARITIES)
 @pytest.mark.parametrize("name", PEERS)
 def test_baselines_are_right(name: str, popularity: str, dtype: str) -> None:
     if dtype == "bfloat16":

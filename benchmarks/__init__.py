@@ -1,7 +1,8 @@
-"""Timings of sgmv against numpy and torch, on layer shapes of real models.
+"""Timings of sgmv against numpy, torch and MKL, on layer shapes of real models.
 
     python -m benchmarks            about a minute: gate, ceilings, timings, table, record
     python -m benchmarks --full     every layer, rank, row count and popularity
+    python -m benchmarks growth     how time grows with rows and with adapters
 
 The way of a run, one file per stage:
 
@@ -9,6 +10,7 @@ The way of a run, one file per stage:
                         |        |                   |
                         +------ peers (the baselines) +
 
-`machine` names the machine, `console` prints with or without rich. The words `n`, `r`, `h_in`,
-`h_out`, `S` are those of the library.
+`peers_numpy`, `peers_torch` and `peers_mkl` hold what `peers` names; `growth` goes its own way from
+`timing` on; `machine` names the machine, `console` prints with or without rich. The words `n`, `r`,
+`h_in`, `h_out`, `S` are those of the library.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import re
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import sgmv
-from benchmarks import figures, gate, machine, readme, run, table
+from benchmarks import figures, gate, growth, machine, readme, run, table
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.console import Console
@@ -38,7 +38,10 @@ TOLERATED = 0.01  # share of noisy cases that a committed record may leave out
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status: 0, or 1 when a gate is red."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["growth"]:
+        return growth.main(words[1:])
+    args = parser().parse_args(words)
     console = Console()
     started = time.perf_counter()
     facts = machine.machine()
@@ -118,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time sgmv against numpy and torch; nothing is timed until it is correct.",
+        description="Time sgmv against numpy, torch and MKL; nothing is timed until it is correct.",
+        epilog="python -m benchmarks growth: how time grows with rows and adapters.",
     )
     mode = found.add_mutually_exclusive_group()
     mode.add_argument(
@@ -208,8 +212,7 @@ def ceilings_record(ceilings: Ceilings) -> CeilingsRecord:
 
 def record_name(record: Record) -> str:
     """File name from mode and processor: a new run on one machine replaces its old record."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", record["machine"]["cpu"].lower()).strip("-")
-    return f"{record['mode']}-{cpu}-{record['machine']['cores']}c.json"
+    return f"{record['mode']}-{machine.slug(record['machine'])}.json"
 
 
 def _groups(args: argparse.Namespace) -> tuple[list[run.Group], dict[str, str]]:

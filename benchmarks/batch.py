@@ -137,13 +137,19 @@ def make_batch(pool: Pool, adapter_ids: NDArray[np.int64], seed: int) -> Batch:
     order = np.argsort(adapter_ids, kind="stable")
     rows = np.split(order, np.cumsum(counts)[:-1])
     segments = sgmv.segment(adapter_ids)
-    takes = [_consecutive(part) for part in rows]
+    takes = [consecutive(part) for part in rows]
     return Batch(pool, x, y, adapter_ids, segments, rows, takes, slots.tolist())
 
 
-def _consecutive(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
-    """A slice of the same rows, if there is one."""
-    return slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
+def consecutive(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """A slice of the same rows, if there is one.
+
+    >>> consecutive(np.array([3, 4, 5])) == slice(3, 6), consecutive(np.array([3, 5])).tolist()
+    (True, [3, 5])
+    """
+    if len(rows) and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def _pool(

@@ -7,44 +7,56 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.grid import ONE_ROW
+from benchmarks.growth import GrowthRecord, fitted
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, main_variant
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; markers differ as well.
-COLOURS = {
-    "main": "#0072B2", "one": "#56B4E9", "by_segment": "#D55E00", "by_row": "#E69F00",
-    "einsum": "#CC79A7", "torch": "#009E73",
+# Okabe and Ito's colours, then Tol's, which stay apart for colour-blind readers; markers differ as
+# well, and the kind of a line tells whose threads it ran on.
+LOOKS = {
+    "main": ("#0072B2", "o"), "one": ("#56B4E9", "s"), "by_segment": ("#D55E00", "^"),
+    "by_row": ("#E69F00", "v"), "einsum": ("#CC79A7", "D"), "torch": ("#009E73", "P"),
+    "torch_native": ("#117733", "X"), "grouped_mm": ("#44AA99", "p"), "mkl": ("#000000", "*"),
+    "sglang": ("#882255", "<"), "vllm": ("#777777", ">"),
 }  # fmt: skip
-MARKERS = {"main": "o", "one": "s", "by_segment": "^", "by_row": "v", "einsum": "D", "torch": "P"}
+DASHES = {"sgmv": "-", "numpy": "-", "torch": "--", "mkl": ":"}
 POPULARITY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
 RANK_MARKERS = ("o", "s", "^", "D", "v", "P")
+LEGEND_COLUMNS = 3
 DIGEST_KEY = "Record"
 
 
-def digest(record: Record) -> str:
+def digest(record: Record | GrowthRecord) -> str:
     """What ties a figure to its record: SHA-256 over its canonical JSON."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def draw(record: Record, directory: Path) -> list[Path]:
     """Write `latency.png` and `roofline.png` and return their paths."""
-    import matplotlib
+    return [
+        _save(latency(record), record, directory / "latency.png"),
+        _save(roofline(record), record, directory / "roofline.png"),
+    ]
 
-    matplotlib.use("Agg")
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, make in (("latency", latency), ("roofline", roofline)):
-        path = directory / f"{name}.png"
-        figure = make(record)
-        figure.savefig(path, dpi=110, metadata={DIGEST_KEY: digest(record), "Software": None})
-        paths.append(path)
-    return paths
+
+def draw_growth(record: GrowthRecord, directory: Path) -> Path:
+    """Write `growth.png` and return its path."""
+    return _save(growth(record), record, directory / "growth.png")
+
+
+def _save(figure: Any, record: Record | GrowthRecord, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={DIGEST_KEY: digest(record), "Software": None})
+    return path
 
 
 def latency(record: Record) -> Any:
@@ -56,23 +68,26 @@ def latency(record: Record) -> Any:
     panels = [p for p in dict.fromkeys(c["popularity"] for c in cases) if p != ONE_ROW]
     panels = panels or [ONE_ROW]
     first = cases[0]
-    figure = Figure(figsize=(2.6 * max(len(panels), 2) + 0.6, 4.2), layout="constrained")
+    lines = [line for line in _lines(record) if any(line[0] in case["times"] for case in cases)]
+    height = 4.2 + 0.24 * max(0, math.ceil(len(lines) / LEGEND_COLUMNS) - 2)
+    figure = Figure(figsize=(2.6 * max(len(panels), 2) + 0.6, height), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, popularity in zip(axes, panels, strict=True):
         shown = one_row + [case for case in cases if case["popularity"] == popularity]
         shown = sorted({case["rows"]: case for case in shown}.values(), key=lambda c: c["rows"])
-        for name, key, label in _lines(record):
+        for name, key, label, dashes in lines:
+            colour, marker = LOOKS[key]
             points = [(c["rows"], c["times"][name]) for c in shown if name in c["times"]]
             if points:
                 rows = [n for n, _ in points]
                 axis.fill_between(
                     rows, [t["q20"] for _, t in points], [t["q80"] for _, t in points],
-                    color=COLOURS[key], alpha=0.2, linewidth=0,
+                    color=colour, alpha=0.2, linewidth=0,
                 )  # fmt: skip
                 axis.plot(
-                    rows, [t["q50"] for _, t in points], label=label, color=COLOURS[key],
-                    marker=MARKERS[key], markersize=4.5, linewidth=2.2 if key == "main" else 1.3,
-                    zorder=3 if key == "main" else 2,
+                    rows, [t["q50"] for _, t in points], label=label, color=colour,
+                    marker=marker, markersize=4.5, linewidth=2.2 if key == "main" else 1.3,
+                    linestyle=dashes, zorder=3 if key == "main" else 2,
                 )  # fmt: skip
         axis.set(xscale="log", yscale="log", title=popularity, xlabel="rows n")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -87,7 +102,7 @@ def latency(record: Record) -> Any:
             if label not in labels:
                 handles.append(handle)
                 labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
     figure.suptitle(
         f"{first['h_in']} → {first['rank']} → {first['h_out']}, {first['dtype']} "
         f"({first['names'][0]}): median, band 20-80 %",
@@ -106,7 +121,7 @@ def roofline(record: Record) -> Any:
     popularities = list(dict.fromkeys(case["popularity"] for case in cases))
     ranks = sorted({case["rank"] for case in cases})
     intensities = [case["flops"] / case["footprint"] for case in cases]
-    low, high = min(intensities) / 4, max(intensities) * 4
+    low, high = min(intensities) / 3, max(intensities) * 3
     peak = record["ceilings"]["peak"][count]
 
     figure = Figure(figsize=(7.6, 5.0), layout="constrained")
@@ -116,12 +131,13 @@ def roofline(record: Record) -> Any:
         f"FMA peak {peak / 1e9:.0f} GFLOP/s", (low, peak / 1e9), (4, 4),
         textcoords="offset points", fontsize=8,
     )  # fmt: skip
-    for size, rate in _shown_bandwidths(record, count):
+    for label, rate in roofs(record, count):
         end = min(high, peak / rate)
         axis.plot([low, end], [low * rate / 1e9, end * rate / 1e9], color="#888888", linewidth=1)
-        axis.annotate(
-            f"{_bytes(size)}: {rate / 1e9:.0f} GB/s", (low, low * rate / 1e9), (3, -3),
-            textcoords="offset points", fontsize=7.5, color="#444444", va="top",
+        axis.text(
+            low * 1.06, low * 1.2 * rate / 1e9, label, fontsize=8, color="#444444",
+            rotation=math.degrees(math.atan(rate / 1e9)), rotation_mode="anchor",
+            transform_rotates_text=True,
         )  # fmt: skip
     for popularity, colour in zip(popularities, cycle(POPULARITY_COLOURS), strict=False):
         for rank, marker in zip(ranks, cycle(RANK_MARKERS), strict=False):
@@ -132,7 +148,7 @@ def roofline(record: Record) -> Any:
             ]
             axis.scatter(
                 [x for x, _ in points], [y for _, y in points], color=colour, marker=marker,
-                s=22, alpha=0.65, linewidths=0,
+                s=20, alpha=0.6, linewidths=0,
             )  # fmt: skip
     handles = [
         axis.scatter([], [], color=colour, marker="o", label=popularity)
@@ -151,6 +167,41 @@ def roofline(record: Record) -> Any:
     return figure
 
 
+def growth(record: GrowthRecord) -> Any:
+    """Two panels, over rows and over adapters: time of one call, each curve with its line."""
+    from matplotlib.figure import Figure
+
+    axes_names = list(dict.fromkeys(series["axis"] for series in record["series"]))
+    figure = Figure(figsize=(4.4 * len(axes_names), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(axes_names), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, axes_names, strict=True):
+        shown = [series for series in record["series"] if series["axis"] == name]
+        looks = zip(cycle(POPULARITY_COLOURS), cycle(RANK_MARKERS), strict=False)
+        for series, (colour, marker) in zip(shown, looks, strict=False):
+            n = np.array([point["n"] for point in series["points"]])
+            times = [point["times"] for point in series["points"]]
+            axis.fill_between(
+                n, [t["q20"] for t in times], [t["q80"] for t in times],
+                color=colour, alpha=0.2, linewidth=0,
+            )  # fmt: skip
+            axis.plot(
+                n, [t["q50"] for t in times], color=colour, marker=marker, markersize=4.5,
+                linestyle="none", label=series["name"],
+            )  # fmt: skip
+            line = np.geomspace(n[0], n[-1], 200)
+            axis.plot(line, fitted(series).at(line), color=colour, linewidth=1.2)
+        axis.set(xscale="log", yscale="log", xlabel=name)
+        axis.grid(True, color="#dddddd", linewidth=0.6)
+        axis.legend(fontsize=8, framealpha=0.9, loc="upper left")
+    axes[0].set_ylabel("time of one call (µs)")
+    figure.suptitle(
+        f"{record['h_in']} → {record['rank']} → {record['h_out']}, {record['dtype']}, "
+        f"{record['threads']} threads: medians, band 20-80 %, lines t = a + b n",
+        fontsize=11,
+    )
+    return figure
+
+
 def hub_cases(record: Record) -> list[CaseRecord]:
     """The cases of the (shape, rank, dtype) with the most row counts; of equals, rank 16 first."""
     keys = [(c["h_in"], c["h_out"], c["rank"], c["dtype"], c["names"][0]) for c in record["cases"]]
@@ -159,20 +210,36 @@ def hub_cases(record: Record) -> list[CaseRecord]:
     return [case for case, key in zip(record["cases"], keys, strict=True) if key == best]
 
 
-def _lines(record: Record) -> list[tuple[str, str, str]]:
-    """(variant, colour key, label), the library's first."""
-    most = max(record["threads"])
-    lines = [(main_variant(record), "main", f"sgmv, {most} thread{'s' * (most > 1)}")]
+def roofs(record: Record, count: str) -> list[tuple[str, float]]:
+    """(label, bytes/s) of L2, L3 and memory: all footprints would be a bundle of lines.
+
+    Semantics: for a cache, the largest measured footprint that fills at most half of it, as it must
+    hold more than what was read, and more than all of the cache before it; `count` threads have so
+    many L2. For memory, the largest. A cache that none fits, or that is not known, is left out.
+    """
+    measured = [(size, rate) for size, rate in record["ceilings"]["bandwidth"][count]]
+    capacity = {
+        level: size * (1 if level == "L3" else int(count))
+        for level, size in record["machine"]["caches"].items()
+    }
+    found = []
+    for level, before in (("L2", "L1"), ("L3", "L2")):
+        fits = [
+            pair for pair in measured
+            if capacity.get(before, 0) < pair[0] <= capacity.get(level, 0) / 2
+        ]  # fmt: skip
+        found += [(level, *max(fits))] if fits else []
+    found.append(("memory", *max(measured)))
+    return [(f"{name} ({_bytes(size)}): {rate / 1e9:.0f} GB/s", rate) for name, size, rate in found]
+
+
+def _lines(record: Record) -> list[tuple[str, str, str, str]]:
+    """(variant, key of LOOKS, label, kind of line), the library's first."""
+    most, solid = max(record["threads"]), DASHES["sgmv"]
+    lines = [(main_variant(record), "main", f"sgmv, {most} thread{'s' * (most > 1)}", solid)]
     if most > 1 and 1 in record["threads"]:
-        lines.append(("sgmv@1", "one", "sgmv, 1 thread"))
-    return lines + [(name, name, peer.title) for name, peer in PEERS.items()]
-
-
-def _shown_bandwidths(record: Record, count: str) -> list[tuple[float, float]]:
-    """Smallest, middle and largest footprint: all of them would be a bundle of lines."""
-    measured = record["ceilings"]["bandwidth"][count]
-    chosen = [measured[0], measured[len(measured) // 2], measured[-1]]
-    return [(size, rate) for size, rate in chosen]
+        lines.append(("sgmv@1", "one", "sgmv, 1 thread", solid))
+    return lines + [(name, name, peer.title, DASHES[peer.pool]) for name, peer in PEERS.items()]
 
 
 def _bytes(size: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 import sgmv
 from benchmarks.batch import Batch, Pool
-from benchmarks.peers import by_segment
+from benchmarks.peers_numpy import by_segment
 from reference import bounds, by_row, compare, workloads
 
 # (y, x, adapters, adapter_ids, scalings): adds the deltas to y in place.
@@ -69,12 +70,18 @@ def corpus_failures(
     return count, failures
 
 
-def check_case(batch: Batch, variants: Mapping[str, Update], seed: int) -> int:
+def check_case(
+    batch: Batch,
+    variants: Mapping[str, Update],
+    seed: int,
+    roundings: Mapping[str, int] = MappingProxyType({}),
+) -> int:
     """Hold every variant's result on this batch to the reference; return the rows it checked.
 
     Semantics: a seeded sample of rows (all, if they are few: the reference takes its time) must be
     within the reference's elementwise bound. Every row must agree with numpy's per-segment loop,
-    itself held to that bound, within twice a bound on the row's norms.
+    itself held to that bound, within twice a bound on the row's norms. In a case of 16 bits both
+    widen for a variant that makes `roundings` to them on the way, by `rounding_bound`.
     Raises GateError for the first variant that does not.
     """
     rows = _sample(batch, seed)
@@ -84,14 +91,20 @@ def check_case(batch: Batch, variants: Mapping[str, Update], seed: int) -> int:
     bound = bounds.add_lora_bound(batch.y[rows], batch.x[rows], adapters, ids, expected=expected)
     other = _result(by_segment, batch)
     tolerance = 2 * norm_bound(batch, other)
+    sizes: NDArray[np.float32] | None = None
     for name, update in {"by_segment": by_segment, **variants}.items():
         y = _result(update, batch)
+        row_bound, whole = bound, tolerance
+        if roundings.get(name) and batch.y.dtype != np.float32:
+            sizes = product_sizes(batch) if sizes is None else sizes
+            wider = rounding_bound(sizes, roundings[name], batch.y.dtype)
+            row_bound, whole = bound + wider[rows], tolerance + wider
         try:
-            compare.check(y[rows], expected, bound)
+            compare.check(y[rows], expected, row_bound)
         except AssertionError as error:
             raise GateError(f"{name}: {error}") from error
         # Written so that a NaN is a failure.
-        wrong = ~(np.abs(y.astype(np.float32) - other.astype(np.float32)) <= tolerance)
+        wrong = ~(np.abs(y.astype(np.float32) - other.astype(np.float32)) <= whole)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             raise GateError(
@@ -118,6 +131,28 @@ def norm_bound(batch: Batch, result: NDArray[Any]) -> NDArray[np.float32]:
     magnitude = np.abs(result.astype(np.float32))
     rounding = 2 * bounds.unit_roundoff(result.dtype)
     return np.asarray(share * norms[:, np.newaxis] + rounding * magnitude, np.float32)
+
+
+def product_sizes(batch: Batch) -> NDArray[np.float32]:
+    """|scaling| * |v| @ |B|.T: what a rounding of v, or of the delta, can move, (n, h_out)."""
+    pool = batch.pool
+    sizes = np.zeros(batch.y.shape, np.float32)
+    for slot, rows in zip(batch.slots, batch.takes, strict=True):
+        v = batch.x[rows].astype(np.float32) @ pool.A[slot].T
+        sizes[rows] = abs(pool.scalings[slot]) * (np.abs(v) @ np.abs(pool.wb[slot]))
+    return sizes
+
+
+def rounding_bound(
+    sizes: NDArray[np.float32], roundings: int, dtype: np.dtype[Any]
+) -> NDArray[np.float32]:
+    """How much further from the exact row one may be that rounds so often on the way to y.
+
+    Each rounding to `dtype` errs by at most u of its value; values are at most `sizes`, to which
+    float32's own errors and the last rounding of a moved sum add a share of u, hence one more.
+    """
+    share = (1 + bounds.unit_roundoff(dtype)) * bounds.gamma(roundings, bounds.unit_roundoff(dtype))
+    return np.asarray(share * sizes, np.float32)
 
 
 def _weight_norms(pool: Pool, slots: Sequence[int]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -62,6 +63,12 @@ def machine() -> Machine:
     }
 
 
+def slug(facts: Machine) -> str:
+    """The machine in a file name: a new run on it replaces its old record."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
+    return f"{cpu}-{facts['cores']}c"
+
+
 def available_memory() -> int:
     """Bytes that can be had without swapping; 8 GiB where the system does not say."""
     try:
@@ -116,7 +123,7 @@ def foreign_cores(before: CpuUse | None, after: CpuUse | None) -> float | None:
 def versions() -> dict[str, str]:
     """Versions of python and of what decides the timings; a package not installed is left out."""
     found = {"python": platform.python_version()}
-    for package in ("numpy", "numba", "llvmlite", "torch", "ml_dtypes"):
+    for package in ("numpy", "numba", "llvmlite", "torch", "mkl", "ml_dtypes"):
         try:
             found[package] = version(package)
             if package == "torch":

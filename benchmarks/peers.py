@@ -1,117 +1,91 @@
-"""The baselines: what a user would write without sgmv, each in its best form.
+"""The baselines, one place that names them all; what each does is in `peers_*.py`.
 
 Semantics of each: `y[i] += scaling * (x[i] @ A.T) @ B.T` in place, with the adapter of row i.
-Fairness: weights stand in float32 in the order that suits BLAS (`wb`, which is B.T), and the rows
-of each segment are known before the clock starts, for the baselines as for sgmv.
+Fairness: weights stand in the order and type that suits the baseline, and the rows of each segment
+are known before the clock starts, for the baselines as for sgmv; and each may use every core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import peers_mkl, peers_numpy, peers_torch
 from benchmarks.batch import Batch
-
-GATHER_CAP = 256 << 20
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A baseline, and its reason not to run on a batch ("" when it does run)."""
+    """A baseline, and its reason not to run on a batch ("" when it does run).
+
+    `short` heads a column of the terminal. `pool` are the threads it runs on. `roundings`: how
+    often it rounds to 16 bits what sgmv keeps in float32 (v, or the delta), in a case of 16 bits.
+    """
 
     title: str
+    short: str
+    pool: str
     run: Callable[[NDArray[Any], NDArray[Any], Batch], None]
     prepare: Callable[[Batch], None] = lambda batch: None
     refuses: Callable[[Batch], str] = lambda batch: ""
-
-
-def by_row(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
-    """numpy, one row at a time: two matrix-vector products per row."""
-    pool = batch.pool
-    for i, slot in enumerate(batch.adapter_ids):
-        if pool.ranks[slot]:
-            r = pool.ranks[slot]
-            v = pool.A[slot, :r] @ x[i].astype(np.float32, copy=False)
-            y[i] += (v * pool.scalings[slot]) @ pool.wb[slot, :r]
-
-
-def by_segment(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
-    """numpy, one segment at a time: gather the rows, two matrix products, scatter."""
-    pool = batch.pool
-    for slot, rows in zip(batch.slots, batch.takes, strict=True):
-        if pool.ranks[slot]:
-            r = pool.ranks[slot]
-            v = x[rows].astype(np.float32, copy=False) @ pool.A[slot, :r].T
-            v *= pool.scalings[slot]
-            y[rows] += v @ pool.wb[slot, :r]
-
-
-def einsum(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
-    """numpy, no loop: a weight gathered for each row, then two einsum."""
-    pool, ids = batch.pool, batch.adapter_ids
-    v = np.einsum("nk,nrk->nr", x.astype(np.float32, copy=False), pool.A[ids])
-    v *= pool.scalings[ids, np.newaxis]
-    y += np.einsum("nr,nrc->nc", v, pool.wb[ids])
-
-
-def einsum_refuses(batch: Batch) -> str:
-    """The gathered weights of one product must fit under a cap."""
-    pool = batch.pool
-    widest = max(pool.A.shape[2], pool.wb.shape[2])
-    gathered = len(batch.adapter_ids) * pool.A.shape[1] * widest * 4
-    if gathered <= GATHER_CAP:
-        return ""
-    return f"gathered weights need {gathered >> 20} MiB, cap {GATHER_CAP >> 20} MiB"
-
-
-def torch_prepare(batch: Batch) -> None:
-    """Tensors over the same memory, made before the clock starts."""
-    import torch
-
-    pool = batch.pool
-    parts = []
-    start = 0
-    for slot, rows in zip(batch.slots, batch.rows, strict=True):
-        r = int(pool.ranks[slot])
-        if r:
-            A, wb = torch.from_numpy(pool.A[slot, :r]), torch.from_numpy(pool.wb[slot, :r])
-            parts.append((start, start + len(rows), A.T, wb, float(pool.scalings[slot])))
-        start += len(rows)
-    order = np.concatenate(batch.rows)
-    sorted_already = bool((np.diff(order) == 1).all())
-    batch.prepared["torch"] = (torch, None if sorted_already else torch.from_numpy(order), parts)
-
-
-def torch_addmm(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
-    """torch, one segment at a time: rows sorted once, `addmm_` per segment, rows put back."""
-    torch, order, parts = batch.prepared["torch"]
-    x_sorted, y_sorted = torch.from_numpy(x), torch.from_numpy(y)
-    if order is not None:
-        x_sorted, y_sorted = x_sorted.index_select(0, order), y_sorted.index_select(0, order)
-    for start, end, A_T, wb, scaling in parts:
-        y_sorted[start:end].addmm_(x_sorted[start:end] @ A_T, wb, alpha=scaling)
-    if order is not None:
-        torch.from_numpy(y).index_copy_(0, order, y_sorted)
-
-
-def torch_refuses(batch: Batch) -> str:
-    if find_spec("torch") is None:
-        return "torch is not installed"
-    if batch.x.dtype != np.float32:
-        return f"timed for float32 only, this case is {batch.x.dtype}"
-    return ""
+    roundings: int = 0
 
 
 PEERS = {
-    "by_row": Peer("numpy per row", by_row),
-    "by_segment": Peer("numpy per segment", by_segment),
-    "einsum": Peer("numpy gather + einsum", einsum, refuses=einsum_refuses),
-    "torch": Peer("torch per segment", torch_addmm, torch_prepare, torch_refuses),
-}
-# In the order of their turns: torch before numpy, whose BLAS threads spin on (see run.py).
-TURNS = ("torch", "by_row", "by_segment", "einsum")
+    "by_row": Peer("numpy per row", "row", "numpy", peers_numpy.by_row),
+    "by_segment": Peer("numpy per segment", "segm.", "numpy", peers_numpy.by_segment),
+    "einsum": Peer(
+        "numpy gather + einsum", "einsum", "numpy", peers_numpy.einsum,
+        refuses=peers_numpy.gather_refuses,
+    ),
+    "torch": Peer(
+        "torch per segment", "torch", "torch", peers_torch.by_segment_float32,
+        peers_torch.prepare_float32, peers_torch.missing,
+    ),
+    "torch_native": Peer(
+        "torch in 16 bits", "tor16", "torch", peers_torch.by_segment_native,
+        peers_torch.prepare_native, peers_torch.native_refuses, roundings=1,
+    ),
+    "grouped_mm": Peer(
+        "torch grouped_mm", "group", "torch", peers_torch.grouped,
+        peers_torch.prepare_grouped, peers_torch.grouped_refuses, roundings=3,
+    ),
+    "mkl": Peer(
+        "MKL sgemm_batch", "mkl", "mkl", peers_mkl.sgemm_batch,
+        peers_mkl.prepare, peers_mkl.refuses,
+    ),
+    "sglang": Peer(
+        "SGLang's CPU form", "sglang", "torch", peers_torch.sglang,
+        peers_torch.prepare_sglang, peers_torch.server_refuses, roundings=1,
+    ),
+    "vllm": Peer(
+        "vLLM's CPU form", "vllm", "torch", peers_torch.vllm,
+        peers_torch.prepare_vllm, peers_torch.vllm_refuses, roundings=3,
+    ),
+}  # fmt: skip
+# In the order of their turns, those that share threads together; numpy's spin longest, so last.
+TURNS = (
+    "torch", "torch_native", "grouped_mm", "sglang", "vllm", "mkl", "by_row", "by_segment", "einsum"
+)  # fmt: skip
+# Seconds that threads go on spinning after their last call, with something to spare. OpenBLAS:
+# 2**28 clock ticks; OpenMP: 7 to 10 ms measured. Beside them, calls on other threads took up to 100
+# times their time: whatever comes next first makes untimed calls for as long.
+SPIN_S = {"numpy": 0.12, "torch": 0.015, "mkl": 0.015}
+
+
+def rests(pools: Sequence[str]) -> list[float]:
+    """Seconds that each turn must wait for the threads of the turn before it.
+
+    Semantics: `pools` are the turns' threads, in a circle: the first turn follows the last.
+
+    >>> rests(["sgmv", "sgmv", "torch", "numpy"])
+    [0.12, 0.0, 0.0, 0.015]
+    """
+    before = [pools[-1], *pools[:-1]]
+    return [
+        0.0 if pool == last else SPIN_S.get(last, 0.0)
+        for pool, last in zip(pools, before, strict=True)
+    ]

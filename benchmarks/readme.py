@@ -13,14 +13,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.figures import digest, draw, hub_cases
+from benchmarks.figures import digest, draw, draw_growth, hub_cases
+from benchmarks.growth import PREFIX
+from benchmarks.growth import load as load_growth
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, load, main_variant, summarise
-from benchmarks.table import LOSS, microseconds, ratio_text
+from benchmarks.table import LOSS, microseconds, ran, ratio_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
 FIGURES = ("latency.png", "roofline.png")
+GROWTH_FIGURE = "growth.png"
 REMEDY = "run python -m benchmarks.readme"
 
 
@@ -30,7 +33,8 @@ class StaleError(Exception):
 
 def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
     """The record the README shows: a full one before a quick one. Raises StaleError for none."""
-    paths = sorted(directory.glob("*.json"), key=lambda p: (not p.name.startswith("full-"), p.name))
+    found = [path for path in directory.glob("*.json") if not path.name.startswith(PREFIX)]
+    paths = sorted(found, key=lambda p: (not p.name.startswith("full-"), p.name))
     if not paths:
         raise StaleError(f"{directory}: no record; make one with python -m benchmarks --record")
     return paths[0], load(paths[0])
@@ -57,11 +61,19 @@ def stale_parts(readme: str, record: Record, name: str, directory: Path = RECORD
     """What does not show the record: "README.md", figures by file name; [] when all is fresh."""
     parts = [] if rendered(readme, record, name) == readme else ["README.md"]
     wanted = digest(record).encode()
-    for figure in FIGURES:
+    figures = dict.fromkeys(FIGURES, wanted)
+    if growths := growth_paths(directory):
+        figures[GROWTH_FIGURE] = digest(load_growth(growths[0])).encode()
+    for figure, content in figures.items():
         path = directory / figure
-        if not path.exists() or wanted not in path.read_bytes():
+        if not path.exists() or content not in path.read_bytes():
             parts.append(figure)
     return parts
+
+
+def growth_paths(directory: Path = RECORDS) -> list[Path]:
+    """The records of `python -m benchmarks growth`; the first is the one that is drawn."""
+    return sorted(directory.glob(f"{PREFIX}*.json"))
 
 
 def summary_table(record: Record, name: str) -> str:
@@ -105,7 +117,7 @@ def cases_table(record: Record) -> str:
     """Every row count and popularity of one layer; the other cases are in the record."""
     main = main_variant(record)
     cases = hub_cases(record)
-    baselines = [name for name in PEERS if any(name in case["times"] for case in cases)]
+    baselines = ran({**record, "cases": cases})
     first = cases[0]
     head = ["n", "popularity", "S", f"sgmv, {max(record['threads'])} threads, µs"]
     head += [PEERS[name].title for name in baselines] + ["share of limit"]
@@ -151,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.write_text(rendered(readme, record, record_path.name))
     if set(parts) & set(FIGURES):
         draw(record, RECORDS)
+    if GROWTH_FIGURE in parts:
+        draw_growth(load_growth(growth_paths()[0]), RECORDS)
     print(f"fresh: {', '.join(parts) or 'nothing to do'}" if not check else "fresh")
     return 0
 

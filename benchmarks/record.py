@@ -237,13 +237,19 @@ def load(path: Path) -> Record:
 
 def validate(record: object) -> None:
     """Raise RecordError unless `record` follows the schema."""
-    _check("record", record, Record)
-    schema = record["schema"]  # type: ignore[index]  # _check has seen to it
+    check_schema("record", record, Record)
+    schema = record["schema"]  # type: ignore[index]  # check_schema has seen to it
     if schema != SCHEMA:
         raise RecordError(f"record.schema: expected {SCHEMA}, got {schema}")
 
 
-def _check(where: str, value: object, expected: Any) -> None:
+def check_schema(where: str, value: object, expected: Any) -> None:
+    """Raise RecordError, naming the place after `where`, unless value has the type `expected`.
+
+    >>> check_schema("record", {"seed": "0"}, dict[str, int])
+    Traceback (most recent call last):
+    benchmarks.record.RecordError: record['seed']: expected int, got '0'
+    """
     origin, args = get_origin(expected), get_args(expected)
     if is_typeddict(expected):
         hints = get_type_hints(expected)
@@ -251,16 +257,16 @@ def _check(where: str, value: object, expected: Any) -> None:
             got = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise RecordError(f"{where}: expected the keys {sorted(hints)}, got {got}")
         for key, hint in hints.items():
-            _check(f"{where}.{key}", value[key], hint)
+            check_schema(f"{where}.{key}", value[key], hint)
     elif origin in (Union, types.UnionType):
         if value is not None:
-            _check(where, value, next(arg for arg in args if arg is not types.NoneType))
+            check_schema(where, value, next(arg for arg in args if arg is not types.NoneType))
     elif origin in (dict, list):
         if not isinstance(value, origin):
             raise RecordError(f"{where}: expected {expected}, got {type(value).__name__}")
         parts = value if isinstance(value, dict) else dict(enumerate(value))
         for index, part in parts.items():
-            _check(f"{where}[{index!r}]", part, args[-1])
+            check_schema(f"{where}[{index!r}]", part, args[-1])
     elif not _is_scalar(value, expected):
         raise RecordError(f"{where}: expected {expected.__name__}, got {value!r}")
 

@@ -8,17 +8,17 @@ from benchmarks.console import Console, Span
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, main_variant, noisy_cases, summarise
 
-SHORT = {"by_row": "row", "by_segment": "segment", "einsum": "einsum", "torch": "torch"}
+ROOM = 5  # baselines that fit beside the rest of a row
 LOSS = "!"  # a mark, not only a colour: it must survive a pipe and colour blindness
 
 
 def print_table(record: Record, console: Console) -> None:
-    """One block per shape; the main variant's ratios against each baseline that ran."""
+    """One block per shape; the main variant's ratios against the baselines that came closest."""
     main = main_variant(record)
-    baselines = [name for name in PEERS if any(name in c["times"] for c in record["cases"])]
+    baselines = closest(record, ROOM)
     one = "sgmv@1" if 1 in record["threads"] else main
     head = ["r", "n", "popularity", "S", f"{main} us", *([f"{one} us"] if one != main else [])]
-    head += [*(SHORT[name] for name in baselines), "limit"]
+    head += [*(PEERS[name].short for name in baselines), "limit"]
     groups: dict[tuple[int, int, str, str], list[CaseRecord]] = {}
     for case in record["cases"]:
         key = (case["h_in"], case["h_out"], case["dtype"], ", ".join(case["names"]))
@@ -37,6 +37,22 @@ def print_table(record: Record, console: Console) -> None:
     console.print()
     for line in footnotes(record):
         console.print(line, "dim")
+    if others := set(ran(record)) - set(baselines):
+        titles = ", ".join(peer.title for name, peer in PEERS.items() if name in others)
+        console.print(f"Only in the summary: {titles}.", "dim")
+
+
+def ran(record: Record) -> list[str]:
+    """The baselines that were timed in any case, in the order of PEERS."""
+    return [name for name in PEERS if any(name in case["times"] for case in record["cases"])]
+
+
+def closest(record: Record, count: int) -> list[str]:
+    """So many baselines that took the least time against sgmv, in the order of PEERS."""
+    lines = summarise(record, main_variant(record))
+    ratio = {line.baseline: line.geomean for line in lines if line.popularity == "all"}
+    kept = sorted(ran(record), key=lambda name: ratio[name])[:count]
+    return [name for name in PEERS if name in kept]
 
 
 def print_summary(record: Record, console: Console) -> None:
@@ -77,9 +93,9 @@ def footnotes(record: Record) -> list[str]:
     lines = [
         f"Ratios: baseline time / {main} time, at the median; {LOSS} marks a loss; - did not run.",
         "limit: share of the roofline, max(bytes / bandwidth at this footprint, FLOP / FMA peak).",
-        "Segments (sgmv), row lists and BLAS-ordered float32 weights (baselines) made beforehand;",
+        "Segments (sgmv), row lists and weights as each baseline wants them made beforehand;",
         "weights hot: each call reads the same ones.",
-        f"Baselines' BLAS: {blas['name']}, threads: {blas['threads'] or 'its default'}.",
+        f"numpy's BLAS: {blas['name']}, threads: {blas['threads'] or 'its default'}.",
     ]
     if noisy := noisy_cases(record):
         lines.append(

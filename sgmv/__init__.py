@@ -23,6 +23,7 @@ Start reading at sgmv/lora.py.
 from sgmv.adapters import Adapter, AdapterStack
 from sgmv.errors import SgmvError
 from sgmv.expand import expand
+from sgmv.info import info
 from sgmv.lora import add_lora, apply_batched, apply_single, lora_delta
 from sgmv.peft import load_peft
 from sgmv.segment import Segments, segment
@@ -41,6 +42,7 @@ __all__ = [
     "apply_single",
     "expand",
     "get_num_threads",
+    "info",
     "load_peft",
     "lora_delta",
     "segment",

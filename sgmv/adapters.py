@@ -2,8 +2,8 @@
 
     adapter id   7 ─┐   slot   wa_address     wb_address     rank  scaling
     adapter id  42 ─┼──> 0     (r, h_in)      (r, h_out)      16     2.0     Punica's storage order:
-    adapter id  -1  │    1     (r, h_in)      (r, h_out)       8     1.0     wa = A, wb = B.T
-       base only    └──> 2     free
+    adapter id  -1  │    1     (r, h_in)      (r, h_out)       8     1.0     wa = A, wb = B.T, which
+       base only    └──> 2     free                                          stands in panels
 
 The kernels index this table by slot. It is never changed, only replaced: a call that has taken it
 keeps the weights it started with, and the next call sees the new ones.
@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,11 +32,12 @@ from sgmv.errors import (
     ValueRangeError,
     some,
 )
-from sgmv.kernels.jit import jit
-from sgmv.segment import BASE_ONLY, Integers, check_count, is_integer
+from sgmv.kernels.call import PANEL, WIDE_PANEL
+from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.schedule import NO_SLOT, UNKNOWN, find
+from sgmv.segment import Integers, check_count, is_integer
 
-NO_SLOT = -1
-UNKNOWN = -2
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,17 +127,63 @@ Scalings: TypeAlias = "Mapping[int, float] | Sequence[float] | float | None"
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One slot's weights in Punica's storage order: wa = A, wb = B.T, both contiguous."""
+    """One slot's weights in Punica's storage order, on cache lines of their own.
+
+    wb = B.T is packed: panels of so many columns, (r, columns) each, the last one as narrow as what
+    is left. Packing takes the place of the copy, so the weights stand in memory once.
+    """
 
     wa: Array  # (r, h_in)
-    wb: Array  # (r, h_out)
+    wb: Array  # (r * h_out,)
     scaling: float
+    columns: int
+
+    @classmethod
+    def pack(cls, A: Array, B: Array, scaling: float) -> Stored:
+        """Copy A (r, h_in) and B (h_out, r) into storage order."""
+        wa, wb = _aligned(A.shape, A.dtype), _aligned((B.size,), B.dtype)
+        wa[:] = A
+        columns = columns_of(A.dtype)
+        for panel, its in _panels(wb, len(A), len(B), columns):
+            panel[:] = B[its].T
+        wa.flags.writeable = wb.flags.writeable = False
+        return cls(wa, wb, scaling, columns)
+
+    def unpack(self) -> tuple[Array, Array]:
+        """A and B, read-only."""
+        r = len(self.wa)
+        B = np.empty((self.wb.size // max(r, 1), r), self.wb.dtype)
+        for panel, its in _panels(self.wb, *B.shape[::-1], self.columns):
+            B[its] = panel.T
+        B.flags.writeable = False
+        return self.wa, B
+
+
+def columns_of(dtype: np.dtype[Any]) -> int:
+    """The columns of a panel of weights of this type."""
+    return PANEL if VECTOR_BITS and dtype != np.float64 else WIDE_PANEL
+
+
+def _panels(wb: Array, r: int, h_out: int, columns: int) -> Iterator[tuple[Array, slice]]:
+    """Every panel (r, columns) of packed weights as a view, and the columns it holds."""
+    for c in range(0, h_out, columns):
+        end = min(c + columns, h_out)
+        yield wb[c * r : end * r].reshape(r, end - c), slice(c, end)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An empty array that begins on a cache line, so that no vector of it straddles two."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
 class SlotTable:
     """What the kernels read: ids in ascending order with their slots, and the slots' weights."""
 
+    h_in: int
+    h_out: int
     dtype: np.dtype[Any]
     slot_of: Mapping[int, int]  # id -> slot, NO_SLOT where the id is base only
     ids: Integers  # (loaded,) the same for the kernels: the ids ascending
@@ -146,12 +194,30 @@ class SlotTable:
     scalings: npt.NDArray[np.float64]  # (slots,)
     weights: tuple[Stored | None, ...]  # (slots,) keeps what the addresses point to alive
 
+    @cached_property
+    def width(self) -> int:
+        """The highest rank loaded."""
+        return int(self.ranks.max(initial=0))
+
+    @cached_property
+    def fields(self) -> Integers:
+        """The table as compiled code takes it, see launch.py."""
+        arrays = (self.wa_address, self.wb_address, self.scalings, self.ids, self.slots, self.ranks)
+        counts = [self.h_in, self.h_out, len(self.ids), len(self.ranks)]
+        addresses = [array.ctypes.data for array in arrays]
+        return np.array([*counts, *addresses, columns_of(self.dtype)])
+
+    @cached_property
+    def address(self) -> int:
+        """The address of `fields`."""
+        return int(self.fields.ctypes.data)
+
     @classmethod
-    def empty(cls, slots: int, dtype: np.dtype[Any]) -> SlotTable:
+    def empty(cls, h_in: int, h_out: int, slots: int, dtype: np.dtype[Any]) -> SlotTable:
         none = np.empty(0, np.int64)
         address, ranks = np.zeros((2, slots), np.int64), np.zeros(slots, np.int64)
-        weights = (None,) * slots
-        return cls(dtype, {}, none, none, address[0], address[1], ranks, np.zeros(slots), weights)
+        tables = (none, none, address[0], address[1], ranks, np.zeros(slots), (None,) * slots)
+        return cls(h_in, h_out, dtype, {}, *tables)
 
     def with_changes(
         self, slot_of: Mapping[int, int], changes: Mapping[int, Stored | None]
@@ -167,14 +233,14 @@ class SlotTable:
             wb_address[slot] = 0 if stored is None else stored.wb.ctypes.data
             ranks[slot] = 0 if stored is None else len(stored.wa)
             scalings[slot] = 0.0 if stored is None else stored.scaling
-        tables = (ids, slots, wa_address, wb_address, ranks, scalings)
-        return SlotTable(self.dtype, slot_of, *tables, tuple(weights))
+        tables = (ids, slots, wa_address, wb_address, ranks, scalings, tuple(weights))
+        return SlotTable(self.h_in, self.h_out, self.dtype, slot_of, *tables)
 
     def find(self, adapter_ids: Integers) -> tuple[Integers, Integers]:
         """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""
         slot = np.empty(len(adapter_ids), np.int64)
         rank = np.empty(len(adapter_ids), np.int64)
-        if _find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank) > 0:
+        if find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank) > 0:
             raise UnknownAdapterError(
                 "adapter_ids",
                 f"-1 or ids of loaded adapters, {some(self.ids)}",
@@ -184,30 +250,6 @@ class SlotTable:
         return slot, rank
 
 
-@jit()
-def _find(ids: Any, slots: Any, ranks: Any, adapter_ids: Any, slot: Any, rank: Any) -> int:
-    """Look every segment's id up in the ascending ids; returns how many are unknown."""
-    unknown = 0
-    for s in range(adapter_ids.shape[0]):
-        slot[s], rank[s] = NO_SLOT, 0
-        if adapter_ids[s] == BASE_ONLY:
-            continue
-        low, high = 0, ids.shape[0]
-        while low < high:
-            middle = (low + high) // 2
-            if ids[middle] < adapter_ids[s]:
-                low = middle + 1
-            else:
-                high = middle
-        if low == ids.shape[0] or ids[low] != adapter_ids[s]:
-            slot[s] = UNKNOWN
-            unknown += 1
-        elif slots[low] != NO_SLOT:
-            slot[s] = slots[low]
-            rank[s] = ranks[slots[low]]
-    return unknown
-
-
 _stacks: weakref.WeakSet[AdapterStack] = weakref.WeakSet()
 
 
@@ -215,7 +257,8 @@ class AdapterStack:
     """The adapters of one layer, in slots: what a batch's adapter ids are looked up in.
 
     Semantics: `load` copies the weights into Punica's storage order, `wa (r, h_in)` and
-    `wb (r, h_out)`, at their own rank: no padding, and memory follows what is loaded. Loading an
+    `wb (r, h_out)`, at their own rank: no padding, and memory follows what is loaded. wb is packed
+    into panels of columns on the way, which takes no more memory than the copy. Loading an
     id again replaces it. A call in flight, in another thread, keeps the weights it started with;
     the next call sees the new ones, so a reused id never serves the old weights.
 
@@ -250,7 +293,7 @@ class AdapterStack:
         self.slots = check_count("slots", slots, 0)
         self.max_rank = check_count("max_rank", max_rank, 0)
         self.dtype = check_dtype("dtype", dtype)
-        self._table = SlotTable.empty(self.slots, self.dtype)
+        self._table = SlotTable.empty(self.h_in, self.h_out, self.slots, self.dtype)
         self._changing = threading.Lock()
         _stacks.add(self)
 
@@ -350,7 +393,7 @@ unload an adapter first, or make the stack with more slots
         with self._changing:
             slot = self._slot(adapter_id)
             stored = None if slot == NO_SLOT else self._table.weights[slot]
-        return None if stored is None else Adapter(stored.wa, stored.wb.T, stored.scaling)
+        return None if stored is None else Adapter(*stored.unpack(), stored.scaling)
 
     def __contains__(self, adapter_id: object) -> bool:
         return is_integer(adapter_id) and adapter_id in self._table.slot_of
@@ -435,22 +478,22 @@ unload an adapter first, or make the stack with more slots
             )
 
     def _store(self, adapter: Adapter) -> Stored:
-        wa, wb = (self._converted(weights) for weights in (adapter.A, adapter.B.T))
-        return Stored(wa, wb, adapter.scaling)
+        A, B = (self._converted(weights) for weights in (adapter.A, adapter.B))
+        return Stored.pack(A, B, adapter.scaling)
 
     def _converted(self, weights: Array) -> Array:
+        if weights.dtype == self.dtype:
+            return weights
         with np.errstate(over="ignore", invalid="ignore"):
-            stored: Array = np.array(weights, self.dtype, order="C")
-        converted = weights.dtype != self.dtype
-        if converted and (np.isinf(stored) & ~np.isinf(weights)).any():
+            converted: Array = weights.astype(self.dtype)
+        if (np.isinf(converted) & ~np.isinf(weights)).any():
             raise ValueRangeError(
                 "adapter",
                 f"weights that {self.dtype.name} can hold",
                 str(np.abs(weights.astype(np.float64)).max()),
                 "use a stack of a wider dtype",
             )
-        stored.flags.writeable = False
-        return stored
+        return converted
 
 
 def _renew_locks() -> None:

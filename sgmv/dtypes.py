@@ -24,14 +24,13 @@ BITS: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(np.int16),
     "float64": FLOAT64,
 }
-# dtype -> an empty array that tells a kernel the element type behind a bare address. Filled as
-# dtypes are met, because a dtype's name, which bfloat16 is known by, is slow to ask for.
-_like: dict[np.dtype[Any], Array] = {}
+# The dtypes met so far: a dtype's name, which bfloat16 is known by, is slow to ask for.
+_bits: dict[np.dtype[Any], np.dtype[Any]] = {}
 
 
 def check_dtype(argument: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
     """The dtype itself, if it is one of the four float types in native byte order."""
-    if isinstance(dtype, np.dtype) and dtype in _like:
+    if isinstance(dtype, np.dtype) and dtype in _bits:
         return dtype
     if isinstance(dtype, str) and dtype == "bfloat16":
         ml_dtypes = sys.modules.get("ml_dtypes")
@@ -54,12 +53,14 @@ def check_dtype(argument: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
             repr(dtype) if found is None else str(found),
             "convert it first, for example with .astype(np.float32)",
         )
-    _like[found] = np.empty(0, BITS[found.name])
+    _bits[found] = BITS[found.name]
     return found
 
 
 def check_matrix(argument: str, array: object) -> Array:
     """The argument itself, if it is a two-dimensional numpy array of a float type."""
+    if type(array) is np.ndarray and array.ndim == 2 and array.dtype in _bits:
+        return array
     if not isinstance(array, np.ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
         raise DtypeError(
             argument,
@@ -78,9 +79,9 @@ def check_matrix(argument: str, array: object) -> Array:
     return array
 
 
-def like(dtype: np.dtype[Any]) -> Array:
-    """The empty array that stands for this checked dtype in a kernel's arguments."""
-    return _like[dtype]
+def as_bits(array: Array) -> Array:
+    """The array as the kernels see it: 16-bit floats as their bits, others as they are."""
+    return array if array.itemsize > 2 else array.view(_bits[array.dtype])
 
 
 def promote(*dtypes: np.dtype[Any]) -> np.dtype[Any]:

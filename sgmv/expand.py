@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgmv.adapters import AdapterStack, SlotTable
+from sgmv.adapters import AdapterStack
+from sgmv.backend import kernels
 from sgmv.checks import check_segments, check_stack, check_v, check_y
-from sgmv.dtypes import Array, like, sum_dtype
-from sgmv.kernels import loops
-from sgmv.schedule import expand_tasks
-from sgmv.segment import Integers, Segments
-from sgmv.workers import get_num_threads, run
+from sgmv.dtypes import Array, sum_dtype
+from sgmv.launch import launch
+from sgmv.segment import Segments
 
 
-def expand(v: Array, stack: AdapterStack, segments: Segments, y: Array) -> Array:
+def expand(
+    v: Array, stack: AdapterStack, segments: Segments, y: Array, *, backend: str | None = None
+) -> Array:
     """Multiply every row of v by its adapter's B and add it to y, in place.
 
     Semantics: for segment s with adapter B of rank r and p in seq_start[s]:seq_start[s + 1]:
@@ -24,6 +25,7 @@ def expand(v: Array, stack: AdapterStack, segments: Segments, y: Array) -> Array
     stack     the layer's adapters
     segments  of the batch's n rows
     y         (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
+    backend   "tiles" or "loops"; the faster of those that can, if left out
     returns   y
 
     Raises ShapeError, DtypeError, MemoryLayoutError, UnknownAdapterError; y is then as it was.
@@ -41,35 +43,8 @@ def expand(v: Array, stack: AdapterStack, segments: Segments, y: Array) -> Array
     check_segments(segments)
     check_y(y, segments.n, stack.h_out, "v", v)
     table = stack.table
-    slot, rank = table.find(segments.adapter_ids)
+    _slot, rank = table.find(segments.adapter_ids)
     check_v(v, segments.n, int(rank.max(initial=0)))
     v = np.ascontiguousarray(v, sum_dtype(v.dtype, stack.dtype, y.dtype))
-    launch(v, y, table, segments, slot, rank)
+    launch(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, None, y, v)
     return y
-
-
-def launch(
-    v: Array, y: Array, table: SlotTable, segments: Segments, slot: Integers, rank: Integers
-) -> None:
-    """Add to y's rows that have an adapter; arguments are checked, v is in the type of the sums."""
-    dense = y
-    if y.shape[1] > 1 and y.strides[1] != y.itemsize:
-        dense = np.ascontiguousarray(y)
-    h_out = y.shape[1]
-    tasks, work = expand_tasks(segments.seq_start, slot, rank, h_out, get_num_threads())
-    run(
-        loops.expand,
-        tasks,
-        work * h_out,
-        (dense, table),
-        dense.ctypes.data + segments.rows * dense.strides[0],
-        like(y.dtype),
-        table.wb_address,
-        like(table.dtype),
-        h_out,
-        table.scalings,
-        v,
-    )
-    if dense is not y:
-        changed = segments.rows[np.repeat(rank > 0, segments.lengths)]
-        y[changed] = dense[changed]

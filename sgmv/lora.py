@@ -27,16 +27,22 @@ from sgmv.adapters import (
     check_scaling,
     items,
 )
+from sgmv.backend import kernels
 from sgmv.checks import check_stack, check_x, check_y
 from sgmv.dtypes import Array, check_matrix, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
-from sgmv.expand import launch as launch_expand
-from sgmv.segment import BASE_ONLY, Segments, segment
-from sgmv.shrink import launch as launch_shrink
+from sgmv.launch import launch
+from sgmv.schedule import BASE_ONLY
+from sgmv.segment import Segments, as_ids, segment
 
 
 def add_lora(
-    y: Array, x: Array, stack: AdapterStack, adapter_ids: Segments | npt.ArrayLike
+    y: Array,
+    x: Array,
+    stack: AdapterStack,
+    adapter_ids: Segments | npt.ArrayLike,
+    *,
+    backend: str | None = None,
 ) -> Array:
     """Add every row's own LoRA delta to y, in place: shrink, then expand.
 
@@ -48,6 +54,7 @@ def add_lora(
     x            (n, h_in)   likewise; not changed; no memory shared with y
     stack        the layer's adapters
     adapter_ids  (n,) integers, or the `Segments` made of them once for all layers of a step
+    backend      "tiles" or "loops"; the faster of those that can, if left out
     returns      y
 
     A row's result does not depend on the other rows, their order, the number of threads or the run.
@@ -64,15 +71,11 @@ def add_lora(
            [ 7.5, 75. ]], dtype=float32)
     """
     check_stack(stack)
-    segments = adapter_ids if isinstance(adapter_ids, Segments) else segment(adapter_ids)
-    check_x(x, segments.n, stack.h_in)
-    check_y(y, segments.n, stack.h_out, "x", x)
-    table = stack.table
-    slot, rank = table.find(segments.adapter_ids)
-    width = int(rank.max(initial=0))
-    v = np.empty((segments.n, width), sum_dtype(x.dtype, stack.dtype, y.dtype))
-    launch_shrink(v, x, table, segments, slot, rank)
-    launch_expand(v, y, table, segments, slot, rank)
+    batch = adapter_ids if isinstance(adapter_ids, Segments) else as_ids(adapter_ids)
+    n = batch.n if isinstance(batch, Segments) else len(batch)
+    check_x(x, n, stack.h_in)
+    check_y(y, n, stack.h_out, "x", x)
+    launch(kernels(backend, x.dtype, stack.dtype, y.dtype), stack.table, batch, x, y)
     return y
 
 

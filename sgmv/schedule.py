@@ -1,10 +1,10 @@
-"""Segments -> tasks: who does which rows and which ranks or columns. Integers only.
+"""The plan of a call: ids -> segments -> slots -> row blocks. Integers only, in compiled code.
 
-    segment  ->  row blocks of at most ROWS_PER_TASK rows
-             ->  each cut along ranks (shrink) or columns (expand), if there are too few tasks
+    segment  ->  row blocks of at most ROWS_PER_BLOCK rows
+             ->  each cut along ranks (shrink) or columns (expand), if there are too few blocks
 
-How a batch is cut never changes a result: a task's cuts along ranks and columns fall between the
-kernels' own blocks, and rows do not meet in any sum (see kernels/loops.py).
+How a batch is cut never changes a result: cuts fall between the kernels' own units, and rows do
+not meet in any sum (see kernels/loops.py, kernels/tiles.py).
 """
 
 from __future__ import annotations
@@ -14,62 +14,144 @@ from typing import Any
 import numpy as np
 
 from sgmv.kernels.jit import jit
-from sgmv.kernels.loops import COLUMN_BLOCK, RANK_BLOCK
 
-ROWS_PER_TASK = 64  # 64 rows of one K block are 256 KiB of float32 x: they stay in L2
+BASE_ONLY = -1
+NO_SLOT = -1
+UNKNOWN = -2
+
+ROWS_PER_BLOCK = 96  # 96 rows of one K block are 384 KiB of float32 x: they stay in L2
+FEWEST_ROWS_PER_BLOCK = 12  # fewer rows would read the weights once more for too little work
 TASKS_PER_THREAD = 4  # enough that a thread which falls behind leaves work to the others
 
 
 @jit()
-def shrink_tasks(seq_start: Any, slot: Any, rank: Any, threads: int) -> Any:
-    """Tasks (T, 6) `(slot, r, first, last, low, high)` of shrink, low:high ranks; and their work.
+def sort(ids: Any, rows: Any, seq_start: Any, segment_ids: Any, target: Any, count: Any) -> int:
+    """Stable counting sort, one digit of the ids at a time; returns the number of segments.
 
-    seq_start (S+1,), slot (S,), rank (S,) of each segment; segments of rank 0 get no task.
-    The work is multiply-adds plus weights read, per unit of h_in.
+    A digit has about as many values as there are rows, so that a pass costs O(n) even where few
+    rows name large ids, and ids below n take one pass.
+    target (n,) and count (most_digits(n),) are scratch.
     """
-    return _cut(seq_start, slot, rank, rank, RANK_BLOCK, threads)
+    n = ids.shape[0]
+    largest = np.uint64(0)
+    for i in range(n):
+        rows[i] = i
+        largest = max(largest, np.uint64(ids[i] + 1))
+    bits = np.uint64(4)
+    while bits < 16 and (np.uint64(1) << bits) <= n:
+        bits += np.uint64(1)
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    source = rows
+    shift = np.uint64(0)
+    while n > 1 and shift < 64 and (largest >> shift) > 0:
+        count[: int(mask) + 2] = 0
+        for i in range(n):
+            count[((np.uint64(ids[i] + 1) >> shift) & mask) + np.uint64(1)] += 1
+        for d in range(1, int(mask) + 2):
+            count[d] += count[d - 1]
+        for p in range(n):
+            i = source[p]
+            d = (np.uint64(ids[i] + 1) >> shift) & mask
+            target[count[d]] = i
+            count[d] += 1
+        source, target = target, source
+        shift += bits
+    S = 0
+    for p in range(n):
+        i = source[p]
+        rows[p] = i
+        if p == 0 or ids[i] != segment_ids[S - 1]:
+            seq_start[S] = p
+            segment_ids[S] = ids[i]
+            S += 1
+    seq_start[S] = n
+    return S
 
 
 @jit()
-def expand_tasks(seq_start: Any, slot: Any, rank: Any, h_out: int, threads: int) -> Any:
-    """Tasks (T, 6) `(slot, r, first, last, low, high)` of expand, low:high columns; and their work.
-
-    As for shrink; the work is per unit of h_out.
-    """
-    return _cut(seq_start, slot, rank, np.full_like(rank, h_out), COLUMN_BLOCK, threads)
+def most_digits(n: int) -> int:
+    """The size of the scratch `count` that sorting n ids takes, at most."""
+    return min(max(16, 2 * n), 1 << 16) + 1
 
 
 @jit()
-def _cut(seq_start: Any, slot: Any, rank: Any, extent: Any, block: int, threads: int) -> Any:
-    """Cut every segment into row blocks; where those are few, cut its extent as well."""
-    row_blocks = 0
-    work = 0
+def find(ids: Any, slots: Any, ranks: Any, adapter_ids: Any, slot: Any, rank: Any) -> int:
+    """Slot and rank of every segment's id, from the ascending ids; returns how many are unknown."""
+    unknown = 0
+    for s in range(adapter_ids.shape[0]):
+        slot[s], rank[s] = NO_SLOT, 0
+        if adapter_ids[s] == BASE_ONLY:
+            continue
+        low, high = 0, ids.shape[0]
+        while low < high:
+            middle = (low + high) // 2
+            if ids[middle] < adapter_ids[s]:
+                low = middle + 1
+            else:
+                high = middle
+        if low == ids.shape[0] or ids[low] != adapter_ids[s]:
+            slot[s] = UNKNOWN
+            unknown += 1
+        elif slots[low] != NO_SLOT:
+            slot[s] = slots[low]
+            rank[s] = ranks[slots[low]]
+    return unknown
+
+
+@jit()
+def most_blocks(n: int) -> int:
+    """An upper bound on the row blocks of n rows."""
+    return n // FEWEST_ROWS_PER_BLOCK + n
+
+
+@jit()
+def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) -> int:
+    """Cut every segment into row blocks `(slot, r, first, last)`; returns how many there are.
+
+    seq_start (S+1,), slot (S,), rank (S,) of each segment; segments of rank 0 get no block.
+    """
+    rows = 0
     for s in range(slot.shape[0]):
         if rank[s] > 0:
-            m = seq_start[s + 1] - seq_start[s]
-            row_blocks += -(-m // ROWS_PER_TASK)
-            work += (m + 1) * rank[s]
-    parts = -(-threads * TASKS_PER_THREAD // max(row_blocks, 1))
+            rows += seq_start[s + 1] - seq_start[s]
+    # Where rows are few for the threads, smaller blocks keep all of them busy.
+    wanted = -(-rows // (threads * TASKS_PER_THREAD))
+    most = min(ROWS_PER_BLOCK, max(FEWEST_ROWS_PER_BLOCK, wanted))
     if threads == 1:
-        parts = 1
-    tasks = np.empty((row_blocks * parts, 6), np.int64)
-    t = 0
+        most = ROWS_PER_BLOCK
+    count = 0
     for s in range(slot.shape[0]):
         if rank[s] == 0:
             continue
         start = seq_start[s]
         m = seq_start[s + 1] - start
-        pieces = -(-m // ROWS_PER_TASK)
-        blocks = -(-extent[s] // block)
-        cuts = min(parts, blocks)
+        pieces = max(m // most, -(-m // ROWS_PER_BLOCK), 1)
         for i in range(pieces):
-            first = start + m * i // pieces
-            last = start + m * (i + 1) // pieces
-            for q in range(cuts):
-                low = blocks * q // cuts * block
-                high = min(blocks * (q + 1) // cuts * block, extent[s])
-                tasks[t, 0], tasks[t, 1] = slot[s], rank[s]
-                tasks[t, 2], tasks[t, 3] = first, last
-                tasks[t, 4], tasks[t, 5] = low, high
-                t += 1
-    return tasks[:t], work
+            blocks[count, 0], blocks[count, 1] = slot[s], rank[s]
+            blocks[count, 2] = start + m * i // pieces
+            blocks[count, 3] = start + m * (i + 1) // pieces
+            count += 1
+    return count
+
+
+@jit()
+def cuts(blocks: int, units: int, threads: int) -> int:
+    """Into how many parts to cut each of so many blocks, between its units, to busy all threads."""
+    if threads == 1 or blocks == 0:
+        return 1
+    return max(1, min(-(-threads * TASKS_PER_THREAD // blocks), units))
+
+
+@jit()
+def costs(blocks: Any, widths: int) -> Any:
+    """Of row blocks: multiply-adds, weights read, and the highest rank.
+
+    widths  h_in, h_out or their sum: what every row and every rank meet
+    """
+    products, weights, rank = 0, 0, 0
+    for b in range(blocks.shape[0]):
+        m, r = blocks[b, 3] - blocks[b, 2], blocks[b, 1]
+        products += m * r * widths
+        weights += r * widths
+        rank = max(rank, r)
+    return products, weights, rank

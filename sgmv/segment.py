@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -24,10 +25,9 @@ from sgmv.errors import (
     ValueRangeError,
     some,
 )
-from sgmv.kernels.jit import jit
+from sgmv.schedule import BASE_ONLY, most_digits, sort
 
 Integers = npt.NDArray[np.int64]
-BASE_ONLY = -1
 SHOWN_AT_EACH_END = 6
 
 
@@ -162,6 +162,16 @@ class Segments:
     def __reduce__(self) -> tuple[type[Segments], tuple[Integers, Integers, Integers]]:
         return Segments, (self.rows, self.seq_start, self.adapter_ids)
 
+    @cached_property
+    def _fields(self) -> Integers:
+        arrays = (self.rows, self.seq_start, self.adapter_ids)
+        return np.array([self.S, *(array.ctypes.data for array in arrays)])
+
+    @cached_property
+    def address(self) -> int:
+        """Where compiled code finds S and the addresses of the three arrays, see launch.py."""
+        return int(self._fields.ctypes.data)
+
     @property
     def n(self) -> int:
         """Rows in the batch."""
@@ -276,7 +286,7 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     >>> segment([7, -1, 7]).rows
     array([1, 0, 2])
     """
-    ids = _as_integers("adapter_ids", _none_as_base_only(adapter_ids))
+    ids = as_ids(adapter_ids)
     if len(ids) and ids.min() < BASE_ONLY:
         raise ValueRangeError(
             "adapter_ids",
@@ -287,8 +297,21 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     rows = np.empty(len(ids), np.int64)
     seq_start = np.empty(len(ids) + 1, np.int64)
     segment_ids = np.empty(len(ids), np.int64)
-    S = _sort(ids, rows, seq_start, segment_ids)
+    scratch = np.empty(len(ids), np.int64), np.empty(most_digits(len(ids)), np.int64)
+    S = sort(ids, rows, seq_start, segment_ids, *scratch)
     return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
+
+
+def as_ids(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Integers:
+    """The ids as contiguous int64; whether they are in range is left to whoever sorts them."""
+    if (
+        isinstance(adapter_ids, np.ndarray)
+        and adapter_ids.dtype == np.int64
+        and adapter_ids.ndim == 1
+        and adapter_ids.flags.c_contiguous
+    ):
+        return adapter_ids
+    return _as_integers("adapter_ids", _none_as_base_only(adapter_ids))
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -329,48 +352,3 @@ def _none_as_base_only(adapter_ids: Any) -> Any:
     if is_object_array or isinstance(adapter_ids, list | tuple):
         return [BASE_ONLY if adapter_id is None else adapter_id for adapter_id in adapter_ids]
     return adapter_ids
-
-
-@jit()
-def _sort(ids: Any, rows: Any, seq_start: Any, segment_ids: Any) -> int:
-    """Stable counting sort, one digit of the ids at a time; returns the number of segments.
-
-    A digit has about as many values as there are rows, so that a pass costs O(n) even where few
-    rows name large ids, and ids below n take one pass.
-    """
-    n = ids.shape[0]
-    largest = np.uint64(0)
-    for i in range(n):
-        rows[i] = i
-        largest = max(largest, np.uint64(ids[i] + 1))
-    bits = np.uint64(4)
-    while bits < 16 and (np.uint64(1) << bits) <= n:
-        bits += np.uint64(1)
-    mask = (np.uint64(1) << bits) - np.uint64(1)
-    count = np.empty(int(mask) + 2, np.int64)
-    source = rows
-    target = np.empty(n, np.int64)
-    shift = np.uint64(0)
-    while shift < 64 and (largest >> shift) > 0:
-        count[:] = 0
-        for i in range(n):
-            count[((np.uint64(ids[i] + 1) >> shift) & mask) + np.uint64(1)] += 1
-        for d in range(1, count.shape[0]):
-            count[d] += count[d - 1]
-        for p in range(n):
-            i = source[p]
-            d = (np.uint64(ids[i] + 1) >> shift) & mask
-            target[count[d]] = i
-            count[d] += 1
-        source, target = target, source
-        shift += bits
-    S = 0
-    for p in range(n):
-        i = source[p]
-        rows[p] = i
-        if p == 0 or ids[i] != segment_ids[S - 1]:
-            seq_start[S] = p
-            segment_ids[S] = ids[i]
-            S += 1
-    seq_start[S] = n
-    return S

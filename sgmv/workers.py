@@ -1,9 +1,7 @@
-"""The threads that run tasks.
+"""The threads that help with a call: how many, when they are made, and what ends them.
 
-The caller always works; helpers join it when the work is worth waking them. All of them claim
-tasks from one counter inside jitted code that has released the GIL. A helper that has not started
-by the time the caller runs out of tasks is not waited for: it finds the call closed. So a second
-concurrent caller, who finds the helpers busy, simply runs alone.
+The caller always works; helpers join it (see kernels/pool.py). A caller who finds them busy with
+another caller's tasks simply runs alone.
 
 Not numba's prange: its OpenMP layer dies in a forked child and took 4-8 ms a barrier after 20 ms of
 idleness; its workqueue layer aborts the process when two Python threads call at once.
@@ -11,22 +9,22 @@ idleness; its workqueue layer aborts the process when two Python threads call at
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
+import platform
+import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
 from sgmv.errors import ValueRangeError
-from sgmv.segment import Integers, check_count
+from sgmv.kernels.pool import CLOSED, FUTEX, POOL_FIELDS, SYSCALL, close_gate, help_out
+from sgmv.segment import check_count
 
-# Work below which waking a helper, some 60 us, costs more than it brings: at half of it, 64 rows at
-# r = 8, two threads took 1.4 times as long as one.
-WORTH_WAKING = 4_000_000
-# Work between two looks at pending signals, so that Ctrl-C is heard within about 50 ms.
-BETWEEN_SIGNALS = 500_000_000
+# The number of Linux's futex system call; elsewhere helpers sleep on a Python semaphore, which
+# woke them 10 us later here, and needs the GIL.
+FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 
 
 def cores() -> int:
@@ -50,9 +48,7 @@ def _initial_threads() -> int:
     return int(given)
 
 
-_lock = threading.Lock()
 _threads: int | None = None
-_pool: ThreadPoolExecutor | None = None
 
 
 def get_num_threads() -> int:
@@ -78,100 +74,79 @@ def set_num_threads(n: int) -> None:
 
     >>> set_num_threads(get_num_threads())
     """
-    global _threads, _pool
-    n = check_count("n", n, 1)
-    with _lock:
-        if n != _threads and _pool is not None:
-            _pool.shutdown(wait=False)
-            _pool = None
-        _threads = n
+    global _threads
+    _threads = check_count("n", n, 1)
 
 
-def run(
-    kernel: Callable[..., None], tasks: Integers, work: int, owners: object, *arguments: Any
-) -> None:
-    """Run `kernel(next_task, batch, tasks, *arguments)` on several threads until no task is left.
+class Pool:
+    """Helpers at a gate. One caller at a time has them: the one that holds `lock`."""
 
-    Semantics: when it returns, or raises, no thread works on `arguments` any more.
-    work    multiply-adds and weights read by all tasks together: decides about waking helpers
-    owners  what holds the memory behind the addresses among `arguments`: kept alive meanwhile
-    """
-    next_task = np.zeros(1, np.int64)
-    batch = max(1, len(tasks) * BETWEEN_SIGNALS // max(work, 1))
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.helpers: list[threading.Thread] = []
+        self.asleep = 0
+        self.bell = threading.Semaphore(0)
+        memory = np.zeros(POOL_FIELDS + 8, np.int64)
+        start = -memory.ctypes.data // 8 % 8  # to the next cache line
+        self.fields = memory[start : start + POOL_FIELDS]
+        self.fields[SYSCALL], self.fields[FUTEX] = _futex()
+        self.address = int(self.fields.ctypes.data)
 
-    def drain() -> None:
-        while next_task[0] < len(tasks):
-            kernel(next_task, batch, tasks, *arguments)
-
-    if work < WORTH_WAKING:
-        drain()
-        return
-    call = _Call(drain, owners)
-    try:
-        _wake(min(get_num_threads(), len(tasks)) - 1, call.help)
-        drain()
-    finally:
-        next_task[0] = len(tasks)
-        call.close()
-
-
-class _Call:
-    """The door to one call: helpers come in to drain its tasks until it is closed."""
-
-    def __init__(self, drain: Callable[[], None], owners: object) -> None:
-        self.drain, self.owners = drain, owners
-        self.changed = threading.Condition()
-        self.helpers = 0
-        self.closed = False
-        self.failure: BaseException | None = None
-
-    def help(self) -> None:
-        with self.changed:
-            if self.closed:
+    def prepare(self, helpers: int) -> None:
+        """Have at least so many helpers, or as many as the system gives, and ring the bell."""
+        while len(self.helpers) < helpers:
+            index = len(self.helpers)
+            helper = threading.Thread(target=self._help, args=(index,), name=f"sgmv-{index}")
+            helper.daemon = True
+            try:
+                helper.start()
+            except RuntimeError:  # no thread to be had, or the interpreter is shutting down
                 return
-            self.helpers += 1
-        try:
-            self.drain()
-        except BaseException as failure:
-            self.failure = failure
-        finally:
-            with self.changed:
-                self.helpers -= 1
-                self.changed.notify_all()
+            self.helpers.append(helper)
+        while self.asleep > 0:  # only where there is no futex
+            self.asleep -= 1
+            self.bell.release()
 
     def close(self) -> None:
-        """Let no helper in any more, wait for those inside, raise what one of them raised."""
-        interrupt = None
-        while not self.closed or self.helpers:
-            try:
-                with self.changed:
-                    self.closed = True
-                    self.changed.wait_for(lambda: not self.helpers)
-            except KeyboardInterrupt as error:  # helpers still write: hear it, but wait on
-                interrupt = error
-        if self.failure or interrupt:
-            raise self.failure or interrupt  # type: ignore[misc]  # one of them is there
+        """End all helpers: they must not be in compiled code when the interpreter goes away."""
+        with self.lock:
+            close_gate(self.address)
+            self.bell.release(len(self.helpers) + 1)
+            for helper in self.helpers:
+                helper.join()
+
+    def _help(self, index: int) -> None:
+        served = 0
+        while (served := help_out(self.address, index, served)) != CLOSED:
+            self.asleep += 1
+            self.bell.acquire()
 
 
-def _wake(count: int, help: Callable[[], None]) -> None:
-    global _pool
-    if count < 1:
-        return
-    with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), "sgmv")
-        try:
-            for _ in range(count):
-                _pool.submit(help)
-        except RuntimeError:  # shutting down, or no thread to be had: the caller does it all
-            return
+def _futex() -> tuple[int, int]:
+    """Address of libc's syscall(2), and futex's number; zeros where there is no futex."""
+    number = FUTEX_NUMBERS.get(platform.machine(), 0)
+    if not sys.platform.startswith("linux") or number == 0:
+        return 0, 0
+    try:
+        syscall = ctypes.CDLL(None).syscall
+    except (OSError, AttributeError):
+        return 0, 0
+    return ctypes.cast(syscall, ctypes.c_void_p).value or 0, number
 
 
-def _forget_pool() -> None:
-    """In a forked child the parent's threads are gone, and its lock may have been held."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+pool = Pool()
 
 
+def _renew_pool() -> None:
+    """In a forked child the parent's helpers are gone, and its lock may have been held."""
+    global pool
+    pool = Pool()
+
+
+def _close_pool() -> None:
+    pool.close()
+
+
+atexit.register(_close_pool)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_renew_pool)

@@ -1,4 +1,4 @@
-"""What every form of add_lora must pass: the corpus, and same row, same bits.
+"""What every form of add_lora must pass: the corpus, and same row, same bits, on every backend.
 
 The suite runs it on sgmv; test_planted_faults.py runs it on sgmv with a fault planted.
 """
@@ -12,6 +12,18 @@ import numpy as np
 
 import sgmv
 from reference.workloads import Workload, corpus
+from sgmv.backend import BACKENDS
+from sgmv.kernels.jit import VECTOR_BITS
+
+
+def backends(*dtypes: Any) -> list[str]:
+    """The backends that can run on this machine for these types of x, weights and y."""
+    tiles = VECTOR_BITS > 0 and np.dtype(np.float64) not in [np.dtype(d) for d in dtypes]
+    return [name for name in BACKENDS if name != "tiles" or tiles]
+
+
+def backends_of(case: Workload) -> list[str]:
+    return backends(case.x.dtype, weight_dtype(case), case.y.dtype)
 
 
 def stack_of(case: Workload) -> sgmv.AdapterStack:
@@ -33,15 +45,21 @@ def weight_dtype(case: Workload) -> np.dtype[Any]:
 def check_case(case: Workload) -> None:
     """add_lora's y is right; so is y made by shrink and expand, with NaN where v is not read."""
     stack = stack_of(case)
-    y = case.y.copy()
-    assert sgmv.add_lora(y, case.x, stack, case.adapter_ids) is y
-    case.check(y)
-
     segments = sgmv.segment(case.adapter_ids)
     np.testing.assert_array_equal(segments.rows, case.rows)
     np.testing.assert_array_equal(segments.seq_start, case.seq_start)
     np.testing.assert_array_equal(segments.adapter_ids, case.segment_ids)
-    v = sgmv.shrink(case.x, stack, segments)
+    for backend in backends_of(case):
+        y = case.y.copy()
+        assert sgmv.add_lora(y, case.x, stack, case.adapter_ids, backend=backend) is y
+        check(case, y, backend)
+        check(case, in_two_steps(case, stack, segments, backend), f"{backend}, in two steps")
+
+
+def in_two_steps(
+    case: Workload, stack: sgmv.AdapterStack, segments: sgmv.Segments, backend: str
+) -> np.ndarray:
+    v = sgmv.shrink(case.x, stack, segments, backend=backend)
     for s, adapter_id in enumerate(segments.adapter_ids.tolist()):
         adapter = None if adapter_id == -1 else stack[adapter_id]
         past_rank = v[
@@ -49,8 +67,15 @@ def check_case(case: Workload) -> None:
         ]
         assert not past_rank.any(), f"{case.name}: v is not 0 past the rank of adapter {adapter_id}"
         past_rank[:] = np.nan
-    in_two_steps = sgmv.expand(v, stack, segments, case.y.copy())
-    case.check(in_two_steps)
+    return sgmv.expand(v, stack, segments, case.y.copy(), backend=backend)
+
+
+def check(case: Workload, y: np.ndarray, how: str) -> None:
+    """The case's own verdict on y, and which way y was made."""
+    try:
+        case.check(y)
+    except AssertionError as error:
+        raise AssertionError(f"{how}: {error}") from None
 
 
 def check_applied(case: Workload) -> None:
@@ -69,7 +94,9 @@ def check_reused_ids() -> None:
     for case in tenants:
         for adapter_id, pair in case.adapters.items():
             stack.load(adapter_id, sgmv.Adapter(*pair, case.scalings[adapter_id]))
-        case.check(sgmv.add_lora(case.y.copy(), case.x, stack, case.adapter_ids))
+        for backend in backends_of(case):
+            y = sgmv.add_lora(case.y.copy(), case.x, stack, case.adapter_ids, backend=backend)
+            check(case, y, backend)
         stack.unload(0)
         stack.load(0, None)
 
@@ -90,18 +117,33 @@ def check_same_bits(
         ids = rng.integers(-1, len(ranks), n)
         x = rng.standard_normal((n, h_in)).astype(dtype)
         y = rng.standard_normal((n, h_out)).astype(dtype)
-        together = sgmv.add_lora(y.copy(), x, stack, ids)
-        for count in threads:
-            sgmv.set_num_threads(count)
-            order = rng.permutation(n)
-            shuffled = sgmv.add_lora(y[order], x[order], stack, ids[order])
-            assert_same_bits(shuffled, together[order], "shuffled")
-            company = rng.permutation(np.concatenate([np.arange(n), rng.integers(0, n, 70)]))
-            crowded = sgmv.add_lora(y[company], x[company], stack, ids[company])
-            assert_same_bits(crowded, together[company], "in other company")
-            for i in range(n):
-                alone = sgmv.add_lora(y[i : i + 1].copy(), x[i : i + 1], stack, ids[i : i + 1])
-                assert_same_bits(alone, together[i : i + 1], "alone")
+        for backend in backends(dtype):
+            check_rows_keep_their_bits(rng, y, x, stack, ids, threads, backend)
+
+
+def check_rows_keep_their_bits(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    x: np.ndarray,
+    stack: sgmv.AdapterStack,
+    ids: np.ndarray,
+    threads: tuple[int, ...],
+    backend: str,
+) -> None:
+    n = len(ids)
+    together = sgmv.add_lora(y.copy(), x, stack, ids, backend=backend)
+    for count in threads:
+        sgmv.set_num_threads(count)
+        order = rng.permutation(n)
+        shuffled = sgmv.add_lora(y[order], x[order], stack, ids[order], backend=backend)
+        assert_same_bits(shuffled, together[order], f"{backend}, shuffled")
+        company = rng.permutation(np.concatenate([np.arange(n), rng.integers(0, n, 70)]))
+        crowded = sgmv.add_lora(y[company], x[company], stack, ids[company], backend=backend)
+        assert_same_bits(crowded, together[company], f"{backend}, in other company")
+        for i in range(n):
+            one = slice(i, i + 1)
+            alone = sgmv.add_lora(y[one].copy(), x[one], stack, ids[one], backend=backend)
+            assert_same_bits(alone, together[one], f"{backend}, alone")
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, how: str) -> None:

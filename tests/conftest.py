@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numba
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 import sgmv
 
@@ -25,6 +26,13 @@ MAX_ELEMENTS = None if JITTED else 3_000
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator of the test's own: its name and SGMV_TEST_SEED are the seed."""
     return np.random.default_rng([SEED, zlib.crc32(request.node.name.encode())])
+
+
+@pytest.fixture(scope="module")
+def one_blas_thread() -> Iterator[None]:
+    """For modules of many small products: BLAS's own threads spin, and took ten times as long."""
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import sgmv
 from sgmv.errors import SgmvError
+from tests.conftest import JITTED
 
 H_IN, H_OUT = 6, 5
 
@@ -168,7 +169,7 @@ def test_a_call_in_flight_keeps_the_weights_it_started_with() -> None:
     thread.start()
     try:
         x = np.ones((64, 512), np.float32)
-        for _ in range(40):
+        for _ in range(40 if JITTED else 3):
             y = sgmv.add_lora(np.zeros((64, 512), np.float32), x, stack, np.zeros(64, int))
             values = np.unique(y)
             assert len(values) == 1

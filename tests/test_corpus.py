@@ -12,6 +12,7 @@ from reference import bounds, by_einsum, by_row, compare, workloads
 from reference.floats import sum_dtype
 from reference.workloads import Workload
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 DTYPES = tuple(
     np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )

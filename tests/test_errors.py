@@ -422,6 +422,29 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.ValueRangeError,
         ["ranks: ", ">= 0", "-2", "use 0"],
     ),
+    # backend; without vectors nothing runs on tiles, and the message says so
+    "a backend that is none": (
+        lambda: sgmv.add_lora(Y, X, stack(), IDS, backend="cuda"),
+        errors.ValueRangeError,
+        ["backend: ", "tiles or loops", "'cuda'", "leave it out"],
+    ),
+    "tiles for float64 x": (
+        lambda: sgmv.add_lora(Y, X.astype(float), stack(), IDS, backend="tiles"),
+        errors.ValueRangeError,
+        ["backend: ", "loops", "tiles", "leave it out"],
+    ),
+    "tiles for float64 weights": (
+        lambda: sgmv.shrink(X, stack(dtype="float64"), SEGMENTS, backend="tiles"),
+        errors.ValueRangeError,
+        ["backend: ", "loops", "tiles", "leave it out"],
+    ),
+    "tiles for float64 y": (
+        lambda: sgmv.expand(
+            np.ones((5, 2), F), stack(), SEGMENTS, Y.astype(float), backend="tiles"
+        ),
+        errors.ValueRangeError,
+        ["backend: ", "loops", "tiles", "leave it out"],
+    ),
     # threads
     "threads below 1": (
         lambda: sgmv.set_num_threads(0),

@@ -23,7 +23,7 @@ def decode_all(elements, out):
 @jit()
 def encode_all(values, out):
     for i in range(values.shape[0]):
-        out[i] = encode(values[i], out)
+        out[i] = encode(values[i], out[0])
 
 
 @np.errstate(invalid="ignore", over="ignore")  # ml_dtypes warns when it casts NaN
@@ -51,7 +51,7 @@ def test_encode_rounds_to_nearest_even_once(
     hair = np.abs(middle) * 2.0**-40
     values = np.concatenate([exact, middle, middle - hair, middle + hair])
     values = np.concatenate([values.astype(wide), _random_bits(rng, wide)])
-    expected = _round(values, name)
+    expected = round_to(values, name)
     out = np.empty(len(values), bits)
     encode_all(values, out)
     actual = out.view(dtype).astype(np.float64)
@@ -66,7 +66,7 @@ def _random_bits(rng: np.random.Generator, wide: type) -> np.ndarray:
     return rng.integers(0, info.max, 5000, integers, endpoint=True).view(wide)
 
 
-def _round(values: np.ndarray, name: str) -> np.ndarray:
+def round_to(values: np.ndarray, name: str) -> np.ndarray:
     """To nearest even, straight from the value: the type's grid around it, in float64."""
     if name == "float16":
         return values.astype(np.float16).astype(np.float64)

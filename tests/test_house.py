@@ -13,14 +13,16 @@ ROOT = Path(__file__).parent.parent
 # Each file may import from those before it in its own line's reach, and from no other.
 FLOORS = [
     {"errors", "kernels.jit"},
-    {"dtypes", "kernels.floats"},
-    {"kernels.loops", "segment"},
-    {"schedule", "adapters", "workers"},
-    {"checks", "peft"},
-    {"shrink", "expand"},
-    {"lora"},
-    {"__init__"},
+    {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
+    {"kernels.call", "segment"},
+    {"kernels.loops", "kernels.pool", "kernels.tiles"},
+    {"adapters", "backend", "workers"},
+    {"checks", "launch", "peft"},
+    {"expand", "info", "lora", "shrink"},
+    {"__init__", "__main__"},
 ]
+# Who may know numba and llvmlite; info only tells their versions.
+COMPILERS = {"kernels.jit", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.tiles"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft"}
 
 
@@ -89,11 +91,14 @@ def test_kernels_hold_jitted_code_and_take_no_upper_floor() -> None:
 
 
 def test_numba_flags_stand_in_one_place() -> None:
+    allowed = {"numba", "numba.types", "llvmlite", "llvmlite.ir", "llvmlite.binding"}
+    allowed |= {f"numba.extending{name}" for name in ("", ".intrinsic", ".overload")}
     for name, path in sources("sgmv").items():
+        used = {m for m in imports(path) if m.split(".")[0] in ("numba", "llvmlite")}
+        assert not used or name in {*COMPILERS, "info"}, f"{name} imports {used}"
+        assert used <= allowed, f"{name} imports {used - allowed}"
         if name == "kernels.jit":
             continue
-        used = {module for module in imports(path) if module.split(".")[0] == "numba"}
-        assert used <= {"numba", "numba.types", "numba.extending", "numba.extending.overload"}, name
         text = path.read_text()
         assert "njit" not in text, name
         assert "prange" not in text.replace("not prange", "").replace("numba's prange", ""), name
@@ -106,16 +111,32 @@ def test_no_fast_math_that_forgets_nan_and_inf() -> None:
     assert set(jit.IN_ORDER) == {"contract"}
 
 
+def functions(path: Path) -> list[ast.FunctionDef]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
+
+
+def lines(function: ast.FunctionDef) -> int:
+    return (function.end_lineno or 0) - function.lineno + 1
+
+
 def test_jitted_functions_are_short() -> None:
     for name, path in sources("sgmv").items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and any(
+        for node in functions(path):
+            if any(
                 isinstance(d, ast.Call) and getattr(d.func, "id", "") == "jit"
                 for d in node.decorator_list
             ):
-                length = node.end_lineno - node.lineno + 1
-                assert length <= 45, f"{name}.{node.name} has {length} lines"
+                assert lines(node) <= 45, f"{name}.{node.name} has {lines(node)} lines"
                 assert len(node.args.args) <= 10, f"{name}.{node.name}"
+
+
+def test_functions_that_emit_code_are_short() -> None:
+    """A tile's drawing and its loops should be seen at once."""
+    files = sources("sgmv")
+    for name in ("kernels.emit", "kernels.tiles"):
+        for node in functions(files[name]):
+            assert lines(node) < 60, f"{name}.{node.name} has {lines(node)} lines"
 
 
 def test_the_core_imports_no_extra() -> None:
@@ -128,7 +149,7 @@ def test_public_names_have_contracts() -> None:
     """One line, `Semantics:`, and an example; a source, where somebody else defined the thing."""
     import sgmv
 
-    ours = {"SgmvError", "get_num_threads", "set_num_threads"}
+    ours = {"SgmvError", "get_num_threads", "info", "set_num_threads"}
     public = {name: getattr(sgmv, name) for name in sgmv.__all__}
     public |= {
         f"{owner.__name__}.{name}": getattr(owner, name)

@@ -1,59 +1,79 @@
-"""The cache on disk: hit by the next process, missed after an edit of any kernel file."""
+"""The cache on disk: hit by the next process, missed after an edit of any file that is compiled."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-import sgmv
+from tests.acceptance import backends
 from tests.conftest import JITTED
+from tests.planting import ROOT, Fault, change, imported, plant, run_python
 
+jitted = pytest.mark.skipif(not JITTED, reason="nothing is compiled")
 PROGRAM = """
-import numpy as np, sgmv
-from sgmv.kernels import loops
-A, B = np.ones((1, 2), np.float16), np.ones((1, 1), np.float16)
-print(sgmv.lora_delta(np.ones((1, 2), np.float16), A, B, 1.0)[0, 0])
-print(sum(loops.shrink.stats.cache_hits.values()), sum(loops.shrink.stats.cache_misses.values()))
+import numpy as np, sgmv, sys
+one = np.ones((1, 1), np.float16)
+stack = sgmv.AdapterStack.from_adapters([(one, one)])
+for backend in sys.argv[1:] or [None]:
+    print(sgmv.add_lora(np.zeros_like(one), one, stack, [0], backend=backend)[0, 0])
 """
+COUNT = """
+from sgmv import launch
+from sgmv.kernels import jit
+compiled = [*jit._entries.values(), launch.start]
+print(sum(sum(c.stats.cache_hits.values()) for c in compiled))
+print(sum(sum(c.stats.cache_misses.values()) for c in compiled))
+"""
+# The results become twice as large, or eight times: what each backend alone makes of it.
+EDITS = {
+    "loops": (Fault("kernels.floats", "np.float32(2.0**112)", "np.float32(2.0**113)"), "8.0"),
+    "tiles": (Fault("kernels.tiles", "np.float32(vector(", "np.float32(2 * vector("), "2.0"),
+}
 
 
-def run(folder: Path) -> list[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    environment.pop("NUMBA_CACHE_DIR", None)
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
-@pytest.mark.skipif(not JITTED, reason="nothing is compiled")
+@jitted
 def test_hit_by_the_next_process_and_missed_after_an_edit(tmp_path: Path) -> None:
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(sgmv.__file__).parent, tmp_path / "sgmv", ignore=ignore)
-    assert run(tmp_path) == ["2.0", "0", "1"]
-    assert run(tmp_path) == ["2.0", "1", "0"]
-    # x, A and B all read twice as large; the loops' own file stays as it is.
-    floats = tmp_path / "sgmv" / "kernels" / "floats.py"
-    text = floats.read_text()
-    assert text.count("np.float32(2.0**112)") == 1
-    floats.write_text(text.replace("np.float32(2.0**112)", "np.float32(2.0**113)"))
-    assert run(tmp_path) == ["16.0", "0", "1"]
+    """A process compiles, or finds, shrink and expand of each backend, and the launch."""
+    names = backends(np.float16)
+    kernels = str(2 * len(names) + 1)
+
+    def run() -> list[str]:
+        done = run_python(PROGRAM + COUNT, tmp_path, arguments=names, NUMBA_CACHE_DIR=None)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    plant(tmp_path)
+    assert run() == ["1.0" for _ in names] + ["0", kernels]
+    assert run() == ["1.0" for _ in names] + [kernels, "0"]
+    for name in names:
+        change(tmp_path, EDITS[name][0])
+    assert run() == [EDITS[name][1] for name in names] + ["0", kernels]
 
 
-@pytest.mark.skipif(not JITTED, reason="nothing is compiled")
-def test_works_where_nothing_can_be_written(tmp_path: Path) -> None:
+COMPILED = [f"kernels/{path.name}" for path in sorted((ROOT / "sgmv" / "kernels").glob("*.py"))]
+
+
+@pytest.mark.parametrize("file", [*COMPILED, "schedule.py"])
+def test_an_edit_of_every_compiled_file_counts(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comment is enough: who could tell what a change means?"""
+    before, after = plant(tmp_path / "before"), plant(tmp_path / "after")
+    with (after / "sgmv" / file).open("a") as source:
+        source.write("# edited\n")
+    stamps = [imported(f, monkeypatch)["sgmv.kernels.jit"].KERNELS for f in (before, after)]
+    assert stamps[0] != stamps[1]
+
+
+@jitted
+def test_works_where_nothing_can_be_written() -> None:
     """numba, as if no folder would take a cache, refuses; the kernels compile all the same."""
-    program = (
+    no_cache = (
         "import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"
-        "c.CompileResultCacheImpl._locator_classes = []\n" + PROGRAM.split("print(sum")[0]
+        "c.CompileResultCacheImpl._locator_classes = []\n"
     )
-    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": ""}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.split() == ["2.0"], done.stderr
+    done = run_python(no_cache + PROGRAM, NUMBA_CACHE_LOCATOR_CLASSES="")
+    assert done.stdout.split() == ["1.0"], done.stderr

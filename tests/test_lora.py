@@ -16,6 +16,8 @@ from reference import bounds, compare
 from reference.workloads import Workload, corpus, integer, real
 from tests.acceptance import (
     assert_same_bits,
+    backends_of,
+    check,
     check_applied,
     check_case,
     check_reused_ids,
@@ -23,6 +25,7 @@ from tests.acceptance import (
 )
 from tests.conftest import MAX_ELEMENTS
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 DTYPES = {
     "float32": np.float32,
     "float16": np.float16,
@@ -153,24 +156,25 @@ def test_strided_rows(side: str, dtype: type) -> None:
     )
     stack = stack_of(case)
     array = getattr(case, side)
-    for view in _layouts(array):
+    for backend, view in itertools.product(backends_of(case), _layouts(array)):
         view[:] = array
         if side == "x":
-            y = sgmv.add_lora(case.y.copy(), view, stack, case.adapter_ids)
+            y = sgmv.add_lora(case.y.copy(), view, stack, case.adapter_ids, backend=backend)
         else:
-            y = sgmv.add_lora(view, case.x, stack, case.adapter_ids)
+            y = sgmv.add_lora(view, case.x, stack, case.adapter_ids, backend=backend)
             assert y is view
-        case.check(np.ascontiguousarray(y))
+        check(case, np.ascontiguousarray(y), backend)
 
 
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize(("h_in", "h_out"), [(1, 1), (1, 4), (4, 1)])
 def test_strides_of_axes_of_length_one_say_nothing(n: int, h_in: int, h_out: int) -> None:
     case = integer("ones", "a stride of one element", [0] * n, {0: 3}, h_in, h_out)
-    for x in _layouts(case.x):
-        for y in _layouts(case.y):
-            x[:], y[:] = case.x, case.y
-            case.check(sgmv.add_lora(y, x, stack_of(case), case.adapter_ids).copy())
+    stack = stack_of(case)
+    for backend, x, y in itertools.product(backends_of(case), _layouts(case.x), _layouts(case.y)):
+        x[:], y[:] = case.x, case.y
+        sgmv.add_lora(y, x, stack, case.adapter_ids, backend=backend)
+        check(case, y.copy(), backend)
 
 
 def _layouts(array: np.ndarray) -> list[np.ndarray]:
@@ -192,10 +196,11 @@ def test_nothing_around_a_strided_y_is_written(step: int) -> None:
     inside = np.zeros(wide.shape, bool)
     inside[1:7, 4 : 4 + 30 * step : step] = True
     y = wide[1:7, 4 : 4 + 30 * step : step]
-    y[:] = case.y
-    sgmv.add_lora(y, case.x, stack_of(case), case.adapter_ids)
-    case.check(y.copy())
-    assert (wide[~inside] == 7).all()
+    for backend in backends_of(case):
+        y[:] = case.y
+        sgmv.add_lora(y, case.x, stack_of(case), case.adapter_ids, backend=backend)
+        check(case, y.copy(), backend)
+        assert (wide[~inside] == 7).all(), backend
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -211,11 +216,12 @@ def test_error_is_at_most_twice_numpys(dtype: type, rng: np.random.Generator) ->
         A, B = (weights.astype(wide) for weights in pair)
         delta = wide(case.scalings[i]) * (case.x[ids == i].astype(wide) @ A.T @ B.T)
         plain[ids == i] = (plain[ids == i].astype(wide) + delta).astype(dtype)
-    y = sgmv.add_lora(case.y.copy(), case.x, stack_of(case), ids)
-    compare.check_no_worse(y, plain, case.expected)
-    errors = compare.error_statistics(y, case.expected, case.bound)
-    # The mean of n errors without bias stays within a few rms / sqrt(n) of 0.
-    assert abs(errors.mean_signed) < 8 * errors.root_mean_square / np.sqrt(y.size)
+    for backend in backends_of(case):
+        y = sgmv.add_lora(case.y.copy(), case.x, stack_of(case), ids, backend=backend)
+        compare.check_no_worse(y, plain, case.expected)
+        errors = compare.error_statistics(y, case.expected, case.bound)
+        # The mean of n errors without bias stays within a few rms / sqrt(n) of 0.
+        assert abs(errors.mean_signed) < 8 * errors.root_mean_square / np.sqrt(y.size)
 
 
 @settings(max_examples=60, deadline=None)

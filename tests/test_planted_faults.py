@@ -1,225 +1,191 @@
 """Faults planted in kernels and metadata: the acceptance checks must reject each one.
 
-Each fault is one replacement in one source file, run without the jit on a few small corpus cases
-and a few random batches: what the suite runs on the real code at full size.
+Each fault is one replacement in one source file of a copy of the package, run as plain Python on a
+few small corpus cases and a few random batches: what the suite runs on the real code at full size.
+Faults in the tiles, which only the compiler can run, are in test_tiles.py.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from types import ModuleType
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from reference.workloads import corpus
-from tests.acceptance import check_applied, check_case, check_reused_ids, check_same_bits
+from tests import acceptance
+from tests.planting import Fault, imported, outcome, plant
 
-CASES = [
+LARGER = ("subnormal", "base-only bits", "ids far apart")
+SMALL_CASES = [
     case
     for dtype in (np.float32, np.float16)
-    for case in corpus(2_000, [dtype])
-    if len(case.adapter_ids) <= 40
-] + [case for case in corpus(10_000, [np.float16]) if case.name.startswith("subnormal")]
+    for most, names in ((2_000, ""), (10_000, LARGER))
+    for case in corpus(most, [dtype])
+    if len(case.adapter_ids) <= 40 and case.name.startswith(names)
+]
+
+# Small blocks everywhere, so that a case of 40 columns and 20 rows has several.
+SMALL_BLOCKS = (
+    Fault("kernels.loops", "K_BLOCK = 1024", "K_BLOCK = 16"),
+    Fault("kernels.call", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
+    Fault("kernels.call", "RANK_UNIT = 8", "RANK_UNIT = 4"),
+    Fault("schedule", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
+    Fault("schedule", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
+)
 
 # what goes wrong: module, text there, what stands there instead
 FAULTS = {
     # shrink
-    "the last K block is dropped": (
+    "the last K block is dropped": Fault(
         "kernels.loops",
-        "range(0, h_in, K_BLOCK)",
-        "range(0, h_in - h_in % K_BLOCK, K_BLOCK)",
+        "range(0, call[H_IN], K_BLOCK)",
+        "range(0, call[H_IN] - call[H_IN] % K_BLOCK, K_BLOCK)",
     ),
-    "K blocks overwrite instead of adding": ("kernels.loops", "v[p, j] += s0", "v[p, j] = s0"),
-    "the third rank of four is lost": ("kernels.loops", "v[p, j + 2] += s2", "v[p, j + 2] += s1"),
-    "v is not cleared": ("kernels.loops", "v[first:last, low:high] = zero", "pass"),
-    "x is read in sorted order": (
-        "kernels.loops",
-        "vector(x_row[p] +",
-        "vector(x_row[len(x_row) - 1 - p] +",
+    "K blocks overwrite instead of adding": Fault(
+        "kernels.loops", "v[0] += sums[0]", "v[0] = sums[0]"
     ),
-    "the last row of a task is dropped in shrink": (
+    "the third rank of four is lost": Fault("kernels.loops", "v[2] += sums[2]", "v[2] += sums[1]"),
+    "v is not cleared": Fault("kernels.loops", "v[:4] = 0", "pass"),
+    "x is read in sorted order": Fault(
+        "kernels.loops", "item(call[ROWS], p) * call[X_STRIDE]", "p * call[X_STRIDE]"
+    ),
+    "the last row of a task is dropped in shrink": Fault(
         "kernels.loops",
         "for p in range(first, last):\n",
         "for p in range(first, max(first + 1, last - 1)):\n",
     ),
-    "ranks past the end are read": ("kernels.loops", "min(a + row_bytes, last_a)", "last_a"),
+    "ranks past the end are read": Fault(
+        "kernels.loops", "min(j + 1, high - 1) * row", "(high - 1) * row"
+    ),
+    "every cut of the ranks is the first": Fault(
+        "kernels.loops", "v[j:], sums", "v[j - low :], sums"
+    ),
     # expand
-    "y is overwritten": (
-        "kernels.loops",
-        "decode(y[c], scaling) + scaling * sums[c]",
-        "scaling * sums[c]",
+    "y is overwritten": Fault(
+        "kernels.loops", "decode(y[c], scaling) + scaling * sums[c]", "scaling * sums[c]"
     ),
-    "the scaling is dropped": ("kernels.loops", "+ scaling * sums[c]", "+ sums[c]"),
-    "the first slot's scaling for all": ("kernels.loops", "scalings[slot]", "scalings[0]"),
-    "y is written in sorted order": (
-        "kernels.loops",
-        "vector(y_row[p + i] +",
-        "vector(y_row[len(y_row) - 1 - p - i] +",
+    "the scaling is dropped": Fault("kernels.loops", "+ scaling * sums[c]", "+ sums[c]"),
+    "the first slot's scaling for all": Fault(
+        "kernels.loops", "call[SCALINGS] + 8 * slot", "call[SCALINGS]"
     ),
-    "sums carry over to the next rows": (
-        "kernels.loops",
-        "scratch[: together * width] = v.dtype.type(0)",
-        "scratch[: together * width] *= p == first",
+    "y is written in sorted order": Fault(
+        "kernels.loops", "item(call[ROWS], p + i) * call[Y_STRIDE]", "(p + i) * call[Y_STRIDE]"
     ),
-    "the ranks of a full four are added twice": (
-        "kernels.loops",
-        "v[p + i, in_fours:r], wb[in_fours:]",
-        "v[p + i, :r], wb",
+    "sums carry over to the next rows": Fault("kernels.loops", "sums[:] = 0", "pass"),
+    "the ranks of a full four are added twice": Fault(
+        "kernels.loops", "v[i, in_fours:r], wb[in_fours:]", "v[i, :r], wb"
     ),
-    "subnormal halves are flushed": (
-        "kernels.floats",
-        "half = np.uint32(shifted - ONE_HALF)",
-        "half = np.uint32(0)",
+    "the ranks left over take other weights": Fault(
+        "kernels.loops", "v[i, in_fours:r], wb[in_fours:]", "v[i, in_fours:r], wb"
+    ),
+    "the columns' last panel is read as a whole one": Fault(
+        "kernels.loops", "width = min(columns, high - c)", "width = min(columns, high - low)"
+    ),
+    "subnormal halves are flushed": Fault(
+        "kernels.floats", "half = np.uint32(shifted - ONE_HALF)", "half = np.uint32(0)"
     ),
     # metadata
-    "rows are not put in a stable order": (
-        "segment",
+    "rows are not put in a stable order": Fault(
+        "schedule",
         "for p in range(n):\n            i = source[p]\n            d =",
         "for p in range(n - 1, -1, -1):\n            i = source[p]\n            d =",
     ),
-    "offsets are off by one": ("segment", "seq_start[S] = p\n", "seq_start[S] = max(p - 1, 0)\n"),
-    "the last segment ends early": (
-        "segment",
-        "seq_start[S] = n\n",
-        "seq_start[S] = max(n - 1, 0)\n",
+    "offsets are off by one": Fault(
+        "schedule", "seq_start[S] = p\n", "seq_start[S] = max(p - 1, 0)\n"
+    ),
+    "the last segment ends early": Fault(
+        "schedule", "seq_start[S] = n\n", "seq_start[S] = max(n - 1, 0)\n"
+    ),
+    "high digits of the ids are not sorted": Fault("schedule", "shift < 64", "shift < 4"),
+    "the plan's memory is too near the blocks": Fault(
+        "launch", "rest += 8 * (n + 1 + most_digits(n))", "rest += 8 * (n - 1)"
     ),
     # schedule
-    "row blocks overlap": (
+    "row blocks overlap": Fault(
         "schedule",
-        "first = start + m * i // pieces",
-        "first = max(seq_start[0], start + m * i // pieces - 1)",
+        "blocks[count, 2] = start + m * i // pieces",
+        "blocks[count, 2] = max(seq_start[0], start + m * i // pieces - 1)",
     ),
-    "a segment's last row has no task": (
+    "a segment's last row has no task": Fault(
         "schedule",
-        "last = start + m * (i + 1) // pieces",
-        "last = start + max(1, m * (i + 1) // pieces - 1)",
+        "blocks[count, 3] = start + m * (i + 1) // pieces",
+        "blocks[count, 3] = start + max(1, m * (i + 1) // pieces - 1)",
     ),
-    "rank 0 is scheduled": ("schedule", "if rank[s] == 0:\n            continue", "pass"),
-    "the columns' last block is cut off": (
-        "schedule",
-        "high = min(blocks * (q + 1) // cuts * block, extent[s])",
-        "high = min(blocks * (q + 1) // cuts * block, extent[s] - extent[s] % 2)",
+    "rank 0 is scheduled": Fault(
+        "schedule", "if rank[s] == 0:\n            continue", "if False:\n            continue"
     ),
-    "every slot takes the smallest rank": (
+    "the columns' last block is cut off": Fault(
+        "kernels.call",
+        "min(units * (part + 1) // cuts * unit, extent)",
+        "min(units * (part + 1) // cuts * unit, extent - (cuts > 1))",
+    ),
+    "every cut begins where the block does": Fault(
+        "kernels.call", "return units * part // cuts * unit,", "return 0,"
+    ),
+    "ranks are not cut by the rank of their own block": Fault(
         "kernels.loops",
-        "scaling = v.dtype",
-        "r = min(tasks[:, 1]); scaling = v.dtype",
+        "low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)",
+        "low, high = cut_of(task, call[SHRINK_CUTS], r // 8 * 8 or r, RANK_UNIT)",
     ),
-    "the ranks left over take other columns": (
-        "kernels.loops",
-        "wb[in_fours:], c)",
-        "wb[in_fours:], low)",
-    ),
-    "every id is served by the first slot": (
-        "adapters",
+    "every id is served by the first slot": Fault(
+        "schedule",
         "slot[s] = slots[low]\n            rank[s] = ranks[slots[low]]",
         "slot[s] = max(slots[0], 0)\n            rank[s] = ranks[slot[s]]",
     ),
-    "base rows get an adapter's delta": (
-        "adapters",
+    "base rows get an adapter's delta": Fault(
+        "schedule",
         "if adapter_ids[s] == BASE_ONLY:\n            continue",
         "if adapter_ids[s] == BASE_ONLY and ids.shape[0]:\n"
         "            slot[s] = max(slots[-1], 0)\n"
         "            rank[s] = ranks[slot[s]]\n"
         "            continue",
     ),
-    "ranks of the wrong slot": (
-        "adapters",
-        "rank[s] = ranks[slots[low]]",
-        "rank[s] = min(ranks[slots[low]], ranks[0])",
+    "ranks of the wrong slot": Fault(
+        "schedule", "rank[s] = ranks[slots[low]]", "rank[s] = min(ranks[slots[low]], ranks[0])"
     ),
-    "a replaced adapter keeps its scaling": (
+    "panels are packed in another order": Fault(
+        "adapters", "for c in range(0, h_out, columns):", "for c in (0,) * (h_out > 0):"
+    ),
+    "a replaced adapter keeps its scaling": Fault(
         "adapters",
         "scalings[slot] = 0.0 if stored is None else stored.scaling",
         "scalings[slot] = scalings[slot] or (0.0 if stored is None else stored.scaling)",
     ),
-    "one scaling for all": (
-        "lora",
-        "scalings[adapter_id])",
-        "next(iter(scalings.values())))",
-    ),
+    "one scaling for all": Fault("lora", "scalings[adapter_id])", "next(iter(scalings.values())))"),
     # same row, same bits
-    "a row's order of summation depends on its company": (
+    "a row's order of summation depends on its company": Fault(
         "kernels.loops",
-        "for k in range(0, h_in, K_BLOCK):\n            width = min(K_BLOCK, h_in - k)",
+        "for k in range(0, call[H_IN], K_BLOCK):\n            width = min(K_BLOCK, call[H_IN] - k)",
         "K = K_BLOCK + (last - first) % 3\n"
-        "        for k in range(0, h_in, K):\n            width = min(K, h_in - k)",
+        "        for k in range(0, call[H_IN], K):\n            width = min(K, call[H_IN] - k)",
     ),
 }
-# Without the jit this one writes past the end of the task list before any result is wrong.
-CRASHES = {"rank 0 is scheduled": IndexError}
-# What each file offers to the rest of the package, so that a planted file takes its place.
-OFFERED = {
-    "kernels.loops": ["shrink", "expand"],
-    "segment": ["_sort"],
-    "adapters": ["_find"],
-    "lora": ["_scaling"],
-}
 
 
-def planted(module: str, text: str = "", instead: str = "") -> dict[str, object]:
-    """The module's names, after one replacement if one is given, with no jit and small blocks."""
-    original: ModuleType = sys.modules[f"sgmv.{module}"]
-    with open(original.__file__) as file:
-        source = file.read()
-    if text:
-        assert source.count(text) == 1, f"{text!r} stands {source.count(text)} times in {module}"
-        source = source.replace(text, instead)
-    source = re.sub(r"@jit\([A-Z_]*\)", "", source)
-    source = source.replace("K_BLOCK = 1024", "K_BLOCK = 16")
-    source = source.replace("COLUMN_BLOCK = 1024", "COLUMN_BLOCK = 8")
-    names = {"__name__": original.__name__}
-    exec(compile(source, f"planted {module}", "exec"), names)
-    return names
+def accept(folder: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """Run the acceptance checks on the package of this folder."""
+    monkeypatch.setattr(acceptance, "sgmv", imported(folder, monkeypatch)["sgmv"])
+    monkeypatch.setattr(acceptance, "VECTOR_BITS", 0)  # plain Python has the loops alone
+    for case in SMALL_CASES:
+        acceptance.check_case(case)
+        acceptance.check_applied(case)
+    acceptance.check_reused_ids()
+    acceptance.check_same_bits(rng, batches=6, threads=(1, 2))
 
 
-def install(monkeypatch: pytest.MonkeyPatch, module: str, names: dict[str, object]) -> None:
-    """Let the package use the planted names wherever it uses the module's own."""
-    if module == "kernels.floats":
-        loops = planted_loops(names)
-        return install(monkeypatch, "kernels.loops", loops)
-    if module == "schedule":
-        monkeypatch.setattr(sys.modules["sgmv.shrink"], "shrink_tasks", names["shrink_tasks"])
-        monkeypatch.setattr(sys.modules["sgmv.expand"], "expand_tasks", names["expand_tasks"])
-        return None
-    if module == "adapters":
-        table = sys.modules["sgmv.adapters"].SlotTable
-        monkeypatch.setattr(table, "with_changes", names["SlotTable"].with_changes)
-    for name in OFFERED[module]:
-        monkeypatch.setattr(sys.modules[f"sgmv.{module}"], name, names[name])
-    return None
-
-
-def planted_loops(floats: dict[str, object]) -> dict[str, object]:
-    loops = planted("kernels.loops")
-    loops["decode"], loops["encode"] = floats["decode"], floats["encode"]
-    return loops
-
-
-def accept(rng: np.random.Generator) -> None:
-    for case in CASES:
-        check_case(case)
-        check_applied(case)
-    check_reused_ids()
-    check_same_bits(rng, batches=6, threads=(1, 2))
-
-
-@pytest.fixture(autouse=True)
-def _without_jit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python kernels with small blocks everywhere, so that a case of 40 columns has several."""
-    for module in ("kernels.loops", "schedule"):
-        install(monkeypatch, module, planted(module))
-
-
-def test_accepted_without_a_fault(rng: np.random.Generator) -> None:
-    accept(rng)
+def test_accepted_without_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    accept(plant(tmp_path, *SMALL_BLOCKS), monkeypatch, rng)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_rejected(fault: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    module, text, instead = FAULTS[fault]
-    install(monkeypatch, module, planted(module, text, instead))
-    with pytest.raises(CRASHES.get(fault, AssertionError)):
-        accept(rng)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_rejected(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    plant(tmp_path, *SMALL_BLOCKS, FAULTS[fault])
+    assert "AssertionError" in outcome(lambda: accept(tmp_path, monkeypatch, rng))

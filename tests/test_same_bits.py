@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -10,52 +11,82 @@ import numpy as np
 import pytest
 
 import sgmv
-from reference.workloads import integer, popularity, real
-from sgmv.kernels import loops
-from tests.acceptance import assert_same_bits, check_case, check_same_bits, stack_of
+from reference.workloads import Workload, integer, popularity, real
+from sgmv import launch
+from sgmv.kernels import emit, loops, tiles
+from sgmv.kernels.call import PANEL, RANK_UNIT, WIDE_PANEL
+from tests.acceptance import (
+    assert_same_bits,
+    backends,
+    backends_of,
+    check,
+    check_case,
+    check_same_bits,
+    stack_of,
+)
 from tests.conftest import JITTED
 
 
-def test_200_random_batches(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_200_random_batches(rng: np.random.Generator) -> None:
     """Alone, shuffled, in other company, on 1 to 5 threads: always the same bits."""
-    monkeypatch.setattr(sys.modules["sgmv.workers"], "WORTH_WAKING", 0)
     check_same_bits(rng, batches=200 if JITTED else 8, threads=(1, 2, 5), wide=JITTED)
 
 
 @pytest.mark.skipif(not JITTED, reason="Python loops take minutes at these widths")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
 @pytest.mark.parametrize(("h_in", "h_out"), [(4096, 4096), (3424, 1025), (1023, 11008)])
-def test_several_blocks_and_threads(
-    h_in: int, h_out: int, dtype: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Widths of several K and column blocks, long enough that helpers really join."""
-    monkeypatch.setattr(sys.modules["sgmv.workers"], "WORTH_WAKING", 0)
+def test_several_blocks_and_threads(h_in: int, h_out: int, dtype: type) -> None:
+    """Widths of several K and column blocks, enough work to wake helpers for."""
     ids = popularity("skewed", 150, seed=3) - 1
     ranks = {i: r for i, r in enumerate([1, 8, 17, 64, 3, 16, 5, 130, 2, 12, 9])}
     # At these widths the derived bound would hide a lost column; integers show it to the bit.
     check_case(integer("blocks", "a lost column", ids, ranks, h_in, h_out, dtype=dtype))
     case = real("blocks", "cuts that move with the batch", ids, ranks, h_in, h_out, dtype=dtype)
-    stack = stack_of(case)
+    for backend in backends(dtype):
+        _check_bits_of_threads_and_lone_rows(case, backend)
+
+
+def _check_bits_of_threads_and_lone_rows(case: Workload, backend: str) -> None:
+    stack, ids = stack_of(case), case.adapter_ids
     sgmv.set_num_threads(1)
-    expected = sgmv.add_lora(case.y.copy(), case.x, stack, ids)
-    case.check(expected)
+    expected = sgmv.add_lora(case.y.copy(), case.x, stack, ids, backend=backend)
+    check(case, expected, backend)
     for threads in (2, 3, 8):
         sgmv.set_num_threads(threads)
-        y = sgmv.add_lora(case.y.copy(), case.x, stack, ids)
-        assert_same_bits(y, expected, f"{threads} threads")
-    for i in range(0, 150, 7):
-        alone = sgmv.add_lora(case.y[i : i + 1].copy(), case.x[i : i + 1], stack, ids[i : i + 1])
-        assert_same_bits(alone, expected[i : i + 1], "alone")
+        y = sgmv.add_lora(case.y.copy(), case.x, stack, ids, backend=backend)
+        assert_same_bits(y, expected, f"{backend}, {threads} threads")
+    for i in range(0, len(ids), 7):
+        one = slice(i, i + 1)
+        alone = sgmv.add_lora(case.y[one].copy(), case.x[one], stack, ids[one], backend=backend)
+        assert_same_bits(alone, expected[one], f"{backend}, alone")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_bits_do_not_depend_on_the_way_of_calling(dtype: type) -> None:
+    """From ids, from Segments, or in two steps: the same kernels on the same rows."""
+    case = real(
+        "ways", "two orders of summation", [2, 0, -1, 1, 0, 0], RANKS, 1100, 130, dtype=dtype
+    )
+    stack, segments = stack_of(case), sgmv.segment(case.adapter_ids)
+    for backend in backends(dtype):
+        how = {"backend": backend}
+        expected = sgmv.add_lora(case.y.copy(), case.x, stack, case.adapter_ids, **how)
+        y = sgmv.add_lora(case.y.copy(), case.x, stack, segments, **how)
+        assert_same_bits(y, expected, f"{backend}, from segments")
+        v = sgmv.shrink(case.x, stack, segments, **how)
+        y = sgmv.expand(v, stack, segments, case.y.copy(), **how)
+        assert_same_bits(y, expected, f"{backend}, in two steps")
 
 
 def test_bits_do_not_depend_on_strides(rng: np.random.Generator) -> None:
     case = real("strides", "another loop for another layout", [0, 1, 0], {0: 9, 1: 4}, 300, 200)
     stack = stack_of(case)
-    expected = sgmv.add_lora(case.y.copy(), case.x, stack, case.adapter_ids)
-    x = np.asfortranarray(case.x)
-    y = np.asfortranarray(case.y)
-    sgmv.add_lora(y, x, stack, case.adapter_ids)
-    assert_same_bits(np.ascontiguousarray(y), expected, "Fortran order")
+    for backend in backends_of(case):
+        how = {"backend": backend}
+        expected = sgmv.add_lora(case.y.copy(), case.x, stack, case.adapter_ids, **how)
+        x, y = np.asfortranarray(case.x), np.asfortranarray(case.y)
+        sgmv.add_lora(y, x, stack, case.adapter_ids, **how)
+        assert_same_bits(np.ascontiguousarray(y), expected, f"{backend}, Fortran order")
 
 
 def test_another_process_gives_the_same_bits() -> None:
@@ -79,47 +110,17 @@ def test_base_rows_keep_even_odd_bits(rng: np.random.Generator) -> None:
     A, B = np.ones((4, 10), np.float32), np.ones((50, 4), np.float32)
     stack = sgmv.AdapterStack.from_adapters({0: (A, B), 3: None})
     ids = np.array([0, -1, 0, 3] * 16)
-    for array in (y, np.asfortranarray(y)):
-        sgmv.add_lora(array, np.ones((64, 10), np.float32), stack, ids)
+    x = np.ones((64, 10), np.float32)
+    for backend, array in itertools.product(backends(y.dtype), (y.copy(), np.asfortranarray(y))):
+        array[::2] = 1.0
+        sgmv.add_lora(array, x, stack, ids, backend=backend)
         unchanged = np.ascontiguousarray(array[1::2]).view(np.uint32)
         np.testing.assert_array_equal(unchanged, before[1::2].view(np.uint32))
         assert (array[::2] != 1.0).all()
 
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 RANKS = {0: 5, 1: 0, 2: 9}
-
-
-@pytest.mark.parametrize("r", [1, 3, 4, 5, 8, 9, 17])
-def test_nothing_outside_the_arrays_is_read_or_written(
-    r: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """x, v, y and the weights stand amid NaN: a read past an end shows, and so does a write."""
-    monkeypatch.setattr(sys.modules["sgmv.adapters"].AdapterStack, "_store", _store_amid_nan)
-    case = real("amid NaN", "reads past the end", [0, 1, 0, 0, 0, 0], {0: r, 1: r}, 37, 29)
-    x, x_around = _amid_nan(case.x)
-    y, y_around = _amid_nan(case.y)
-    stack = stack_of(case)
-    segments = sgmv.segment(case.adapter_ids)
-    v, v_around = _amid_nan(np.ascontiguousarray(sgmv.shrink(x, stack, segments)))
-    sgmv.expand(v, stack, segments, y)
-    case.check(y.copy())
-    for around in (x_around, y_around, v_around):
-        assert np.isnan(around[:8]).all()
-        assert np.isnan(around[-8:]).all()
-
-
-def _amid_nan(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    around = np.full(array.size + 16, np.nan, array.dtype)
-    inside = around[8:-8].reshape(array.shape)
-    inside[:] = array
-    return inside, around
-
-
-def _store_amid_nan(self: sgmv.AdapterStack, adapter: sgmv.Adapter) -> object:
-    stored = sys.modules["sgmv.adapters"].Stored
-    wa, _ = _amid_nan(np.ascontiguousarray(adapter.A))
-    wb, _ = _amid_nan(np.ascontiguousarray(adapter.B.T))
-    return stored(wa, wb, adapter.scaling)
 
 
 def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,15 +134,29 @@ def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -
 
     case = real("poisoned", "reads what was never written", [2, 0, -1, 1, 0], RANKS, 33, 40)
     stack = stack_of(case)
-    y = case.y.copy()
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "empty", poisoned)
-        sgmv.add_lora(y, case.x, stack, case.adapter_ids)
-    case.check(y)
+    for backend in backends_of(case):
+        y = case.y.copy()
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_idle", [])  # no workspace that an earlier call has filled
+            patch.setattr(np, "empty", poisoned)
+            sgmv.add_lora(y, case.x, stack, case.adapter_ids, backend=backend)
+        check(case, y, backend)
 
 
 def test_blocks_are_multiples_of_what_shares_a_read() -> None:
     """Tasks may only be cut where the kernels cut by themselves."""
-    assert loops.K_BLOCK % 64 == 0
-    assert loops.COLUMN_BLOCK % 64 == 0
-    assert loops.RANK_BLOCK == 4
+    assert RANK_UNIT % 4 == 0  # loops.dot4
+    assert PANEL % (tiles.COLUMN_VECTORS * emit.LANES) == 0
+    assert WIDE_PANEL % PANEL == 0
+    assert loops.K_BLOCK % 64 == tiles.K_BLOCK % emit.LANES == 0
+
+
+def test_every_shape_of_a_tile_has_registers_for_its_sums() -> None:
+    """A register of row sums holds whole rows; the sums leave room for what they are made of."""
+    assert set(tiles.RANKS) == set(range(1, tiles.MOST_ROWS + 1))
+    most = (32 if emit.LANES == 16 else 16) * 3 // 4
+    for rows, ranks in tiles.RANKS.items():
+        assert emit.LANES % ranks == 0
+        assert rows * ranks <= most
+    sums = tiles.MOST_ROWS * tiles.COLUMN_VECTORS
+    assert sums <= most

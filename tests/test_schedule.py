@@ -1,4 +1,4 @@
-"""Tasks: every row and every rank or column of a segment once, cut where the kernels cut."""
+"""The plan: every row in one block, every rank or column in one cut, cut where the kernels cut."""
 
 from __future__ import annotations
 
@@ -7,51 +7,127 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgmv.kernels.loops import COLUMN_BLOCK, RANK_BLOCK
-from sgmv.schedule import ROWS_PER_TASK, TASKS_PER_THREAD, expand_tasks, shrink_tasks
+from sgmv.kernels.call import PANEL, RANK_UNIT, cut_of
+from sgmv.schedule import (
+    NO_SLOT,
+    ROWS_PER_BLOCK,
+    TASKS_PER_THREAD,
+    UNKNOWN,
+    costs,
+    cuts,
+    find,
+    most_blocks,
+    row_blocks,
+)
 
-segment_lists = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 140)), max_size=8)
+GUARD = -99
+
+
+def blocks_of(segments: list[tuple[int, int]], threads: int) -> np.ndarray:
+    """The row blocks of segments (rows, rank), whose slots are 10, 11, 12, ..."""
+    seq_start = np.cumsum([0, *(m for m, _ in segments)])
+    rank = np.array([r for _, r in segments], np.int64)
+    room = np.full((most_blocks(int(seq_start[-1])) + 1, 4), GUARD)
+    count = row_blocks(seq_start, np.arange(len(segments)) + 10, rank, threads, room)
+    assert (room[count:] == GUARD).all()
+    assert count < len(room)
+    return room[:count]
+
+
+segment_lists = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 140)), max_size=8)
 
 
 @settings(max_examples=80, deadline=None)
-@given(segment_lists, st.integers(1, 9), st.sampled_from([1, 5, 1024, 1025, 4096]))
-def test_covers_everything_once(segments: list[tuple[int, int]], threads: int, h_out: int) -> None:
+@given(segment_lists, st.integers(1, 9))
+def test_blocks_hold_every_row_of_a_rank_once(
+    segments: list[tuple[int, int]], threads: int
+) -> None:
     seq_start = np.cumsum([0, *(m for m, _ in segments)])
-    rank = np.array([r for _, r in segments], np.int64)
-    slot = np.arange(len(segments)) + 10
-    for tasks, work, extent, block in (
-        (*shrink_tasks(seq_start, slot, rank, threads), rank, RANK_BLOCK),
-        (
-            *expand_tasks(seq_start, slot, rank, h_out, threads),
-            np.full(len(rank), h_out),
-            COLUMN_BLOCK,
-        ),
-    ):
-        assert work == sum((m + 1) * r for m, r in segments if r)
-        done = [np.zeros((m, e), int) for (m, _), e in zip(segments, extent, strict=True)]
-        for at, r, first, last, low, high in tasks:
-            s = at - 10
-            assert r == rank[s]
-            assert 0 < last - first <= ROWS_PER_TASK
-            assert low % block == 0
-            assert high % block == 0 or high == extent[s]
-            done[s][first - seq_start[s] : last - seq_start[s], low:high] += 1
-        for s, (_, r) in enumerate(segments):
-            assert (done[s] == (1 if r else 0)).all()
+    done = np.zeros(seq_start[-1], int)
+    for slot, r, first, last in blocks_of(segments, threads):
+        s = slot - 10
+        assert r == segments[s][1] > 0
+        assert seq_start[s] <= first < last <= seq_start[s + 1]
+        assert last - first <= ROWS_PER_BLOCK
+        done[first:last] += 1
+    np.testing.assert_array_equal(done, [int(r > 0) for m, r in segments for _ in range(m)])
+
+
+def test_blocks_of_single_rows_fit_their_memory() -> None:
+    assert len(blocks_of([(1, 3)] * 50, 8)) == 50
+    assert len(blocks_of([(1, 3), (10_000, 3), (1, 0)], 64)) <= most_blocks(10_002)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 40), st.sampled_from([1, 2, 4, 7, 8]), st.integers(1, 9))
+def test_cuts_hold_every_rank_and_column_once(blocks: int, unit: int, threads: int) -> None:
+    """The blocks' ranks may differ: cuts are as many as the widest block takes."""
+    for extent, widest in ((1, 1), (5, 17), (64, 64), (65, 65), (130, 140), (4096, 4096)):
+        parts = cuts(blocks, -(-widest // unit), threads)
+        for block in range(blocks):
+            done = np.zeros(extent, int)
+            for part in range(parts):
+                low, high = cut_of(block * parts + part, parts, extent, unit)
+                assert low % unit == 0
+                assert high % unit == 0 or high == extent or low >= high
+                done[low:high] += 1
+            assert (done == 1).all()
 
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_one_long_segment_gives_every_thread_work(threads: int) -> None:
-    one = np.array([0, 40]), np.array([0]), np.array([64])
-    assert len(shrink_tasks(*one, threads)[0]) >= threads * TASKS_PER_THREAD
-    assert len(expand_tasks(*one, 16384, threads)[0]) >= threads * TASKS_PER_THREAD
+    blocks = blocks_of([(40, 64)], threads)
+    for extent, unit in ((64, RANK_UNIT), (16384, PANEL)):
+        parts = cuts(len(blocks), extent // unit, threads)
+        assert len(blocks) * parts >= threads * TASKS_PER_THREAD
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_many_rows_need_no_cuts(threads: int) -> None:
+    blocks = blocks_of([(1000, 64), (500, 8)], threads)
+    assert len(blocks) >= threads * TASKS_PER_THREAD
+    assert cuts(len(blocks), 64, threads) == 1
 
 
 def test_one_thread_gets_whole_segments() -> None:
-    tasks, _ = shrink_tasks(np.array([0, 40]), np.array([0]), np.array([64]), 1)
-    np.testing.assert_array_equal(tasks, [[0, 64, 0, 40, 0, 64]])
+    blocks = blocks_of([(40, 64), (9, 3)], 1)
+    np.testing.assert_array_equal(blocks, [[10, 64, 0, 40], [11, 3, 40, 49]])
+    assert cuts(2, 8, 1) == 1
 
 
-def test_cost_follows_the_rows_not_the_slots() -> None:
-    tasks, _ = shrink_tasks(np.array([0, 1]), np.array([9_999]), np.array([8]), 2)
-    assert len(tasks) == 2
+def test_there_is_always_one_cut_at_least() -> None:
+    """Tasks are numbered by cuts: none would divide by zero."""
+    assert cuts(0, 8, 4) == 1
+    assert cuts(3, 0, 4) == 1
+
+
+@given(segment_lists, st.integers(1, 9), st.sampled_from([1, 65, 8192]))
+def test_costs_are_those_of_the_segments(
+    segments: list[tuple[int, int]], threads: int, widths: int
+) -> None:
+    blocks = blocks_of(segments, threads)
+    products, weights, rank = costs(blocks, widths)
+    assert products == widths * sum(m * r for m, r in segments)
+    assert weights == widths * sum(r for _, r, _, _ in blocks)
+    assert rank == max((r for _, r in segments), default=0)
+
+
+@given(
+    st.dictionaries(st.integers(0, 20) | st.integers(0, 2**62), st.integers(0, 9), max_size=9),
+    st.lists(st.integers(-1, 20) | st.integers(-1, 2**62), max_size=12),
+)
+def test_find_equals_a_dict(ranks: dict[int, int], asked: list[int]) -> None:
+    """The ids' slots descend; ids of rank 0 here are base only, without a slot."""
+    loaded = [i for i, r in ranks.items() if r]
+    slot_of = {i: len(loaded) - 1 - s for s, i in enumerate(loaded)}
+    by_slot = np.array([ranks[i] for i in reversed(loaded)], np.int64)
+    ids = np.array(sorted(ranks), np.int64)
+    slots = np.array([slot_of.get(i, NO_SLOT) for i in sorted(ranks)], np.int64)
+    asked += list(ranks)
+    slot, rank = np.full((2, len(asked)), GUARD)
+    unknown = find(ids, slots, by_slot, np.array(asked, np.int64), slot, rank)
+    missing = [i for i in asked if i not in ranks and i != -1]
+    assert unknown == len(missing)
+    for i, found, r in zip(asked, slot, rank, strict=True):
+        assert found == (UNKNOWN if i in missing else slot_of.get(i, NO_SLOT))
+        assert r == ranks.get(i, 0)

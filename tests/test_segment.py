@@ -7,16 +7,18 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgmv
 from reference.workloads import popularity
 from sgmv.segment import Traffic
+from tests.planting import run_python
 
 IDS = st.one_of(st.integers(-1, 5), st.integers(-1, 2**62), st.sampled_from([-1, 2**63 - 2]))
 
 
+@settings(deadline=None)  # the first example compiles
 @given(st.lists(IDS, max_size=60))
 def test_equals_numpys_stable_sort(ids: list[int]) -> None:
     segments = sgmv.segment(ids)
@@ -79,6 +81,18 @@ def test_made_by_hand_is_copied() -> None:
     segments = sgmv.Segments(rows, [0, 2], [4])
     rows[:] = 9
     np.testing.assert_array_equal(segments.rows, [1, 0])
+
+
+def test_segments_without_rows_change_nothing() -> None:
+    """In another process: the plan is written past its memory."""
+    program = (
+        "import numpy as np, sgmv\n"
+        "pair = np.ones((2, 8), 'f'), np.ones((8, 2), 'f')\n"
+        "stack = sgmv.AdapterStack.from_adapters([pair] * 300)\n"
+        "segments = sgmv.Segments([0, 1], [0] * 299 + [1, 2], range(300))\n"
+        "print(sgmv.add_lora(np.zeros((2, 8), 'f'), np.ones((2, 8), 'f'), stack, segments).sum())"
+    )
+    assert run_python(program).stdout.strip() == str(2.0 * 8 * 8 * 2)
 
 
 def test_table_of_many_segments_shows_head_tail_and_totals() -> None:

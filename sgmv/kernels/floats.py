@@ -112,11 +112,11 @@ def encode(value, like):
 
 @overload(encode)
 def _encode(value, like):
-    if like.dtype == types.float32:
+    if like == types.float32:
         return lambda value, like: np.float32(value)
-    if like.dtype == types.float64:
+    if like == types.float64:
         return lambda value, like: np.float64(value)
-    if like.dtype == types.uint16:
+    if like == types.uint16:
         if value == types.float64:
             return lambda value, like: float32_to_float16(float64_to_odd_float32(value))
         return lambda value, like: float32_to_float16(value)

@@ -1,10 +1,12 @@
-"""The only place with numba flags, and the three things that numba lacks.
+"""The only place with numba flags, and what numba lacks to work with bare addresses.
 
 `jit`      every kernel's decorator
-`claim`    take the next task number, atomically
-`vector`   the elements behind a bare address
+`where`    the address of an array's first element, an int64 like every integer here
+`vector`   the numbers behind an address; `size_of` one of them
+`entry`    a kernel, compiled now, as an address; `enter` calls it. A kernel is compiled once for
+           each mix of float types; who runs its tasks needs to know nothing of types
 
-`claim` and `vector` are also plain Python, so that the loops run under NUMBA_DISABLE_JIT=1.
+All of it is also plain Python, so that the loops run under NUMBA_DISABLE_JIT=1.
 """
 
 from __future__ import annotations
@@ -12,13 +14,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
+import platform
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -28,10 +35,28 @@ IN_ORDER = frozenset({"contract"})
 # line, so only a loop that computes every element of its output may use it (see loops.py).
 ANY_ORDER = frozenset({"contract", "reassoc"})
 
+JITTED = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]  # set at import
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _vector_bits() -> int:
+    """Width of this CPU's vectors: 512, 256, or 0 where there are none that tiles could use."""
+    forced = os.environ.get("SGMV_VECTOR_BITS")
+    if forced in ("0", "256", "512"):
+        return int(forced)
+    has = llvmlite.binding.get_host_cpu_features() if JITTED and X86 else {}
+    if not (has.get("avx2") and has.get("fma") and has.get("f16c")):
+        return 0
+    wide = all(has.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
+    return 512 if wide else 256
+
+
+VECTOR_BITS = _vector_bits()
+
 
 def _digest_of_kernels() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    digest = hashlib.sha256(str(VECTOR_BITS).encode())
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):  # plans are compiled, too
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -58,38 +83,68 @@ def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], A
     return decorate
 
 
-_claiming = threading.Lock()
+TELL_AFTER_S = 1.0
 
 
-def claim(next_task):
-    """Semantics: `next_task[0] += 1` and return the old value, one thread at a time."""
-    with _claiming:
-        task = int(next_task[0])
-        next_task[0] += 1
-        return task
+@contextlib.contextmanager
+def telling_if_slow() -> Any:
+    """Say on a terminal that compiling is going on, if it takes longer than a cached load."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    line = "sgmv: compiling kernels for this machine, once; some seconds ...\n"
+    timer = threading.Timer(TELL_AFTER_S, sys.stderr.write, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-@intrinsic
-def _fetch_add_one(typingctx, address):
-    def codegen(context, builder, signature, args):
-        int64 = context.get_value_type(types.int64)
-        pointer = builder.inttoptr(args[0], int64.as_pointer())
-        return builder.atomic_rmw("add", pointer, int64(1), "monotonic")
-
-    return types.int64(types.uintp), codegen
+_entries: dict[int, Callable[[int, int], None]] = {}
 
 
-@overload(claim)
-def _claim(next_task):
-    return lambda next_task: _fetch_add_one(next_task.ctypes.data)
+def entry(function: Callable[[int, int], None]) -> int:
+    """A kernel `(call, limit) -> None` as an address that `enter` takes.
+
+    It is compiled, or loaded from the cache, here and now.
+    """
+    if not JITTED:
+        _entries[id(function)] = function
+        return id(function)
+    compiled: Any = jit()(function)
+    signature = (types.int64, types.int64)
+    with telling_if_slow():
+        compiled.compile(types.void(*signature))
+    found = compiled.overloads[signature]
+    _entries[id(compiled)] = compiled  # keeps the code at the address alive
+    address = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
+    return int(address)
 
 
-def vector(address, size, like):
-    """The `size` elements of `like`'s type that stand contiguously at `address`."""
-    if size == 0:
-        return like[:0]
+def enter(address: int, call: int, limit: int) -> None:
+    """Call the kernel at this address."""
+    _entries[address](call, limit)
+
+
+def where(array: Any) -> Any:
+    """The address of the array's first element."""
+    return array.ctypes.data
+
+
+def size_of(like: Any) -> Any:
+    """Bytes of a number of this type."""
+    return like.itemsize
+
+
+def vector(address: int, size: int, like: Any) -> Any:
+    """The `size` numbers of `like`'s type that stand contiguously at `address`."""
     buffer = (ctypes.c_char * (int(size) * like.itemsize)).from_address(int(address))
-    return np.frombuffer(buffer, like.dtype)
+    return np.frombuffer(buffer, like.dtype, int(size))
+
+
+INT64 = ir.IntType(64)
 
 
 @intrinsic
@@ -97,9 +152,35 @@ def _pointer(typingctx, address, like):
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like.dtype)(types.intp, like), codegen
+    return types.CPointer(like)(types.int64, like), codegen
+
+
+@intrinsic
+def _enter(typingctx, address, call, limit):
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [INT64, INT64])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@overload(enter)
+def _enter_jitted(address, call, limit):
+    return lambda address, call, limit: _enter(address, call, limit)
+
+
+@overload(where)
+def _where_jitted(array):
+    return lambda array: types.int64(array.ctypes.data)
+
+
+@overload(size_of)
+def _size_of_jitted(like):
+    size = like.bitwidth // 8
+    return lambda like: size
 
 
 @overload(vector)
-def _vector(address, size, like):
+def _vector_jitted(address, size, like):
     return lambda address, size, like: numba.carray(_pointer(address, like), size)

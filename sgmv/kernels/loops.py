@@ -1,8 +1,6 @@
 """The readable kernels: plain loops over rows, ranks and columns, for every float type.
 
-A task is six integers `(slot, r, first, last, low, high)`: the sorted positions first:last of one
-segment, whose adapter of rank r stands in `slot`, and a part of the second axis: ranks low:high for
-shrink, columns for expand. Threads claim tasks one by one; no two tasks write the same element.
+Threads claim tasks, parts of row blocks (see call.py), and no two tasks write the same element.
 
     shrink    v[p, j]        = sum over k of  x[rows[p], k] * wa[j, k]
     expand    y[rows[p], c] += scaling * sum over j of  v[p, j] * wb[j, c]
@@ -11,6 +9,9 @@ shrink, columns for expand. Threads claim tasks one by one; no two tasks write t
         x  [ . . . . ] . wa j [ . . . . ]    v [ . . ]  x  wb j [ . . . . . . ]
                                                               j [ . . . . . . ]
 
+wa stands as Punica stores it, (r, h_in); wb, (r, h_out), in panels of columns, as the
+tiles want it (see tiles.py): panel after panel, (r, columns) each.
+
 Same row, same bits. An element's sum is made by one piece of code, in one order, whatever rows
 stand around it: shrink cuts k every K_BLOCK and adds the blocks in ascending order, each block
 summed by the one loop in `dot4`, whose lane depends on j alone; expand adds j = 0, 1, 2, ... and
@@ -18,20 +19,48 @@ vectorises over columns, where no order is at stake.
 
 Edge rules. Nothing past a slot's rank is read or written, in wa, wb or v; rows of rank 0 get no
 task. shrink overwrites v, expand accumulates into y and rounds once, at the store. NaN and inf
-stay in their row: no padding is multiplied in. Rows are found by their own address: x_row[p] is
-where x[rows[p]] begins, so any distance between rows will do, and no offset can overflow.
+stay in their row: no padding is multiplied in. Rows are found by their own address, so any
+distance between them will do, and no offset can overflow.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from sgmv.kernels.atomics import add_atomic
+from sgmv.kernels.call import (
+    BLOCK_COUNT,
+    COLUMNS,
+    EXPAND_CUTS,
+    EXPAND_NEXT,
+    FIELDS,
+    FLOAT64,
+    H_IN,
+    H_OUT,
+    INTEGER,
+    RANK_UNIT,
+    ROWS,
+    SCALINGS,
+    SHRINK_CUTS,
+    SHRINK_DONE,
+    SHRINK_NEXT,
+    V_STRIDE,
+    WA,
+    WB,
+    X_STRIDE,
+    Y_STRIDE,
+    V,
+    X,
+    Y,
+    block_of,
+    claim,
+    cut_of,
+    item,
+)
 from sgmv.kernels.floats import decode, encode
-from sgmv.kernels.jit import ANY_ORDER, claim, jit, vector
+from sgmv.kernels.jit import ANY_ORDER, jit, size_of, vector
 
 K_BLOCK = 1024  # four rows of wa and one of x stay in L1: 5 * 1024 * 4 B = 20 KiB
-RANK_BLOCK = 4  # ranks that share one read of x
-COLUMN_BLOCK = 1024  # columns of wb, of the sums and of y that one pass of expand keeps in L1
 
 
 @jit(ANY_ORDER)
@@ -47,49 +76,57 @@ def dot4(x, a0, a1, a2, a3, zero):
 
 
 @jit()
-def shrink(next_task, batch, tasks, x_row, x_like, wa_address, wa_like, h_in, v):
-    """Run up to `batch` tasks of v[first:last, low:high] = x[rows[first:last]] @ wa[low:high].T."""
-    zero = v.dtype.type(0)
-    row_bytes = h_in * wa_like.itemsize
-    for _ in range(batch):
-        t = claim(next_task)
-        if t >= tasks.shape[0]:
+def shrink(address, limit, x_like, w_like, v_like):
+    """Run up to `limit` tasks of the call at this address: v[p] = x[rows[p]] @ wa.T."""
+    call = vector(address, FIELDS, INTEGER)
+    for _ in range(limit):
+        task = claim(address, SHRINK_NEXT)
+        if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
             return
-        slot, _r, first, last, low, high = tasks[t]
-        v[first:last, low:high] = zero
-        for k in range(0, h_in, K_BLOCK):
-            width = min(K_BLOCK, h_in - k)
-            for j in range(low, high, RANK_BLOCK):
-                a = wa_address[slot] + j * row_bytes + k * wa_like.itemsize
+        slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
+        low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
+        row = call[H_IN] * size_of(w_like)
+        for k in range(0, call[H_IN], K_BLOCK):
+            width = min(K_BLOCK, call[H_IN] - k)
+            wa = item(call[WA], slot) + k * size_of(w_like)
+            for j in range(low, high, 4):
                 # Past the last rank the last one is read again, and its sum is dropped.
-                last_a = a + (high - 1 - j) * row_bytes
-                a0 = vector(a, width, wa_like)
-                a1 = vector(min(a + row_bytes, last_a), width, wa_like)
-                a2 = vector(min(a + 2 * row_bytes, last_a), width, wa_like)
-                a3 = vector(min(a + 3 * row_bytes, last_a), width, wa_like)
+                a0 = vector(wa + j * row, width, w_like)
+                a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
+                a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
+                a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
                 for p in range(first, last):
-                    xp = vector(x_row[p] + k * x_like.itemsize, width, x_like)
-                    s0, s1, s2, s3 = dot4(xp, a0, a1, a2, a3, zero)
-                    v[p, j] += s0
-                    if j + 1 < high:
-                        v[p, j + 1] += s1
-                    if j + 2 < high:
-                        v[p, j + 2] += s2
-                    if j + 3 < high:
-                        v[p, j + 3] += s3
+                    x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
+                    v = vector(call[V] + p * call[V_STRIDE], high, v_like)
+                    sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
+                    add_sums(v[j:], sums, k == 0)
+        add_atomic(address + 8 * SHRINK_DONE, 1)
 
 
 @jit()
-def add_ranks(sums, v, wb, low):
-    """One row: sums += v @ wb[:, low:high], j ascending, eight ranks a pass over the columns."""
-    high = low + sums.shape[0]
+def add_sums(v, sums, fresh):
+    """Add the four sums to v, as far as it reaches; if fresh, overwrite it."""
+    if fresh:
+        v[:4] = 0
+    v[0] += sums[0]
+    if v.shape[0] > 1:
+        v[1] += sums[1]
+    if v.shape[0] > 2:
+        v[2] += sums[2]
+    if v.shape[0] > 3:
+        v[3] += sums[3]
+
+
+@jit()
+def add_ranks(sums, v, wb):
+    """One row: sums += v @ wb, j ascending, eight ranks a pass over the columns."""
     j = 0
     while j + 8 <= v.shape[0]:
         v0, v1, v2, v3, v4, v5, v6, v7 = v[j : j + 8]
-        b0, b1 = wb[j, low:high], wb[j + 1, low:high]
-        b2, b3 = wb[j + 2, low:high], wb[j + 3, low:high]
-        b4, b5 = wb[j + 4, low:high], wb[j + 5, low:high]
-        b6, b7 = wb[j + 6, low:high], wb[j + 7, low:high]
+        b0, b1 = wb[j], wb[j + 1]
+        b2, b3 = wb[j + 2], wb[j + 3]
+        b4, b5 = wb[j + 4], wb[j + 5]
+        b6, b7 = wb[j + 6], wb[j + 7]
         for c in range(sums.shape[0]):
             total = sums[c]
             total += v0 * decode(b0[c], v0)
@@ -104,25 +141,24 @@ def add_ranks(sums, v, wb, low):
         j += 8
     while j < v.shape[0]:
         vj = v[j]
-        bj = wb[j, low:high]
+        bj = wb[j]
         for c in range(sums.shape[0]):
             sums[c] += vj * decode(bj[c], vj)
         j += 1
 
 
 @jit()
-def add_4_ranks_to_4_rows(s0, s1, s2, s3, v, wb, j, low):
-    """Four rows: s0..s3 += v[:, j:j + 4] @ wb[j:j + 4, low:high]: one read of wb for all four.
+def add_4_ranks_to_4_rows(s0, s1, s2, s3, v, wb, j):
+    """Four rows: s0..s3 += v[:, j:j + 4] @ wb[j:j + 4]: one read of wb for all four.
 
     The sums come as four vectors: with one (4, width) array here, expand took 1.4 times as long.
     """
-    high = low + s0.shape[0]
     v00, v01, v02, v03 = v[0, j : j + 4]
     v10, v11, v12, v13 = v[1, j : j + 4]
     v20, v21, v22, v23 = v[2, j : j + 4]
     v30, v31, v32, v33 = v[3, j : j + 4]
-    b0, b1 = wb[j, low:high], wb[j + 1, low:high]
-    b2, b3 = wb[j + 2, low:high], wb[j + 3, low:high]
+    b0, b1 = wb[j], wb[j + 1]
+    b2, b3 = wb[j + 2], wb[j + 3]
     for c in range(s0.shape[0]):
         c0, c1 = decode(b0[c], v00), decode(b1[c], v00)
         c2, c3 = decode(b2[c], v00), decode(b3[c], v00)
@@ -140,28 +176,39 @@ def store(y, scaling, sums, like):
 
 
 @jit()
-def expand(next_task, batch, tasks, y_row, y_like, wb_address, wb_like, h_out, scalings, v):
-    """Run up to `batch` tasks of y[rows[first:last], low:high] += scaling * v[first:last] @ wb."""
-    scratch = np.empty(4 * COLUMN_BLOCK, v.dtype)
-    for _ in range(batch):
-        t = claim(next_task)
-        if t >= tasks.shape[0]:
+def expand(address, limit, v_like, w_like, y_like):
+    """Run up to `limit` tasks of the call: y[rows[p]] += scaling * v[p] @ wb, panel by panel."""
+    call = vector(address, FIELDS, INTEGER)
+    columns = call[COLUMNS]
+    scratch = np.zeros(4 * columns, type(v_like))
+    for _ in range(limit):
+        task = claim(address, EXPAND_NEXT)
+        if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
             return
-        slot, r, first, last, low, high = tasks[t]
-        scaling = v.dtype.type(scalings[slot])
-        wb = vector(wb_address[slot], r * h_out, wb_like).reshape((r, h_out))
-        for c in range(low, high, COLUMN_BLOCK):
-            width = min(COLUMN_BLOCK, high - c)
+        slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
+        low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], columns)
+        scaling = type(v_like)(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
+        for c in range(low, high, columns):
+            width = min(columns, high - c)
+            wb = vector(item(call[WB], slot) + c * r * size_of(w_like), r * width, w_like)
             sums = scratch[: 4 * width].reshape((4, width))
             for p in range(first, last, 4):
-                together = min(4, last - p)
-                scratch[: together * width] = v.dtype.type(0)
-                in_fours = r // 4 * 4 if together == 4 else 0
-                for j in range(0, in_fours, 4):
-                    add_4_ranks_to_4_rows(
-                        sums[0], sums[1], sums[2], sums[3], v[p : p + 4], wb, j, c
-                    )
-                for i in range(together):
-                    add_ranks(sums[i], v[p + i, in_fours:r], wb[in_fours:], c)
-                    y = vector(y_row[p + i] + c * y_like.itemsize, width, y_like)
-                    store(y, scaling, sums[i], y_like)
+                count = min(4, last - p)
+                multiply(sums, call, p, count, wb.reshape((r, width)), v_like)
+                for i in range(count):
+                    y = call[Y] + item(call[ROWS], p + i) * call[Y_STRIDE] + c * size_of(y_like)
+                    store(vector(y, width, y_like), scaling, sums[i], y_like)
+
+
+@jit()
+def multiply(sums, call, p, count, wb, v_like):
+    """sums[:count] = v[p:p + count] @ wb, up to four rows."""
+    r = wb.shape[0]
+    pitch = call[V_STRIDE] // size_of(v_like)
+    v = vector(call[V] + p * call[V_STRIDE], count * pitch, v_like).reshape((count, pitch))
+    sums[:] = 0
+    in_fours = r // 4 * 4 if count == 4 else 0
+    for j in range(0, in_fours, 4):
+        add_4_ranks_to_4_rows(sums[0], sums[1], sums[2], sums[3], v, wb, j)
+    for i in range(count):
+        add_ranks(sums[i], v[i, in_fours:r], wb[in_fours:])

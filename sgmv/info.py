@@ -1,0 +1,77 @@
+"""What this machine has and what sgmv makes of it: `sgmv.info()`, `python -m sgmv info`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import llvmlite.binding
+import numba
+import numpy as np
+
+from sgmv import workers
+from sgmv.backend import choose
+from sgmv.dtypes import BITS
+from sgmv.kernels.emit import LANES
+from sgmv.kernels.jit import JITTED, VECTOR_BITS
+from sgmv.kernels.pool import SYSCALL
+from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
+from sgmv.launch import start
+
+TOLD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
+
+
+@dataclass(frozen=True)
+class Info:
+    """The facts that `info` found; `str` sets them one below the other."""
+
+    cpu: str
+    features: str
+    vectors: str
+    backend: Mapping[str, str]
+    shrink_tiles: str
+    expand_tiles: str
+    threads: str
+    cache: str
+    versions: str
+
+    def __str__(self) -> str:
+        lines = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping):
+                value = ", ".join(f"{dtype} {name}" for dtype, name in value.items())
+            lines.append(f"{field.name.replace('_', ' '):14}{value}")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Which CPU features, backend, tiles, threads and cache folder sgmv uses here.
+
+    Semantics: `vectors` is what the tiles are made for, from the CPU or SGMV_VECTOR_BITS;
+    `backend` names the kernels of each weight type when x and y have that type too; tiles are
+    rows x ranks (shrink) and rows x columns (expand).
+
+    >>> sorted(info().backend) == ["bfloat16", "float16", "float32", "float64"]
+    True
+    """
+    found = llvmlite.binding.get_host_cpu_features()
+    chosen = {dtype: choose(None, np.dtype("f8" if dtype == "float64" else "f4")) for dtype in BITS}
+    tiled = "tiles" in chosen.values()
+    shrink = ", ".join(f"{rows}x{ranks}" for rows, ranks in RANKS.items())
+    expand = f"1..{MOST_ROWS} x {COLUMN_VECTORS * LANES}"
+    sleep = "a futex" if workers.pool.fields[SYSCALL] else "a semaphore"
+    cache = getattr(getattr(start, "_cache", None), "cache_path", None)
+    return Info(
+        cpu=f"{llvmlite.binding.get_host_cpu_name()}, {workers.cores()} cores",
+        features=" ".join(name for name in TOLD if found.get(name)) or "none that tiles could use",
+        vectors=f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops",
+        backend=chosen,
+        shrink_tiles=shrink if tiled else "none",
+        expand_tiles=expand if tiled else "none",
+        threads=f"{workers.get_num_threads()}; helpers sleep on {sleep}",
+        cache=str(cache or ("none" if JITTED else "none, NUMBA_DISABLE_JIT is set")),
+        versions=f"Python {platform.python_version()}, numba {numba.__version__}, "
+        f"llvmlite {llvmlite.__version__}, numpy {np.__version__}",
+    )

@@ -1,0 +1,122 @@
+"""How threads in compiled code talk to each other: atomic int64s, and a futex to sleep on.
+
+Each is sequentially consistent, and plain Python under NUMBA_DISABLE_JIT=1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+from sgmv.kernels.jit import INT64, X86
+
+_atomic = threading.Lock()
+
+
+def add_atomic(address, amount):
+    """Semantics: add to the int64 at this address and return its old value, one at a time."""
+    with _atomic:
+        cell = ctypes.c_int64.from_address(int(address))
+        old = cell.value
+        cell.value += int(amount)
+        return old
+
+
+def load_atomic(address):
+    """The int64 at this address, as another thread stored it last."""
+    return add_atomic(address, 0)
+
+
+def store_atomic(address, value):
+    """Store an int64 so that a thread which sees it also sees all that was written before."""
+    add_atomic(address, int(value) - ctypes.c_int64.from_address(int(address)).value)
+
+
+def pause():
+    """Tell the core that this is a waiting loop."""
+
+
+def futex(syscall, number, address, operation, value):
+    """Sleep on an int64, or wake who does: Linux's system call, reached through libc's."""
+
+
+@intrinsic
+def _add(typingctx, address, amount):
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _load(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], INT64.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _store(typingctx, address, value):
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], INT64.as_pointer())
+        builder.store_atomic(args[1], pointer, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _pause(typingctx):
+    def codegen(context, builder, signature, args):
+        if X86:
+            name, kind = "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])
+            known = builder.module.globals.get(name)
+            builder.call(known or ir.Function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _futex(typingctx, syscall, number, address, operation, value):
+    """Linux's futex, through libc's syscall(2): six arguments after the number, three unused."""
+
+    def codegen(context, builder, signature, args):
+        unused = ir.Constant(INT64, 0)
+        function = builder.inttoptr(args[0], ir.FunctionType(INT64, [INT64] * 7).as_pointer())
+        return builder.call(function, [*args[1:], unused, unused, unused])
+
+    return types.int64(*[types.int64] * 5), codegen
+
+
+@overload(add_atomic)
+def _add_jitted(address, amount):
+    return lambda address, amount: _add(address, amount)
+
+
+@overload(load_atomic)
+def _load_jitted(address):
+    return lambda address: _load(address)
+
+
+@overload(store_atomic)
+def _store_jitted(address, value):
+    return lambda address, value: _store(address, value)
+
+
+@overload(pause)
+def _pause_jitted():
+    return lambda: _pause()
+
+
+@overload(futex)
+def _futex_jitted(syscall, number, address, operation, value):
+    return lambda syscall, number, address, operation, value: _futex(
+        syscall, number, address, operation, value
+    )

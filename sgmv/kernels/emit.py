@@ -1,0 +1,231 @@
+"""Vector code for numba: a few words over LLVM's builder, for the tiles.
+
+A tile is a numba intrinsic: numba calls its `codegen` with an open LLVM function, and the words of
+`Emit` append instructions to it. Python's own loops run now, while the code is written, so they
+unroll: `for m in range(MR)` writes MR instructions. `Emit.loop` writes a loop of the machine.
+
+    address   an int64: the machine adds to it what Python adds to it
+    vector    LANES float32, the width of the CPU's registers: 16 in 512 bits, 8 in 256
+    stored    what stands in memory: float32, or 16-bit floats as bits (see sgmv/dtypes.py):
+              uint16 is float16, int16 is bfloat16. `load` widens, exactly; `store` rounds, once
+
+A `mask`, where given, names the lanes that exist: no other is read or written, and others read 0.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+
+from sgmv.kernels.jit import INT64, VECTOR_BITS
+
+LANES = 8 if VECTOR_BITS == 256 else 16
+
+F32, F16 = ir.FloatType(), ir.HalfType()
+I8, I16, I32 = (ir.IntType(bits) for bits in (8, 16, 32))
+STORED = {types.float32: F32, types.uint16: F16, types.int16: I16}
+
+
+def lanes(element):
+    return ir.VectorType(element, LANES)
+
+
+VECTOR = lanes(F32)
+ZERO = ir.Constant(VECTOR, [0.0] * LANES)
+
+
+def numbers(values):
+    """A vector of int32 constants: lane numbers, or the same number in every lane."""
+    values = [values] * LANES if isinstance(values, int) else list(values)
+    return ir.Constant(ir.VectorType(I32, len(values)), values)
+
+
+def size(stored):
+    """Bytes of one stored element."""
+    return 4 if stored == types.float32 else 2
+
+
+class Emit:
+    """Appends instructions to the LLVM function that `builder` writes."""
+
+    def __init__(self, builder):
+        self.builder = builder
+
+    def add(self, *values):
+        total, constant = None, 0
+        for value in values:
+            if isinstance(value, int):
+                constant += value
+            else:
+                total = value if total is None else self.builder.add(total, value)
+        if total is None or constant:
+            offset = ir.Constant(INT64, constant)
+            total = offset if total is None else self.builder.add(total, offset)
+        return total
+
+    def multiply(self, value, factor):
+        if isinstance(factor, int):
+            factor = ir.Constant(INT64, factor)
+        return self.builder.mul(value, factor)
+
+    def at_most(self, value, limit):
+        """min(value, limit) of a Python int and an int64 of the machine."""
+        value = ir.Constant(INT64, value)
+        return self.builder.select(self.builder.icmp_signed("<", value, limit), value, limit)
+
+    def integer(self, address):
+        """The int64 at this address."""
+        return self.builder.load(self._pointer(address, INT64), align=8)
+
+    def below(self, count, width=LANES):
+        """A mask: the lanes whose number is below the int64 `count`."""
+        narrow = self.builder.trunc(count, I32)
+        limit = self.everywhere(narrow, ir.VectorType(I32, width))
+        return self.builder.icmp_signed("<", numbers(range(width)), limit)
+
+    def load(self, address, stored=types.float32, mask=None, vector=None):
+        """The stored elements at this address as float32."""
+        element = STORED[stored]
+        vector = vector or lanes(element)
+        pointer = self._pointer(address, vector)
+        if mask is None:
+            found = self.builder.load(pointer, align=size(stored))
+        else:
+            zero = ir.Constant(vector, None)
+            name = f"llvm.masked.load.{self._name(vector)}.{self._name(pointer.type)}"
+            align = ir.Constant(I32, size(stored))
+            found = self._call(name, vector, [pointer, align, mask, zero])
+        if element is F16:
+            return self.builder.fpext(found, VECTOR)
+        if element is I16:
+            bits = self.builder.shl(self.builder.zext(found, lanes(I32)), numbers(16))
+            return self.builder.bitcast(bits, VECTOR)
+        return found
+
+    def store(self, value, address, stored=types.float32, mask=None):
+        """Round float32 to the stored type, to nearest even, and store it at this address."""
+        if STORED[stored] is F16:
+            value = self.builder.fptrunc(value, lanes(F16))
+        elif STORED[stored] is I16:
+            value = self._bfloat16(value)
+        pointer = self._pointer(address, value.type)
+        if mask is None:
+            self.builder.store(value, pointer, align=size(stored))
+            return
+        name = f"llvm.masked.store.{self._name(value.type)}.{self._name(pointer.type)}"
+        self._call(name, ir.VoidType(), [value, pointer, ir.Constant(I32, size(stored)), mask])
+
+    def _bfloat16(self, value):
+        # In integers: the CPU's own instruction would turn subnormal numbers to zero.
+        b = self.builder
+        bits = b.bitcast(value, lanes(I32))
+        odd = b.and_(b.lshr(bits, numbers(16)), numbers(1))
+        rounded = b.add(b.add(bits, numbers(0x7FFF)), odd)
+        quiet = b.or_(bits, numbers(0x400000))
+        upper = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
+        return b.trunc(b.lshr(upper, numbers(16)), lanes(I16))
+
+    def broadcast(self, address):
+        """The one float32 at this address, in every lane."""
+        return self.everywhere(self.builder.load(self._pointer(address, F32), align=4))
+
+    def everywhere(self, number, vector=VECTOR):
+        """The number in every lane."""
+        undefined = ir.Constant(vector, ir.Undefined)
+        single = self.builder.insert_element(undefined, number, ir.Constant(I32, 0))
+        return self.builder.shuffle_vector(single, undefined, numbers([0] * vector.count))
+
+    def fma(self, a, b, c):
+        """A * b + c, rounded once."""
+        return self._call(f"llvm.fma.{self._name(VECTOR)}", VECTOR, [a, b, c])
+
+    def prefetch(self, address, write=False):
+        """Begin to bring the cache line at this address near; any address will do."""
+        pointer = self._pointer(address, I8)
+        near, data = ir.Constant(I32, 3), ir.Constant(I32, 1)
+        name = f"llvm.prefetch.{self._name(pointer.type)}"
+        self._call(name, ir.VoidType(), [pointer, ir.Constant(I32, int(write)), near, data])
+
+    def loop(self, start, stop, step, carried, body):
+        """`for i in range(start, stop, step): carried = body(i, carried)`; returns the last."""
+        b = self.builder
+        before, inside, after = b.block, b.append_basic_block(), b.append_basic_block()
+        b.cbranch(b.icmp_signed("<", start, stop), inside, after)
+        b.position_at_end(inside)
+        i = b.phi(INT64)
+        phis = [b.phi(value.type) for value in carried]
+        results = body(i, phis)
+        following = self.add(i, step)
+        end = b.block
+        for phi, first, last in zip([i, *phis], [start, *carried], [following, *results]):  # noqa: B905
+            phi.add_incoming(first, before)
+            phi.add_incoming(last, end)
+        b.cbranch(b.icmp_signed("<", following, stop), inside, after)
+        b.position_at_end(after)
+        finals = [b.phi(value.type) for value in carried]
+        for phi, first, last in zip(finals, carried, results):  # noqa: B905
+            phi.add_incoming(first, before)
+            phi.add_incoming(last, end)
+        return finals
+
+    def switch(self, value, cases, body):
+        """`body(case)` for the case that equals the int64 `value`; others do nothing."""
+        b = self.builder
+        after = b.append_basic_block()
+        choice = b.switch(value, after)
+        for case in cases:
+            block = b.append_basic_block()
+            choice.add_case(ir.Constant(INT64, case), block)
+            b.position_at_end(block)
+            body(case)
+            b.branch(after)
+        b.position_at_end(after)
+
+    def sums(self, vectors):
+        """One vector whose lane q is the sum of the lanes of vectors[q], for up to LANES vectors.
+
+        Each sum is a tree over neighbouring lanes, ((0+1)+(2+3))+..., whatever its company: at each
+        step two vectors become one that holds half as many, twice as large parts of both.
+
+            a0 a1 a2 a3     b0 b1 b2 b3   ->   a01 b01 a23 b23   ->   a0123 b0123 ...
+        """
+        step = 1
+        while step < LANES:
+            if len(vectors) % 2:
+                vectors = [*vectors, ZERO]
+            chunks = [range(c, c + step) for c in range(0, LANES, step)]
+            even, odd = chunks[0::2], chunks[1::2]
+            vectors = [
+                self.builder.fadd(self._interleave(a, b, even), self._interleave(a, b, odd))
+                for a, b in zip(vectors[0::2], vectors[1::2])  # noqa: B905
+            ]
+            step *= 2
+        return vectors[0]
+
+    def _interleave(self, a, b, chunks):
+        """These chunks of a and of b in turn."""
+        chosen = [c + lane for chunk in chunks for c in (0, LANES) for lane in chunk]
+        return self.builder.shuffle_vector(a, b, numbers(chosen))
+
+    def part(self, vector, first, count):
+        """The lanes first:first + count as a shorter vector."""
+        return self.builder.shuffle_vector(vector, ZERO, numbers(range(first, first + count)))
+
+    def _pointer(self, address, kind):
+        return self.builder.inttoptr(address, kind.as_pointer())
+
+    def _call(self, name, result, arguments):
+        module = self.builder.module
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(
+            module.globals.get(name) or ir.Function(module, kind, name), arguments
+        )
+
+    def _name(self, kind):
+        """LLVM's short name of a type, as overloaded intrinsics carry it."""
+        if isinstance(kind, ir.VectorType):
+            return f"v{kind.count}{self._name(kind.element)}"
+        if isinstance(kind, ir.PointerType):
+            typed = not str(kind).startswith("ptr")
+            return "p0" + (self._name(kind.pointee) if typed else "")
+        return {"float": "f32", "half": "f16"}.get(str(kind), str(kind))

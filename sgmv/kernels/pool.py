@@ -1,0 +1,131 @@
+"""How threads meet over a call: a gate that the caller opens, and helpers who come in.
+
+    caller                                   helper, forever
+    opens the gate, wakes sleepers           waits at the gate: spinning, then asleep
+    runs tasks of shrink                     comes in, runs tasks of shrink
+    waits until all of them are done         waits until all of them are done
+    runs tasks of expand                     runs tasks of expand
+    shuts the gate, waits till all are out   goes out
+
+The caller never waits for a helper that has not come in: it finds the gate shut. One wake serves
+both phases. Helpers hold no GIL, so a busy interpreter does not delay them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgmv.kernels.atomics import add_atomic, futex, load_atomic, pause, store_atomic
+from sgmv.kernels.call import (
+    BLOCK_COUNT,
+    EXPAND,
+    EXPAND_CUTS,
+    EXPAND_NEXT,
+    FIELDS,
+    INTEGER,
+    SHRINK,
+    SHRINK_CUTS,
+    SHRINK_DONE,
+    SHRINK_NEXT,
+    THREADS,
+)
+from sgmv.kernels.jit import enter, jit, vector
+
+# The pool's int64s, each on a cache line of its own. GATE is SHUT, or the number of the call that
+# stands in CALL, where no number comes twice, or CLOSED for good.
+GATE, INSIDE, SLEEPERS, CALL, NUMBER, SYSCALL, FUTEX = range(0, 56, 8)
+POOL_FIELDS = 56
+SHUT, CLOSED = 0, -1
+WAIT_PRIVATE, WAKE_PRIVATE = 128, 129
+# Turns at the gate before a helper falls asleep, some 100 us: the next call of a loop finds it
+# awake, and a server's base product, which takes longer, gets the core back.
+SPINS = 4000
+EVERY_TASK = 1 << 62
+
+
+@jit()
+def take_part(call: int, limit: int) -> Any:
+    """Run tasks of both phases, at most `limit` of each; returns whether none is left."""
+    fields = vector(call, FIELDS, INTEGER)
+    if fields[SHRINK] != 0:
+        tasks = fields[BLOCK_COUNT] * fields[SHRINK_CUTS]
+        enter(fields[SHRINK], call, limit)
+        if load_atomic(call + 8 * SHRINK_NEXT) < tasks:
+            return False
+        while load_atomic(call + 8 * SHRINK_DONE) < tasks:
+            pause()
+    if fields[EXPAND] != 0:
+        enter(fields[EXPAND], call, limit)
+        return load_atomic(call + 8 * EXPAND_NEXT) >= fields[BLOCK_COUNT] * fields[EXPAND_CUTS]
+    return True
+
+
+@jit()
+def abandon(call: int) -> None:
+    """Leave the tasks that nobody has begun undone."""
+    for counter in (SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT):
+        store_atomic(call + 8 * counter, EVERY_TASK)
+
+
+@jit()
+def open_gate(pool: int, call: int, worth_waking: bool) -> None:
+    """Let helpers in; wake those asleep, if it is worth it."""
+    store_atomic(pool + 8 * CALL, call)
+    store_atomic(pool + 8 * GATE, add_atomic(pool + 8 * NUMBER, 1) + 1)
+    if worth_waking:
+        wake(pool)
+
+
+@jit()
+def wake(pool: int) -> None:
+    """Wake all who sleep on the futex."""
+    syscall, sleepers = load_atomic(pool + 8 * SYSCALL), load_atomic(pool + 8 * SLEEPERS)
+    if syscall != 0 and sleepers > 0:
+        futex(syscall, load_atomic(pool + 8 * FUTEX), pool + 8 * GATE, WAKE_PRIVATE, sleepers)
+
+
+@jit()
+def shut_gate(pool: int) -> None:
+    """Let no helper in any more, and wait for those inside."""
+    store_atomic(pool + 8 * GATE, SHUT)
+    while load_atomic(pool + 8 * INSIDE) > 0:
+        pause()
+
+
+@jit()
+def close_gate(pool: int) -> None:
+    """Send all helpers home, for good."""
+    store_atomic(pool + 8 * GATE, CLOSED)
+    wake(pool)
+
+
+@jit()
+def help_out(pool: int, index: int, served: int) -> Any:
+    """A helper's life: take part in every call but the `served` one, until the gate is closed.
+
+    Returns CLOSED then; and, where there is no futex to sleep on, the last call served.
+    """
+    while True:
+        gate = load_atomic(pool + 8 * GATE)
+        spins = 0
+        while gate in (SHUT, served) and spins < SPINS:
+            pause()
+            spins += 1
+            gate = load_atomic(pool + 8 * GATE)
+        if gate == CLOSED:
+            return gate
+        if gate in (SHUT, served):
+            syscall = load_atomic(pool + 8 * SYSCALL)
+            if syscall == 0:
+                return served
+            add_atomic(pool + 8 * SLEEPERS, 1)
+            futex(syscall, load_atomic(pool + 8 * FUTEX), pool + 8 * GATE, WAIT_PRIVATE, gate)
+            add_atomic(pool + 8 * SLEEPERS, -1)
+            continue
+        add_atomic(pool + 8 * INSIDE, 1)
+        if load_atomic(pool + 8 * GATE) == gate:
+            call = load_atomic(pool + 8 * CALL)
+            if index < vector(call, FIELDS, INTEGER)[THREADS] - 1:
+                take_part(call, EVERY_TASK)
+        add_atomic(pool + 8 * INSIDE, -1)
+        served = gate

@@ -1,0 +1,287 @@
+"""The fast kernels: register tiles of vectors, for CPUs whose vectors have 256 or 512 bits.
+
+A tile is a small block of the result that stays in registers while the sums run. MR is its rows;
+LANES is a register's float32 (16, or 8 in 256 bits). Shrink and expand form their sums differently.
+
+shrink    v[p, j] = sum over k of x[rows[p], k] * wa[j, k]. x and wa both run along k: a register
+          holds LANES consecutive k of one row, and every (row, rank) has a register of partial
+          sums, one per lane. MR rows and NR ranks load MR + NR registers for MR * NR fused
+          multiply-adds:
+
+                         k ->                               rank j  j+1  j+2  j+3
+              x row p    [################]           row p   [ s ][ s ][ s ][ s ]
+              x row p+1  [################]     =>    row p+1 [ s ][ s ][ s ][ s ]      6 x 4 tile:
+              wa rank j  [################]            ...                              24 registers
+              wa j+1     [################]
+
+          At the end of a K block a register's lanes are added up, neighbours first, and the sum is
+          added to v. Weights stand as Punica stores them, wa (r, h_in).
+
+expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y both run along c, so
+          a register holds LANES columns of one row's sum, and each v[p, j] is spread over a whole
+          register. 6 rows x 64 columns are 24 registers. wb (r, h_out) would be read in leaps of a
+          whole row, so it is packed when loaded, in panels of 64 columns:
+
+              wb     j=0 [ panel 0 | panel 1 | panel 2 ]        in memory, each panel (r, 64):
+                     j=1 [         |         |         ]
+                     j=2 [         |         |         ]        panel 0 j=0 j=1 j=2, panel 1 j=0 ...
+
+Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
+every K_BLOCK whatever the tile, and blocks are added in ascending order; in expand, every element
+adds j = 0, 1, 2, ... in one register. Neither depends on MR or NR: a row's tile may have any shape.
+
+Edge rules as in loops.py: nothing past a rank, a row or a column is read or written. The last
+k of a row, the last ranks and the last columns are masked, not padded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from sgmv.kernels.atomics import add_atomic
+from sgmv.kernels.call import (
+    BLOCK_COUNT,
+    EXPAND_CUTS,
+    EXPAND_NEXT,
+    FIELDS,
+    FLOAT64,
+    H_IN,
+    H_OUT,
+    INTEGER,
+    PANEL,
+    RANK_UNIT,
+    ROWS,
+    SCALINGS,
+    SHRINK_CUTS,
+    SHRINK_DONE,
+    SHRINK_NEXT,
+    V_STRIDE,
+    WA,
+    WB,
+    X_STRIDE,
+    Y_STRIDE,
+    V,
+    X,
+    Y,
+    block_of,
+    claim,
+    cut_of,
+    item,
+)
+from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
+from sgmv.kernels.jit import INT64, jit, size_of, vector
+
+# Registers: 32 of 512 bits, or 16 of 256, and a tile's sums take three quarters of them.
+WIDE = LANES == 16
+MOST_ROWS = 6 if WIDE else 3
+# A tile of few rows takes more ranks at once, for fewer reads of x.
+RANKS = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4} if WIDE else {1: 8, 2: 4, 3: 4}
+COLUMN_VECTORS = 4 if WIDE else 2
+K_BLOCK = 1024  # six rows of one K block are 24 KiB of x: they stay in L1 for all ranks
+CHUNK_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
+Y_AHEAD = 512  # bytes before its use that y is asked for
+
+
+def _shrink_tile(e, mr, nr, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w_like):
+    """targets[m][:ranks] (+)= x_rows[m][:width] @ w[:ranks, :width].T: the drawing above."""
+    # Past the last rank the last one is read again, and its sum is dropped.
+    last = e.add(ranks, -1)
+    w_rows = [e.add(w, e.multiply(w_stride, e.at_most(q, last))) for q in range(nr)]
+
+    def step(k, sums, mask=None):
+        sums = list(sums)
+        kx, kw = e.multiply(k, size(x_like)), e.multiply(k, size(w_like))
+        values = [e.load(e.add(row, kx), x_like, mask) for row in x_rows]
+        for q in range(nr):
+            weight = e.load(e.add(w_rows[q], kw), w_like, mask)
+            for m in range(mr):
+                sums[m * nr + q] = e.fma(values[m], weight, sums[m * nr + q])
+        return sums
+
+    def masked_step(k, sums):
+        return step(k, sums, e.below(e.builder.sub(width, k)))
+
+    zero = ir.Constant(INT64, 0)
+    whole = e.builder.and_(width, ir.Constant(INT64, -LANES))
+    sums = e.loop(zero, whole, LANES, [ZERO] * (mr * nr), step)
+    sums = e.loop(whole, width, LANES, sums, masked_step)
+
+    row = ir.VectorType(F32, nr)
+    present = e.below(ranks, nr)
+    together = LANES // nr
+    for m in range(mr):
+        if m % together == 0:
+            totals = e.sums(sums[m * nr : (m + together) * nr])
+        old = e.load(targets[m], types.float32, present, row)
+        old = e.builder.select(fresh, ir.Constant(row, None), old)
+        total = e.builder.fadd(old, e.part(totals, m % together * nr, nr))
+        e.store(total, targets[m], types.float32, present)
+
+
+@intrinsic
+def shrink_tiles(typingctx, x_like, w_like, call, p, count, wa, low, high, k, width):
+    """v[p:p + count, low:high] (+)= x[rows[p:p + count], k:k + width] @ wa[low:high, k:].T.
+
+    Semantics: k = 0 overwrites v, any other adds to it. 1 <= count <= MOST_ROWS.
+    call  address of the call;  wa  address of the adapter's wa (r, h_in)
+    """
+
+    def codegen(context, builder, signature, args):
+        e = Emit(builder)
+        call, p, count, wa, low, high, k, width = args[2:]
+        x, x_stride, v, v_stride, rows, h_in = (
+            e.integer(e.add(call, 8 * field)) for field in (X, X_STRIDE, V, V_STRIDE, ROWS, H_IN)
+        )
+        x = e.add(x, e.multiply(k, size(x_like)))
+        w = e.add(wa, e.multiply(k, size(w_like)))
+        w_stride = e.multiply(h_in, size(w_like))
+        rows = e.add(rows, e.multiply(p, 8))
+        v = e.add(v, e.multiply(v_stride, p))
+        fresh = builder.icmp_signed("==", k, ir.Constant(INT64, 0))
+
+        def all_ranks(mr):
+            nr = RANKS[mr]
+            numbers = [e.integer(e.add(rows, 8 * m)) for m in range(mr)]
+            x_rows = [e.add(x, e.multiply(x_stride, number)) for number in numbers]
+            v_rows = [e.add(v, e.multiply(v_stride, m)) for m in range(mr)]
+
+            def tile(j, nothing):
+                w_j = e.add(w, e.multiply(w_stride, j))
+                targets = [e.add(row, e.multiply(j, 4)) for row in v_rows]
+                ranks = builder.sub(high, j)
+                _shrink_tile(
+                    e, mr, nr, x_rows, w_j, w_stride, ranks, width, targets, fresh, x_like, w_like
+                )
+                return nothing
+
+            e.loop(low, high, nr, [], tile)
+
+        e.switch(count, range(1, MOST_ROWS + 1), all_ranks)
+        return context.get_dummy_value()
+
+    return types.void(x_like, w_like, *[types.int64] * 8), codegen
+
+
+def _expand_tile(e, mr, nv, y_rows, v_rows, w, w_stride, r, scale, mask, w_like, y_like):
+    """y_rows[m][:nv * LANES] += scale * (v_rows[m][:r] @ w[:r, :nv * LANES]), rounded once."""
+
+    def step(j, sums):
+        sums = list(sums)
+        w_j = e.add(w, e.multiply(j, w_stride))
+        weights = [e.load(e.add(w_j, q * LANES * size(w_like)), w_like, mask) for q in range(nv)]
+        for m in range(mr):
+            value = e.broadcast(e.add(v_rows[m], e.multiply(j, 4)))
+            for q in range(nv):
+                sums[m * nv + q] = e.fma(value, weights[q], sums[m * nv + q])
+        return sums
+
+    for row in y_rows:
+        for offset in range(0, nv * LANES * size(y_like), 64):
+            e.prefetch(e.add(row, offset + Y_AHEAD), write=True)
+    sums = e.loop(ir.Constant(INT64, 0), r, 1, [ZERO] * (mr * nv), step)
+    for m in range(mr):
+        for q in range(nv):
+            target = e.add(y_rows[m], q * LANES * size(y_like))
+            old = e.load(target, y_like, mask)
+            e.store(e.fma(scale, sums[m * nv + q], old), target, y_like, mask)
+
+
+@intrinsic
+def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low, high):
+    """y[rows[p:p + count], low:high] += scaling * (v[p:p + count, :r] @ wb[:, low:high]).
+
+    Semantics: low is a multiple of PANEL, high too or else h_out. 1 <= count <= MOST_ROWS.
+    call  address of the call;  wb  address of the adapter's panels
+    """
+
+    def codegen(context, builder, signature, args):
+        e = Emit(builder)
+        call, p, count, wb, r, scaling, low, high = args[2:]
+        y, y_stride, v, v_stride, rows = (
+            e.integer(e.add(call, 8 * field)) for field in (Y, Y_STRIDE, V, V_STRIDE, ROWS)
+        )
+        rows = e.add(rows, e.multiply(p, 8))
+        v = e.add(v, e.multiply(v_stride, p))
+        scale = e.everywhere(scaling)
+        whole = e.add(low, builder.and_(builder.sub(high, low), ir.Constant(INT64, -PANEL)))
+
+        def all_columns(mr):
+            numbers = [e.integer(e.add(rows, 8 * m)) for m in range(mr)]
+            y_rows = [e.add(y, e.multiply(y_stride, number)) for number in numbers]
+            v_rows = [e.add(v, e.multiply(v_stride, m)) for m in range(mr)]
+
+            def tile(column, w, w_stride, nv, mask=None):
+                here = [e.add(row, e.multiply(column, size(y_like))) for row in y_rows]
+                _expand_tile(e, mr, nv, here, v_rows, w, w_stride, r, scale, mask, w_like, y_like)
+
+            def panel(column, nothing):
+                w = e.add(wb, e.multiply(e.multiply(column, r), size(w_like)))
+                for start in range(0, PANEL, COLUMN_VECTORS * LANES):
+                    w_start = e.add(w, start * size(w_like))
+                    tile(e.add(column, start), w_start, PANEL * size(w_like), COLUMN_VECTORS)
+                return nothing
+
+            def remainder(column, nothing):
+                w = e.add(wb, e.multiply(e.multiply(whole, r), size(w_like)))
+                w = e.add(w, e.multiply(builder.sub(column, whole), size(w_like)))
+                w_stride = e.multiply(builder.sub(high, whole), size(w_like))
+                tile(column, w, w_stride, 1, e.below(builder.sub(high, column)))
+                return nothing
+
+            e.loop(low, whole, PANEL, [], panel)
+            e.loop(whole, high, LANES, [], remainder)
+
+        e.switch(count, range(1, MOST_ROWS + 1), all_columns)
+        return context.get_dummy_value()
+
+    integers = [types.int64] * 5
+    signature = types.void(w_like, y_like, *integers, types.float32, types.int64, types.int64)
+    return signature, codegen
+
+
+@jit()
+def shrink(address, limit, x_like, w_like):
+    """Run up to `limit` tasks of the call at this address: v = x @ wa.T, row block by row block."""
+    call = vector(address, FIELDS, INTEGER)
+    for _ in range(limit):
+        task = claim(address, SHRINK_NEXT)
+        if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+            return
+        slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
+        low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
+        wa = item(call[WA], slot)
+        groups = -(-(last - first) // MOST_ROWS)
+        for k in range(0, call[H_IN], K_BLOCK):
+            width = min(K_BLOCK, call[H_IN] - k)
+            p = first
+            for g in range(groups):
+                count = (last - p) // (groups - g)
+                shrink_tiles(x_like, w_like, address, p, count, wa, low, high, k, width)
+                p += count
+        add_atomic(address + 8 * SHRINK_DONE, 1)
+
+
+@jit()
+def expand(address, limit, w_like, y_like):
+    """Run up to `limit` tasks of the call: y += scaling * v @ wb, row block by row block."""
+    call = vector(address, FIELDS, INTEGER)
+    for _ in range(limit):
+        task = claim(address, EXPAND_NEXT)
+        if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
+            return
+        slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
+        low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], PANEL)
+        wb = item(call[WB], slot)
+        scaling = np.float32(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
+        groups = -(-(last - first) // MOST_ROWS)
+        chunk = max(1, CHUNK_BYTES // (PANEL * r * size_of(w_like))) * PANEL
+        for c in range(low, high, chunk):
+            p = first
+            for g in range(groups):
+                count = (last - p) // (groups - g)
+                end = min(c + chunk, high)
+                expand_tiles(w_like, y_like, address, p, count, wb, r, scaling, c, end)
+                p += count

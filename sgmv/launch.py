@@ -1,0 +1,280 @@
+"""One call, its arguments checked: memory, plan, threads, until the last task is done.
+
+A call needs little memory beside its operands: the plan's integers, some 120 bytes a row, and v.
+It takes them from a workspace, which the next call reuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sgmv import workers
+from sgmv.adapters import SlotTable
+from sgmv.backend import Kernels
+from sgmv.dtypes import Array, as_bits
+from sgmv.kernels.call import (
+    BLOCK_COUNT,
+    BLOCKS,
+    COLUMNS,
+    EXPAND,
+    EXPAND_CUTS,
+    EXPAND_NEXT,
+    FIELDS,
+    H_IN,
+    H_OUT,
+    INTEGER,
+    LIMIT,
+    RANK_UNIT,
+    ROWS,
+    SCALINGS,
+    SCRATCH,
+    SHRINK,
+    SHRINK_CUTS,
+    SHRINK_DONE,
+    SHRINK_NEXT,
+    THREADS,
+    V_STRIDE,
+    WA,
+    WB,
+    V,
+    X,
+    Y,
+    item,
+)
+from sgmv.kernels.jit import JITTED, jit, vector, where
+from sgmv.kernels.pool import abandon, open_gate, shut_gate, take_part
+from sgmv.schedule import (
+    BASE_ONLY,
+    costs,
+    cuts,
+    find,
+    most_blocks,
+    most_digits,
+    row_blocks,
+    sort,
+)
+from sgmv.segment import Integers, Segments, segment
+
+# Outcomes of a launch.
+DONE, MORE, REFUSED = 0, 1, -1
+# What tasks cost a core, roughly: it decides about waking a helper, which costs the caller 5 to 30
+# us before it helps, and about how long to run before looking for signals, such as Ctrl-C.
+PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
+WORTH_WAKING_NS = 20_000
+BETWEEN_SIGNALS_NS = 50_000_000
+
+
+class Workspace:
+    """The memory of one call at a time, reused by the next."""
+
+    def __init__(self) -> None:
+        memory = np.zeros(FIELDS + 8, np.int64)
+        start = -memory.ctypes.data // 8 % 8  # to the next cache line
+        self.call = memory[start : start + FIELDS]
+        self.address = int(self.call.ctypes.data)
+        self.rows = self.v_bytes = self.v_address = 0
+
+    def plan_rows(self, n: int) -> None:
+        """Have room for the plan of n rows."""
+        if n > self.rows:
+            self.scratch = np.empty(scratch_size(n), np.int64)
+            self.call[SCRATCH], self.rows = address(self.scratch), n
+
+    def place_v(self, n: int, row_bytes: int) -> None:
+        """Have v (n, row_bytes) here."""
+        if n * row_bytes > self.v_bytes:
+            self.v = np.empty(n * row_bytes // 4, np.float32)
+            self.v_bytes, self.v_address = n * row_bytes, address(self.v)
+        self.call[V], self.call[V_STRIDE] = self.v_address, row_bytes
+
+
+def scratch_size(n: int) -> int:
+    """The integers that the plan of n rows needs."""
+    return int(6 * n + 1 + 4 * most_blocks(n) + most_digits(n))
+
+
+_idle: list[Workspace] = []
+
+
+def launch(
+    kernels: Kernels,
+    table: SlotTable,
+    batch: Segments | Integers,
+    x: Array | None,
+    y: Array | None,
+    v: Array | None = None,
+) -> None:
+    """Run the call's tasks on all threads: shrink writes v, expand reads it and adds to y.
+
+    Semantics: when it returns, or raises, no thread works on the operands any more. Raises what is
+    wrong with the ids before anything is written.
+
+    kernels  of shrink, of expand, or of both
+    batch    Segments, or the ids themselves: int64 and contiguous
+    x, y     checked for this batch, any strides
+    v        (n, r) contiguous; a workspace's, if left out
+    """
+    if isinstance(batch, Segments):
+        # Segments made by hand may be empty, and so be more than the rows.
+        n, segments, ids = max(len(batch.rows), batch.S), batch.address, 0
+    else:
+        n, segments, ids = len(batch), 0, address(batch)
+    threads, pool, space = workers.get_num_threads(), workers.pool, _workspace()
+    held = threads > 1 and JITTED and pool.lock.acquire(False)
+    gate = pool.address if held else 0
+    dense = y
+    try:
+        if held:
+            pool.prepare(threads - 1)
+        space.plan_rows(n)
+        if v is None:
+            space.place_v(n, table.width * kernels.v_itemsize)
+        else:
+            place(v, space.address + 8 * V)
+        if x is not None:
+            x = as_bits(x if _is_dense(x) else np.ascontiguousarray(x))
+            place(x, space.address + 8 * X)
+        if y is not None:
+            dense = y if _is_dense(y) else np.ascontiguousarray(y)
+            place(as_bits(dense), space.address + 8 * Y)
+        whose = space.address, gate, kernels.shrink, kernels.expand
+        outcome = start(*whose, table.address, segments, ids, n, threads)
+        while outcome == MORE:  # between two bytecodes Python hears signals
+            outcome = resume(space.address, gate)
+    except BaseException:
+        _give_up(space, gate)
+        raise
+    finally:
+        if held:
+            pool.lock.release()
+        _idle.append(space)
+    if outcome == REFUSED:
+        table.find((batch if isinstance(batch, Segments) else segment(batch)).adapter_ids)
+    elif dense is not y:
+        _write_back(y, dense, table, batch)
+
+
+def _is_dense(array: Array) -> bool:
+    """Whether the elements of each row stand next to each other."""
+    return array.flags.c_contiguous or array.shape[1] <= 1 or array.strides[1] == array.itemsize
+
+
+def _write_back(y: Any, dense: Any, table: SlotTable, batch: Segments | Integers) -> None:
+    """Copy the rows that have an adapter from the dense copy that the kernels worked on."""
+    segments = batch if isinstance(batch, Segments) else segment(batch)
+    _slot, rank = table.find(segments.adapter_ids)
+    changed = segments.rows[np.repeat(rank > 0, segments.lengths)]
+    y[changed] = dense[changed]
+
+
+def _workspace() -> Workspace:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return Workspace()
+
+
+def _give_up(space: Workspace, gate: int) -> None:
+    """Leave the rest undone, and wait for the helpers inside."""
+    while True:
+        try:
+            abandon(space.address)
+            if gate:
+                shut_gate(gate)
+            return
+        except KeyboardInterrupt:  # helpers may still write: be done with them first
+            continue
+
+
+@jit()
+def address(array: Any) -> Any:
+    """Where the array's first element stands."""
+    return where(array)
+
+
+@jit()
+def place(array: Any, at: int) -> None:
+    """Write an operand's address and row stride to two fields of a call."""
+    operand = vector(at, 2, INTEGER)
+    operand[0] = where(array)
+    operand[1] = array.strides[0]
+
+
+@jit()
+def start(
+    call: int,
+    gate: int,
+    shrink: int,
+    expand: int,
+    table: int,
+    segments: int,
+    ids: int,
+    n: int,
+    threads: int,
+) -> Any:
+    """Plan the call, open the gate to helpers, if any, and run tasks."""
+    fields = vector(call, FIELDS, INTEGER)
+    h_in, h_out = item(table, 0), item(table, 1)
+    fields[H_IN], fields[H_OUT], fields[THREADS] = h_in, h_out, threads
+    fields[SHRINK], fields[EXPAND], fields[COLUMNS] = shrink, expand, item(table, 10)
+    fields[WA], fields[WB], fields[SCALINGS] = item(table, 4), item(table, 5), item(table, 6)
+    fields[SHRINK_NEXT] = fields[SHRINK_DONE] = fields[EXPAND_NEXT] = 0
+    blocks = plan(fields, table, segments, ids, n)
+    if blocks < 0:
+        return REFUSED
+    widths = (h_in if shrink != 0 else 0) + (h_out if expand != 0 else 0)
+    block = vector(fields[BLOCKS], blocks * 4, INTEGER).reshape((blocks, 4))
+    products, weights, rank = costs(block, widths)
+    fields[BLOCK_COUNT] = blocks
+    fields[SHRINK_CUTS] = cuts(blocks, -(-rank // RANK_UNIT), threads)
+    fields[EXPAND_CUTS] = cuts(blocks, -(-h_out // fields[COLUMNS]), threads)
+    cost = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS
+    tasks = blocks * max(fields[SHRINK_CUTS], fields[EXPAND_CUTS])
+    fields[LIMIT] = max(1, tasks * BETWEEN_SIGNALS_NS // max(cost, 1))
+    if gate != 0:
+        open_gate(gate, call, cost > WORTH_WAKING_NS)
+    return resume(call, gate)
+
+
+@jit()
+def resume(call: int, gate: int) -> Any:
+    """Run tasks until none is left, or for as long as signals may wait."""
+    if not take_part(call, item(call, LIMIT)):
+        return MORE
+    if gate != 0:
+        shut_gate(gate)
+    return DONE
+
+
+@jit()
+def plan(fields: Any, table: int, segments: int, ids: int, n: int) -> Any:
+    """Find the batch's segments, their slots and row blocks; returns how many, -1 if it cannot."""
+    scratch = vector(fields[SCRATCH], 5 * n, INTEGER)
+    slot, rank = scratch[:n], scratch[n : 2 * n]
+    rest = fields[SCRATCH] + 5 * n * 8
+    if segments != 0:
+        S = item(segments, 0)
+        fields[ROWS] = item(segments, 1)
+        seq_start = vector(item(segments, 2), S + 1, INTEGER)
+        segment_ids = vector(item(segments, 3), S, INTEGER)
+    else:
+        fields[ROWS] = fields[SCRATCH] + 2 * n * 8
+        seq_start = vector(rest, n + 1, INTEGER)
+        segment_ids = scratch[3 * n : 4 * n]
+        count = vector(rest + 8 * (n + 1), most_digits(n), INTEGER)
+        given = vector(ids, n, INTEGER)
+        S = sort(given, scratch[2 * n : 3 * n], seq_start, segment_ids, scratch[4 * n :], count)
+        if S > 0 and segment_ids[0] < BASE_ONLY:
+            return -1
+    rest += 8 * (n + 1 + most_digits(n))
+    fields[BLOCKS] = rest
+    loaded = item(table, 2)
+    known = vector(item(table, 7), loaded, INTEGER)
+    slots = vector(item(table, 8), loaded, INTEGER)
+    ranks = vector(item(table, 9), item(table, 3), INTEGER)
+    if find(known, slots, ranks, segment_ids[:S], slot, rank) > 0:
+        return -1
+    blocks = vector(rest, 4 * most_blocks(n), INTEGER).reshape((most_blocks(n), 4))
+    return row_blocks(seq_start, slot[:S], rank[:S], fields[THREADS], blocks)

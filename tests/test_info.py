@@ -1,0 +1,81 @@
+"""What sgmv tells about itself: `info`, the command line, and the line while it compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import sgmv
+from tests.conftest import JITTED
+
+jit = sys.modules["sgmv.kernels.jit"]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sgmv", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_info_on_the_command_line_is_info() -> None:
+    done = command("info", SGMV_NUM_THREADS=str(sgmv.get_num_threads()))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(sgmv.info())
+
+
+def test_info_tells_threads_and_backends() -> None:
+    sgmv.set_num_threads(3)
+    told = sgmv.info()
+    assert told.threads.startswith("3;")
+    assert told.backend["float64"] == "loops"
+    assert told.cpu in str(told)
+
+
+@pytest.mark.skipif(not JITTED, reason="no tiles without the jit")
+@pytest.mark.skipif(jit.VECTOR_BITS == 0, reason="this CPU has no vectors that tiles could use")
+def test_info_tells_the_forced_width() -> None:
+    assert "256 bits, 8 float32" in command("info", SGMV_VECTOR_BITS="256").stdout
+    none = command("info", SGMV_VECTOR_BITS="0").stdout
+    assert "none: plain loops" in none
+    assert "float32 loops" in none
+    assert "float32 loops" in command("info", SGMV_BACKEND="loops").stdout
+
+
+def test_a_wrong_command_is_refused() -> None:
+    done = command("no-such-thing")
+    assert done.returncode == 2
+    assert "no-such-thing" in done.stderr
+
+
+class Terminal:
+    def __init__(self, isatty: bool) -> None:
+        self.written: list[str] = []
+        self.isatty = lambda: isatty
+
+    def write(self, text: str) -> None:
+        self.written.append(text)
+
+
+@pytest.mark.parametrize(
+    ("isatty", "seconds", "lines"), [(True, 0.2, 1), (True, 0, 0), (False, 0.2, 0)]
+)
+def test_says_that_it_compiles(
+    isatty: bool, seconds: float, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, and only when it takes longer than loading from the cache."""
+    terminal = Terminal(isatty)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(jit, "TELL_AFTER_S", 0.05)
+    with jit.telling_if_slow():
+        time.sleep(seconds)
+    time.sleep(0.1)
+    assert len(terminal.written) == lines
+    assert all("compiling" in line for line in terminal.written)

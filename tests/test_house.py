@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "kernels.jit"},
     {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
-    {"kernels.call", "segment"},
+    {"compat.arrays", "kernels.call", "segment"},
     {"kernels.loops", "kernels.pool", "kernels.tiles"},
     {"adapters", "backend", "workers"},
     {"checks", "launch", "peft"},

@@ -1,0 +1,1 @@
+"""The calls and layouts of other engines, by their own names."""

@@ -1,0 +1,51 @@
+"""Operands of engines as numpy arrays: numpy's own as they are, torch's CPU tensors without a copy.
+
+torch is never imported here: a torch tensor can only come from a caller who did.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from sgmv.dtypes import Array
+from sgmv.errors import DtypeError, MemoryLayoutError
+
+
+def as_array(argument: str, operand: object) -> Array:
+    """A numpy array over the operand's own memory: what is written to it, the operand holds.
+
+    operand  a numpy array, or a torch tensor on the CPU, of any strides; torch's bfloat16 becomes
+             ml_dtypes' (which must be installed)
+
+    Raises DtypeError for anything else, MemoryLayoutError for a tensor on another device.
+    """
+    if isinstance(operand, np.ndarray):
+        return operand
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not isinstance(operand, torch.Tensor):
+        raise DtypeError(
+            argument,
+            "a numpy array or a torch tensor on the CPU",
+            type(operand).__name__,
+            "convert it first, for example with np.asarray",
+        )
+    tensor: Any = operand.detach()
+    if tensor.device.type != "cpu":
+        raise MemoryLayoutError(
+            argument, "a tensor on the CPU", f"one on {tensor.device}", "pass tensor.cpu()"
+        )
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()  # type: ignore[no-any-return]  # torch is untyped here
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise DtypeError(
+            argument,
+            "a float type that numpy has",
+            "torch.bfloat16",
+            "pip install ml_dtypes, which gives numpy this type",
+        ) from error
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]

@@ -201,7 +201,7 @@ class SlotTable:
 
     @cached_property
     def fields(self) -> Integers:
-        """The table as compiled code takes it, see launch.py."""
+        """The table as compiled code takes it, in the order of kernels/call.py."""
         arrays = (self.wa_address, self.wb_address, self.scalings, self.ids, self.slots, self.ranks)
         counts = [self.h_in, self.h_out, len(self.ids), len(self.ranks)]
         addresses = [array.ctypes.data for array in arrays]

@@ -16,7 +16,7 @@ from sgmv.dtypes import BITS
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import JITTED, VECTOR_BITS
 from sgmv.kernels.pool import SYSCALL
-from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
+from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
 from sgmv.launch import start
 
 TOLD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
@@ -60,7 +60,7 @@ def info() -> Info:
     chosen = {dtype: choose(None, np.dtype("f8" if dtype == "float64" else "f4")) for dtype in BITS}
     tiled = "tiles" in chosen.values()
     shrink = ", ".join(f"{rows}x{ranks}" for rows, ranks in RANKS.items())
-    expand = f"1..{MOST_ROWS} x {COLUMN_VECTORS * LANES}"
+    expand = ", ".join(f"{rows}x{LANES * vectors}" for rows, vectors in COLUMN_VECTORS.items())
     sleep = "a futex" if workers.pool.fields[SYSCALL] else "a semaphore"
     cache = getattr(getattr(start, "_cache", None), "cache_path", None)
     return Info(

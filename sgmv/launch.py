@@ -24,24 +24,40 @@ from sgmv.kernels.call import (
     FIELDS,
     H_IN,
     H_OUT,
+    IDS,
     INTEGER,
     LIMIT,
+    LOADED,
     RANK_UNIT,
+    RANKS,
     ROWS,
     SCALINGS,
     SCRATCH,
+    SEGMENT_IDS,
+    SEGMENT_ROWS,
+    SEGMENTS_FIELDS,
+    SEQ_START,
     SHRINK,
     SHRINK_CUTS,
     SHRINK_DONE,
     SHRINK_NEXT,
+    SLOT_OF,
+    SLOTS,
+    TABLE_COLUMNS,
+    TABLE_FIELDS,
+    TABLE_H_IN,
+    TABLE_H_OUT,
+    TABLE_SCALINGS,
+    TABLE_WA,
+    TABLE_WB,
     THREADS,
     V_STRIDE,
     WA,
     WB,
+    S,
     V,
     X,
     Y,
-    item,
 )
 from sgmv.kernels.jit import JITTED, jit, vector, where
 from sgmv.kernels.pool import abandon, open_gate, shut_gate, take_part
@@ -117,28 +133,28 @@ def launch(
     v        (n, r) contiguous; a workspace's, if left out
     """
     if isinstance(batch, Segments):
-        # Segments made by hand may be empty, and so be more than the rows.
-        n, segments, ids = max(len(batch.rows), batch.S), batch.address, 0
+        n, segments, ids = batch.most, batch.address, 0
     else:
         n, segments, ids = len(batch), 0, address(batch)
     threads, pool, space = workers.get_num_threads(), workers.pool, _workspace()
     held = threads > 1 and JITTED and pool.lock.acquire(False)
     gate = pool.address if held else 0
-    dense = y
+    dense: Any = y
     try:
         if held:
             pool.prepare(threads - 1)
         space.plan_rows(n)
-        if v is None:
-            space.place_v(n, table.width * kernels.v_itemsize)
-        else:
-            place(v, space.address + 8 * V)
         if x is not None:
             x = as_bits(x if _is_dense(x) else np.ascontiguousarray(x))
-            place(x, space.address + 8 * X)
         if y is not None:
             dense = y if _is_dense(y) else np.ascontiguousarray(y)
-            place(as_bits(dense), space.address + 8 * Y)
+        if v is None:
+            space.place_v(n, table.width * kernels.v_itemsize)
+            place(space.address, x, X, as_bits(dense), Y)
+        elif x is None:
+            place(space.address, v, V, as_bits(dense), Y)
+        else:
+            place(space.address, x, X, v, V)
         whose = space.address, gate, kernels.shrink, kernels.expand
         outcome = start(*whose, table.address, segments, ids, n, threads)
         while outcome == MORE:  # between two bytecodes Python hears signals
@@ -195,11 +211,11 @@ def address(array: Any) -> Any:
 
 
 @jit()
-def place(array: Any, at: int) -> None:
-    """Write an operand's address and row stride to two fields of a call."""
-    operand = vector(at, 2, INTEGER)
-    operand[0] = where(array)
-    operand[1] = array.strides[0]
+def place(call: int, one: Any, its: int, other: Any, others: int) -> None:
+    """Write two operands' addresses and row strides to these fields of a call, in one call."""
+    fields = vector(call, FIELDS, INTEGER)
+    fields[its], fields[its + 1] = where(one), one.strides[0]
+    fields[others], fields[others + 1] = where(other), other.strides[0]
 
 
 @jit()
@@ -215,13 +231,14 @@ def start(
     threads: int,
 ) -> Any:
     """Plan the call, open the gate to helpers, if any, and run tasks."""
-    fields = vector(call, FIELDS, INTEGER)
-    h_in, h_out = item(table, 0), item(table, 1)
+    fields, layer = vector(call, FIELDS, INTEGER), vector(table, TABLE_FIELDS, INTEGER)
+    h_in, h_out = layer[TABLE_H_IN], layer[TABLE_H_OUT]
     fields[H_IN], fields[H_OUT], fields[THREADS] = h_in, h_out, threads
-    fields[SHRINK], fields[EXPAND], fields[COLUMNS] = shrink, expand, item(table, 10)
-    fields[WA], fields[WB], fields[SCALINGS] = item(table, 4), item(table, 5), item(table, 6)
+    fields[SHRINK], fields[EXPAND], fields[COLUMNS] = shrink, expand, layer[TABLE_COLUMNS]
+    fields[WA], fields[WB] = layer[TABLE_WA], layer[TABLE_WB]
+    fields[SCALINGS] = layer[TABLE_SCALINGS]
     fields[SHRINK_NEXT] = fields[SHRINK_DONE] = fields[EXPAND_NEXT] = 0
-    blocks = plan(fields, table, segments, ids, n)
+    blocks = plan(fields, layer, segments, ids, n)
     if blocks < 0:
         return REFUSED
     widths = (h_in if shrink != 0 else 0) + (h_out if expand != 0 else 0)
@@ -241,7 +258,7 @@ def start(
 @jit()
 def resume(call: int, gate: int) -> Any:
     """Run tasks until none is left, or for as long as signals may wait."""
-    if not take_part(call, item(call, LIMIT)):
+    if not take_part(call, vector(call, FIELDS, INTEGER)[LIMIT]):
         return MORE
     if gate != 0:
         shut_gate(gate)
@@ -249,32 +266,32 @@ def resume(call: int, gate: int) -> Any:
 
 
 @jit()
-def plan(fields: Any, table: int, segments: int, ids: int, n: int) -> Any:
+def plan(fields: Any, layer: Any, segments: int, ids: int, n: int) -> Any:
     """Find the batch's segments, their slots and row blocks; returns how many, -1 if it cannot."""
     scratch = vector(fields[SCRATCH], 5 * n, INTEGER)
     slot, rank = scratch[:n], scratch[n : 2 * n]
     rest = fields[SCRATCH] + 5 * n * 8
     if segments != 0:
-        S = item(segments, 0)
-        fields[ROWS] = item(segments, 1)
-        seq_start = vector(item(segments, 2), S + 1, INTEGER)
-        segment_ids = vector(item(segments, 3), S, INTEGER)
+        made = vector(segments, SEGMENTS_FIELDS, INTEGER)
+        count = made[S]
+        fields[ROWS] = made[SEGMENT_ROWS]
+        seq_start = vector(made[SEQ_START], count + 1, INTEGER)
+        segment_ids = vector(made[SEGMENT_IDS], count, INTEGER)
     else:
         fields[ROWS] = fields[SCRATCH] + 2 * n * 8
         seq_start = vector(rest, n + 1, INTEGER)
         segment_ids = scratch[3 * n : 4 * n]
-        count = vector(rest + 8 * (n + 1), most_digits(n), INTEGER)
-        given = vector(ids, n, INTEGER)
-        S = sort(given, scratch[2 * n : 3 * n], seq_start, segment_ids, scratch[4 * n :], count)
-        if S > 0 and segment_ids[0] < BASE_ONLY:
+        digits = vector(rest + 8 * (n + 1), most_digits(n), INTEGER)
+        rows, target = scratch[2 * n : 3 * n], scratch[4 * n :]
+        count = sort(vector(ids, n, INTEGER), rows, seq_start, segment_ids, target, digits)
+        if count > 0 and segment_ids[0] < BASE_ONLY:
             return -1
     rest += 8 * (n + 1 + most_digits(n))
     fields[BLOCKS] = rest
-    loaded = item(table, 2)
-    known = vector(item(table, 7), loaded, INTEGER)
-    slots = vector(item(table, 8), loaded, INTEGER)
-    ranks = vector(item(table, 9), item(table, 3), INTEGER)
-    if find(known, slots, ranks, segment_ids[:S], slot, rank) > 0:
+    known = vector(layer[IDS], layer[LOADED], INTEGER)
+    slots = vector(layer[SLOT_OF], layer[LOADED], INTEGER)
+    ranks = vector(layer[RANKS], layer[SLOTS], INTEGER)
+    if find(known, slots, ranks, segment_ids[:count], slot, rank) > 0:
         return -1
     blocks = vector(rest, 4 * most_blocks(n), INTEGER).reshape((most_blocks(n), 4))
-    return row_blocks(seq_start, slot[:S], rank[:S], fields[THREADS], blocks)
+    return row_blocks(seq_start, slot[:count], rank[:count], fields[THREADS], blocks)

@@ -169,8 +169,13 @@ class Segments:
 
     @cached_property
     def address(self) -> int:
-        """Where compiled code finds S and the addresses of the three arrays, see launch.py."""
+        """Where compiled code finds S and the three arrays, in the order of kernels/call.py."""
         return int(self._fields.ctypes.data)
+
+    @cached_property
+    def most(self) -> int:
+        """Room that a plan needs: n rows; or S, as segments made by hand may be empty."""
+        return max(self.n, self.S)
 
     @property
     def n(self) -> int:

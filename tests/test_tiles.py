@@ -28,6 +28,7 @@ from sgmv import adapters, backend, launch
 from sgmv.dtypes import check_matrix
 from sgmv.errors import SgmvError
 from sgmv.kernels import emit, tiles
+from sgmv.kernels.call import PANEL
 from sgmv.kernels.jit import JITTED, VECTOR_BITS
 from tests import acceptance
 from tests.acceptance import backends, backends_of, check, check_case, stack_of
@@ -205,7 +206,7 @@ def check_store(name: str) -> None:
     """y = 0 + 1 * value: rounded once, to nearest even; whole vectors, and a masked last column."""
     values = values_to_round(name)
     x, one = values[:, None], np.ones((1, 1), np.float32)
-    columns = tiles.COLUMN_VECTORS * emit.LANES + 1
+    columns = PANEL + 1
     B = np.ones((columns, 1), np.float32)
     stack = sgmv.AdapterStack.from_adapters([(one, B)])
     ids = np.zeros(len(x), np.int64)

@@ -34,6 +34,19 @@ COLUMNS = 21  # of a panel of wb
 SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT = 24, 32, 40
 FIELDS = 48
 
+# A stack's slot table, as the plan finds it: the layer's widths; how many ids are loaded, how many
+# slots there are; addresses as above, of int64 (loaded,) ids ascending and the slot of each, and of
+# int64 (slots,) ranks; the columns of a panel.
+(
+    TABLE_H_IN, TABLE_H_OUT, LOADED, SLOTS, TABLE_WA, TABLE_WB, TABLE_SCALINGS, IDS, SLOT_OF, RANKS,
+    TABLE_COLUMNS,
+) = range(11)  # fmt: skip
+TABLE_FIELDS = 11
+
+# Segments, likewise: their number, and the addresses of rows, seq_start and adapter_ids.
+S, SEGMENT_ROWS, SEQ_START, SEGMENT_IDS = range(4)
+SEGMENTS_FIELDS = 4
+
 # Columns of a panel of wb, (r, PANEL), as the tiles take them; the last is as narrow as what is
 # left. Where no tile will read them they are wide: plain loops took 4 times as long over 64.
 PANEL, WIDE_PANEL = 64, 1024

@@ -79,7 +79,8 @@ WIDE = LANES == 16
 MOST_ROWS = 6 if WIDE else 3
 # A tile of few rows takes more ranks at once, for fewer reads of x.
 RANKS = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4} if WIDE else {1: 8, 2: 4, 3: 4}
-COLUMN_VECTORS = 4 if WIDE else 2
+# Vectors of columns: with 16 registers, a single row needs eight sums to hide a FMA's latency.
+COLUMN_VECTORS = dict.fromkeys(range(1, 7), 4) if WIDE else {1: 8, 2: 4, 3: 4}
 K_BLOCK = 1024  # six rows of one K block are 24 KiB of x: they stay in L1 for all ranks
 CHUNK_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
 Y_AHEAD = 512  # bytes before its use that y is asked for
@@ -168,14 +169,27 @@ def shrink_tiles(typingctx, x_like, w_like, call, p, count, wa, low, high, k, wi
 def _expand_tile(e, mr, nv, y_rows, v_rows, w, w_stride, r, scale, mask, w_like, y_like):
     """y_rows[m][:nv * LANES] += scale * (v_rows[m][:r] @ w[:r, :nv * LANES]), rounded once."""
 
+    def value(m, j):
+        return e.broadcast(e.add(v_rows[m], e.multiply(j, 4)))
+
+    def weight(q, j):
+        w_j = e.add(w, e.multiply(j, w_stride))
+        return e.load(e.add(w_j, q * LANES * size(w_like)), w_like, mask)
+
     def step(j, sums):
         sums = list(sums)
-        w_j = e.add(w, e.multiply(j, w_stride))
-        weights = [e.load(e.add(w_j, q * LANES * size(w_like)), w_like, mask) for q in range(nv)]
-        for m in range(mr):
-            value = e.broadcast(e.add(v_rows[m], e.multiply(j, 4)))
+        if mr <= nv:  # the fewer wait in registers, the others pass through one
+            values = [value(m, j) for m in range(mr)]
             for q in range(nv):
-                sums[m * nv + q] = e.fma(value, weights[q], sums[m * nv + q])
+                passing = weight(q, j)
+                for m in range(mr):
+                    sums[m * nv + q] = e.fma(values[m], passing, sums[m * nv + q])
+        else:
+            weights = [weight(q, j) for q in range(nv)]
+            for m in range(mr):
+                passing = value(m, j)
+                for q in range(nv):
+                    sums[m * nv + q] = e.fma(passing, weights[q], sums[m * nv + q])
         return sums
 
     for row in y_rows:
@@ -209,6 +223,7 @@ def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low,
         whole = e.add(low, builder.and_(builder.sub(high, low), ir.Constant(INT64, -PANEL)))
 
         def all_columns(mr):
+            nv = COLUMN_VECTORS[mr]
             numbers = [e.integer(e.add(rows, 8 * m)) for m in range(mr)]
             y_rows = [e.add(y, e.multiply(y_stride, number)) for number in numbers]
             v_rows = [e.add(v, e.multiply(v_stride, m)) for m in range(mr)]
@@ -219,9 +234,9 @@ def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low,
 
             def panel(column, nothing):
                 w = e.add(wb, e.multiply(e.multiply(column, r), size(w_like)))
-                for start in range(0, PANEL, COLUMN_VECTORS * LANES):
+                for start in range(0, PANEL, nv * LANES):
                     w_start = e.add(w, start * size(w_like))
-                    tile(e.add(column, start), w_start, PANEL * size(w_like), COLUMN_VECTORS)
+                    tile(e.add(column, start), w_start, PANEL * size(w_like), nv)
                 return nothing
 
             def remainder(column, nothing):

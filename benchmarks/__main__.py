@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"--adapters: {error}") from error
     first_use_s = run.first_use_s()
     gate_start = time.perf_counter()
-    dtypes = [dtype_of(name) for name in args.dtype or DTYPES[:1]]
+    named = {case.dtype for group in groups for case, _ids in group.cases}
+    dtypes = [dtype_of(name) for name in DTYPES if name in named]
     count, failures = gate.corpus_failures(gate.sgmv_kernel, dtypes, threads)
     gate_s = time.perf_counter() - gate_start
     if failures or not count:
@@ -107,12 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": significant(gate_s),
         },
         "ceilings": ceilings_record(ceilings),
+        "call_us": run.call_us(),
         "untimed": untimed,
         "cases": records,
     }
     validate(record)
     table.print_table(record, console)
     table.print_summary(record, console)
+    if args.mode == "full":
+        table.print_goals(record, console)
     _write(record, args, console)
     return 0
 

@@ -31,7 +31,17 @@ class Case:
     names: tuple[str, ...]
 
     def label(self) -> str:
-        return f"{self.h_in}>{self.h_out} r={self.rank} n={self.rows} {self.popularity}"
+        return label(self.h_in, self.h_out, self.rank, self.rows, self.popularity, self.dtype)
+
+
+def label(h_in: int, h_out: int, rank: int, rows: int, popularity: str, dtype: str) -> str:
+    """What a case is called, on a terminal and in messages.
+
+    >>> label(8, 16, 2, 64, "skewed", "bfloat16")
+    '8>16 r=2 n=64 skewed bfloat16'
+    """
+    name = f"{h_in}>{h_out} r={rank} n={rows} {popularity}"
+    return name if dtype == DTYPES[0] else f"{name} {dtype}"
 
 
 @dataclass(frozen=True)
@@ -52,12 +62,13 @@ class Filters:
 def cases(mode: str, filters: Filters) -> list[Case]:
     """The cases of a mode, ordered so that those that share weights stand together.
 
-    Semantics: "full" is the product of all axes; "quick" without filters is one layer of one model
-    over all row counts and popularities, and from its middle (64 rows) every other layer and rank.
-    A filter replaces its axis; quick with filters is the product of the filters and one layer.
+    Semantics: "full" is the product of all axes in float32, and one layer of one model in bfloat16;
+    "quick" without filters is that layer over all row counts and popularities, and from its middle
+    (64 rows) every other layer and rank. A filter replaces its axis; quick with filters is the
+    product of the filters and one layer.
 
     >>> len({case.label() for case in cases("full", Filters())})
-    882
+    945
     >>> [case.label() for case in cases("quick", Filters(ranks=[8], rows=[1]))]
     ['4096>4096 r=8 n=1 one row']
     """
@@ -70,6 +81,8 @@ def cases(mode: str, filters: Filters) -> list[Case]:
     dtypes = filters.dtypes or DTYPES[:1]
 
     found = _product(models, layers, ranks, rows, popularities, dtypes)
+    if full and not filters.any():
+        found += _product([QUICK_MODEL], [QUICK_LAYER], ranks, rows, popularities, ["bfloat16"])
     if not full and not filters.any():
         hub_rows = [QUICK_HUB_ROWS]
         found += _product(models, LAYERS, ranks, hub_rows, popularities, dtypes)

@@ -1,23 +1,24 @@
-"""The README's measured tables, generated from the committed records.
+"""The measured tables of the README and the docs, generated from the committed records.
 
     python -m benchmarks.readme            rewrite the tables, and the figures if they are stale
-    python -m benchmarks.readme --check    exit 1 if the README or a figure is stale
+    python -m benchmarks.readme --check    exit 1 if a page or a figure is stale
 
-A table stands between `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`; NAME is `summary`
-or `cases`. The figures lie beside the records.
+A table stands between `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`; TABLES tells which
+page holds which NAME. The figures lie beside the records.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.figures import digest, draw, draw_growth, hub_cases
+from benchmarks.goals import markdown
 from benchmarks.growth import PREFIX
 from benchmarks.growth import load as load_growth
 from benchmarks.peers import PEERS
-from benchmarks.record import CaseRecord, Record, load, main_variant, summarise
+from benchmarks.record import CaseRecord, Record, by_dtype, load, main_variant, summarise
 from benchmarks.table import LOSS, microseconds, ran, ratio_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ REMEDY = "run python -m benchmarks.readme"
 
 
 class StaleError(Exception):
-    """The README or a figure does not show what the record holds: which part, and the remedy."""
+    """A page or a figure does not show what the record holds: which part, and the remedy."""
 
 
 def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
@@ -40,26 +41,27 @@ def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
     return paths[0], load(paths[0])
 
 
-def rendered(readme: str, record: Record, name: str) -> str:
-    """`readme` with every table written anew from `record`.
+def rendered(page: str, text: str, record: Record, name: str) -> str:
+    """The page's `text` with every table of it written anew from `record`, a file of this `name`.
 
     Raises StaleError for a marker that is not there exactly once.
     """
-    tables = {"summary": summary_table(record, name), "cases": cases_table(record)}
-    for key, table in tables.items():
+    for key, table in TABLES[page].items():
         begin, end = f"<!-- bench:{key}:begin -->", f"<!-- bench:{key}:end -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise StaleError(f"README.md: expected {begin} and {end} once each; put them in")
-        before, rest = readme.split(begin)
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise StaleError(f"{page}: expected {begin} and {end} once each; put them in")
+        before, rest = text.split(begin)
         if end not in rest:
-            raise StaleError(f"README.md: {end} stands before {begin}; swap them")
-        readme = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    return readme
+            raise StaleError(f"{page}: {end} stands before {begin}; swap them")
+        text = f"{before}{begin}\n{table(record, name)}\n{end}{rest.split(end)[1]}"
+    return text
 
 
-def stale_parts(readme: str, record: Record, name: str, directory: Path = RECORDS) -> list[str]:
-    """What does not show the record: "README.md", figures by file name; [] when all is fresh."""
-    parts = [] if rendered(readme, record, name) == readme else ["README.md"]
+def stale_parts(
+    pages: Mapping[str, str], record: Record, name: str, directory: Path = RECORDS
+) -> list[str]:
+    """What does not show the record: pages and figures by file name; [] when all is fresh."""
+    parts = [page for page, text in pages.items() if rendered(page, text, record, name) != text]
     wanted = digest(record).encode()
     figures = dict.fromkeys(FIGURES, wanted)
     if growths := growth_paths(directory):
@@ -77,9 +79,8 @@ def growth_paths(directory: Path = RECORDS) -> list[Path]:
 
 
 def summary_table(record: Record, name: str) -> str:
-    """Ratios per baseline over all cases, and per popularity; for all threads and for one."""
+    """Where the record comes from; then a table for each float type."""
     machine, commit = record["machine"], record["commit"]
-    popularities = list(dict.fromkeys(case["popularity"] for case in record["cases"]))
     lines = [
         f"{len(record['cases'])} cases, {machine['cpu']}, {machine['cores']} cores, "
         f"numpy {record['versions']['numpy']} ({record['blas']['name']}), "
@@ -87,8 +88,17 @@ def summary_table(record: Record, name: str) -> str:
         f"`{commit['hash'][:10]}`{' with changes' if commit['dirty'] else ''}; "
         f"{len(record['untimed'])} more were left out (mostly for want of memory, see the record); "
         f"record: `benchmarks/records/{name}`.",
-        "",
-        "| baseline / sgmv | threads | geomean | worst | best | lost | "
+    ]
+    for dtype, part in by_dtype(record).items():
+        lines += ["", *_ratio_lines(dtype, part)]
+    return "\n".join(lines)
+
+
+def _ratio_lines(dtype: str, record: Record) -> list[str]:
+    """Ratios per baseline over all cases, and per popularity; for all threads and for one."""
+    popularities = list(dict.fromkeys(case["popularity"] for case in record["cases"]))
+    lines = [
+        f"| {dtype}: baseline / sgmv | threads | geomean | worst | best | lost | "
         + " | ".join(popularities)
         + " |",
         "| --- " + "| ---: " * (5 + len(popularities)) + "|",
@@ -110,10 +120,10 @@ def summary_table(record: Record, name: str) -> str:
                 part = by_key.get((baseline, popularity))
                 cells.append(ratio_text(part.geomean) if part else "-")
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
-def cases_table(record: Record) -> str:
+def cases_table(record: Record, _name: str) -> str:
     """Every row count and popularity of one layer; the other cases are in the record."""
     main = main_variant(record)
     cases = hub_cases(record)
@@ -145,22 +155,31 @@ def _cells(case: CaseRecord, main: str, baselines: Sequence[str]) -> list[str]:
     ]
 
 
+def goals_table(record: Record, _name: str) -> str:
+    return markdown(record)
+
+
+TABLES: dict[str, dict[str, Callable[[Record, str], str]]] = {
+    "README.md": {"summary": summary_table, "cases": cases_table},
+    "docs/kernels.md": {"goals": goals_table},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     check = parser.parse_args(argv).check
-    path = ROOT / "README.md"
+    pages = {page: (ROOT / page).read_text() for page in TABLES}
     try:
         record_path, record = primary()
-        readme = path.read_text()
-        parts = stale_parts(readme, record, record_path.name)
+        parts = stale_parts(pages, record, record_path.name)
         if check and parts:
             raise StaleError(f"{', '.join(parts)}: stale against {record_path.name}; {REMEDY}")
     except StaleError as error:
         print(error)
         return 1
-    if "README.md" in parts:
-        path.write_text(rendered(readme, record, record_path.name))
+    for page in set(parts) & set(pages):
+        (ROOT / page).write_text(rendered(page, pages[page], record, record_path.name))
     if set(parts) & set(FIGURES):
         draw(record, RECORDS)
     if GROWTH_FIGURE in parts:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from benchmarks.grid import label
 from benchmarks.machine import Blas, Commit, Machine
 
-SCHEMA = 1
+SCHEMA = 2
 QUIET = 0.1  # cores that others may use while a case is timed; beyond, its figures mean nothing
 
 
@@ -80,6 +81,16 @@ class Gate(TypedDict):
     seconds: float
 
 
+class CallTimes(TypedDict):
+    """A whole call at n = h_in = r = h_out = 1: what a call costs beyond its kernels.
+
+    Units: microseconds. `segments`: with Segments made before; `ids`: from adapter ids.
+    """
+
+    segments: float
+    ids: float
+
+
 class Record(TypedDict):
     """One run. `threads`: of sgmv, the last is the main one. `untimed`: cases left out, and why.
 
@@ -99,6 +110,7 @@ class Record(TypedDict):
     seconds: float
     gate: Gate
     ceilings: CeilingsRecord
+    call_us: CallTimes
     untimed: dict[str, str]
     cases: list[CaseRecord]
 
@@ -167,6 +179,15 @@ def summarise(record: Record, variant: str) -> list[SummaryLine]:
     return lines
 
 
+def by_dtype(record: Record) -> dict[str, Record]:
+    """A record for each float type, of its cases alone: ratios of two types do not mix."""
+    dtypes = dict.fromkeys(case["dtype"] for case in record["cases"])
+    return {
+        dtype: {**record, "cases": [case for case in record["cases"] if case["dtype"] == dtype]}
+        for dtype in dtypes
+    }
+
+
 def noisy_cases(record: Record) -> list[str]:
     """Labels of the cases that were timed while other processes ran."""
     return [case_label(case) for case in record["cases"] if not is_quiet(case["foreign_cores"])]
@@ -190,7 +211,9 @@ def is_quiet(foreign_cores: float | None) -> bool:
 
 
 def case_label(case: CaseRecord) -> str:
-    return f"{case['h_in']}>{case['h_out']} r={case['rank']} n={case['rows']} {case['popularity']}"
+    """Its name, as `Case.label` has it."""
+    shape = case["h_in"], case["h_out"], case["rank"], case["rows"]
+    return label(*shape, case["popularity"], case["dtype"])
 
 
 def ratios(times: dict[str, Times], variants: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -28,7 +28,7 @@ from benchmarks.gate import GateError, check_case
 from benchmarks.grid import Case
 from benchmarks.machine import cpu_use, foreign_cores
 from benchmarks.peers import PEERS, TURNS, rests
-from benchmarks.record import CaseRecord, Times, is_quiet, ratios, significant
+from benchmarks.record import CallTimes, CaseRecord, Times, is_quiet, ratios, significant
 from benchmarks.timing import Budget, Timing, Variant, alternate
 
 # From ids, sgmv also sorts: timed apart up to here, where sorting could be seen.
@@ -282,6 +282,17 @@ def _slots(members: list[tuple[Case, NDArray[np.int64]]]) -> int:
 
 def _synthetic_pool(h_in: int, h_out: int, rank: int, dtype: str, slots: int, seed: int) -> Pool:
     return make_pool(h_in, h_out, rank, slots, dtype_of(dtype), seed)
+
+
+def call_us() -> CallTimes:
+    """Median microseconds of a whole call whose kernels have next to nothing to do."""
+    pool = make_pool(1, 1, 1, 1, np.dtype(np.float32), seed=0)
+    batch = make_batch(pool, np.array([0]), seed=0)
+    calls = {"segments": add_lora_with_segments, "ids": add_lora_from_ids}
+    turns = [Variant(name, partial(call, batch.y, batch.x, batch)) for name, call in calls.items()]
+    times, _foreign = time_quietly(turns, Budget())
+    found = {name: significant(timing.q50) for name, timing in times.items()}
+    return {"segments": found["segments"], "ids": found["ids"]}
 
 
 def first_use_s() -> float:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.console import Console, Span
+from benchmarks.goals import goals
 from benchmarks.peers import PEERS
-from benchmarks.record import CaseRecord, Record, main_variant, noisy_cases, summarise
+from benchmarks.record import (
+    CaseRecord,
+    Record,
+    SummaryLine,
+    by_dtype,
+    main_variant,
+    noisy_cases,
+    summarise,
+)  # fmt: skip
 
 ROOM = 5  # baselines that fit beside the rest of a row
 LOSS = "!"  # a mark, not only a colour: it must survive a pipe and colour blindness
@@ -58,32 +67,51 @@ def closest(record: Record, count: int) -> list[str]:
 def print_summary(record: Record, console: Console) -> None:
     """Geometric mean, worst and best ratio per baseline; per popularity for the main variant."""
     main = main_variant(record)
-    for threads in sorted(record["threads"], reverse=True):
-        variant = f"sgmv@{threads}"
-        lines = summarise(record, variant)
-        if variant != main:
-            lines = [line for line in lines if line.popularity == "all"]
-        console.print()
-        console.print(f"sgmv with {threads} thread{'s' * (threads > 1)} against", "bold")
-        head = ["", "cases", "lost", "geomean", "worst", "best", "worst case"]
-        rows: list[list[Span]] = [[(text, "dim") for text in head]]
-        for line in lines:
-            first = line.popularity == "all"
-            name = PEERS[line.baseline].title if first else f"  {line.popularity}"
-            rows.append(
-                [
-                    (name, "bold" if first else ""),
-                    (str(line.cases), ""),
-                    (str(line.losses), "red" if line.losses else ""),
-                    _ratio(line.geomean),
-                    _ratio(line.worst),
-                    _ratio(line.best),
-                    (line.worst_case, "dim"),
-                ]
-            )
-        widths = [max(len(row[i][0]) for row in rows) for i in range(len(head))]
-        for row in rows:
-            console.spans(_align(row, widths, left=(0, 6)))
+    for dtype, part in by_dtype(record).items():
+        for threads in sorted(record["threads"], reverse=True):
+            variant = f"sgmv@{threads}"
+            lines = summarise(part, variant)
+            if variant != main:
+                lines = [line for line in lines if line.popularity == "all"]
+            console.print()
+            title = f"{dtype}, sgmv with {threads} thread{'s' * (threads > 1)} against"
+            console.print(title, "bold")
+            _print_lines(lines, console)
+
+
+def _print_lines(lines: Sequence[SummaryLine], console: Console) -> None:
+    head = ["", "cases", "lost", "geomean", "worst", "best", "worst case"]
+    rows: list[list[Span]] = [[(text, "dim") for text in head]]
+    for line in lines:
+        first = line.popularity == "all"
+        name = PEERS[line.baseline].title if first else f"  {line.popularity}"
+        rows.append(
+            [
+                (name, "bold" if first else ""),
+                (str(line.cases), ""),
+                (str(line.losses), "red" if line.losses else ""),
+                _ratio(line.geomean),
+                _ratio(line.worst),
+                _ratio(line.best),
+                (line.worst_case, "dim"),
+            ]
+        )
+    widths = [max(len(row[i][0]) for row in rows) for i in range(len(head))]
+    for row in rows:
+        console.spans(_align(row, widths, left=(0, 6)))
+
+
+def print_goals(record: Record, console: Console) -> None:
+    """Every goal with what was found, in green or red."""
+    console.print()
+    console.print("goals: wanted, found", "bold")
+    for goal in goals(record):
+        found = goal.text(goal.found) + ("" if goal.met else LOSS)
+        cells: list[Span] = [
+            (goal.what, ""), (goal.text(goal.wanted), "dim"),
+            (found, "green" if goal.met else "bold red"),
+        ]  # fmt: skip
+        console.spans(_align(cells, [62, 10, 10], left=(0,)))
 
 
 def footnotes(record: Record) -> list[str]:

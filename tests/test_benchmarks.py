@@ -18,7 +18,7 @@ import pytest
 
 import sgmv
 from benchmarks import __main__ as command
-from benchmarks import ceilings, figures, gate, machine, readme, run, table
+from benchmarks import ceilings, figures, gate, goals, machine, readme, run, table
 from benchmarks.batch import (
     Batch,
     Pool,
@@ -96,8 +96,13 @@ def test_equal_shapes_are_timed_once_and_carry_all_names() -> None:
     assert len(found) == len(LAYERS)
 
 
-def test_full_grid_is_the_product_of_all_axes() -> None:
-    found = cases("full", Filters())
+def test_full_grid_is_the_product_of_all_axes_and_a_layer_in_16_bits() -> None:
+    everything = cases("full", Filters())
+    found = [case for case in everything if case.dtype == "float32"]
+    halves = [case for case in everything if case.dtype != "float32"]
+    assert {(c.h_in, c.h_out, c.dtype) for c in halves} == {(4096, 4096, "bfloat16")}
+    twins = {case for case in found if (case.h_in, case.h_out) == (4096, 4096)}
+    assert len(halves) == len(twins) == 63
     keys = {(c.h_in, c.h_out, c.rank, c.rows, c.popularity) for c in found}
     expected = {
         (*shape, rank, n, popularity)
@@ -447,13 +452,13 @@ def synthetic_record() -> Record:
     loss["ratios"] = {"sgmv@2": {"by_segment": 0.5}, "sgmv@1": {"by_segment": 0.25}}
     bandwidth = [[2.0**15, 5e11], [2.0**20, 2e11], [2.0**29, 5e10]]
     return {
-        "schema": 1, "mode": "quick", "date": "2025-01-01T00:00:00+00:00", "seed": 0,
+        "schema": 2, "mode": "quick", "date": "2025-01-01T00:00:00+00:00", "seed": 0,
         "commit": {"hash": "0" * 40, "dirty": False}, "machine": machine.machine(),
         "versions": machine.versions(), "blas": machine.blas(), "threads": [1, 2],
         "weights": "hot", "seconds": 1.0,
         "gate": {"corpus_cases": 3, "threads": [1, 2], "first_use_s": 0.1, "seconds": 1.0},
         "ceilings": {"bandwidth": {"1": bandwidth, "2": bandwidth}, "peak": {"1": 3e11, "2": 5e11}},
-        "untimed": {}, "cases": [win, loss],
+        "call_us": {"segments": 2.0, "ids": 6.0}, "untimed": {}, "cases": [win, loss],
     }  # fmt: skip
 
 
@@ -484,7 +489,7 @@ def test_record_survives_saving(tmp_path: Path) -> None:
     ("path", "value", "message"),
     [
         (("seed",), "0", r"record\.seed: expected int"),
-        (("schema",), 2, r"record\.schema: expected 1, got 2"),
+        (("schema",), 1, r"record\.schema: expected 2, got 1"),
         (("cases", 0, "S"), 8.5, r"record\.cases\[0\]\.S: expected int"),
         (("cases", 0, "times", "sgmv@2", "q50"), float("nan"), r"expected float, got nan"),
         (("cases", 1, "ratios"), [], r"record\.cases\[1\]\.ratios: expected dict"),
@@ -559,15 +564,15 @@ MARKED = (
 
 def test_readme_tables_follow_the_record() -> None:
     record = synthetic_record()
-    text = readme.rendered(MARKED, record, "r.json")
+    text = readme.rendered("README.md", MARKED, record, "r.json")
     row = "| numpy per segment | 2 | **1.00x** | 0.50x! | 2.00x | 1 of 2 | 2.00x | 0.50x! |"
     assert row in text.splitlines()
     assert "old" not in text
     assert text.startswith("# x\n")
     assert text.endswith("after\n")
-    assert readme.rendered(text, record, "r.json") == text
+    assert readme.rendered("README.md", text, record, "r.json") == text
     record["cases"][0]["ratios"]["sgmv@2"]["by_segment"] = 3.0
-    assert readme.rendered(text, record, "r.json") != text
+    assert readme.rendered("README.md", text, record, "r.json") != text
 
 
 @pytest.mark.parametrize(
@@ -581,21 +586,62 @@ def test_readme_tables_follow_the_record() -> None:
 )
 def test_readme_without_its_markers_is_refused(text: str, message: str) -> None:
     with pytest.raises(readme.StaleError, match=message):
-        readme.rendered(text, synthetic_record(), "r.json")
+        readme.rendered("README.md", text, synthetic_record(), "r.json")
 
 
 def test_stale_tables_and_figures_are_found(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     record = synthetic_record()
-    fresh = readme.rendered(MARKED, record, "r.json")
-    assert readme.stale_parts(fresh, record, "r.json", tmp_path) == list(readme.FIGURES)
+
+    def stale(text: str) -> list[str]:
+        return readme.stale_parts({"README.md": text}, record, "r.json", tmp_path)
+
+    fresh = readme.rendered("README.md", MARKED, record, "r.json")
+    assert stale(fresh) == list(readme.FIGURES)
     paths = figures.draw(record, tmp_path)
     assert [path.name for path in paths] == list(readme.FIGURES)
     assert all(path.stat().st_size > 10_000 for path in paths)
-    assert readme.stale_parts(fresh, record, "r.json", tmp_path) == []
-    assert readme.stale_parts(MARKED, record, "r.json", tmp_path) == ["README.md"]
+    assert stale(fresh) == []
+    assert stale(MARKED) == ["README.md"]
     record["seed"] = 1
-    assert readme.stale_parts(fresh, record, "r.json", tmp_path) == list(readme.FIGURES)
+    assert stale(fresh) == list(readme.FIGURES)
+
+
+def test_float_types_get_a_table_each() -> None:
+    """A ratio in bfloat16 says nothing of float32: neither table counts the other's cases."""
+    record = synthetic_record()
+    record["cases"][1]["dtype"] = "bfloat16"
+    table = readme.summary_table(record, "r.json").splitlines()
+    wins = [line for line in table if line.startswith("| numpy per segment | 2 |")]
+    assert [line.split(" | ")[2] for line in wins] == ["**2.00x**", "**0.50x!**"]
+
+
+def test_goals_are_figures_of_their_own_cases() -> None:
+    record = synthetic_record()
+    win, loss = record["cases"]
+    half = copy.deepcopy(win)
+    half.update(dtype="bfloat16", popularity="distinct", rows=64, S=64)
+    half["times"]["sgmv@2"]["q50"] = 5.0
+    distinct = copy.deepcopy(half)
+    distinct.update(dtype="float32")
+    distinct["times"]["sgmv@2"]["q50"] = 12.0
+    distinct["ratios"]["sgmv@2"]["by_segment"] = 4.0
+    peak = copy.deepcopy(loss)
+    peak.update(rows=2048, rank=64, flops=2_000_000)  # in 10 us: 0.2 of 5e11 a second
+    record["cases"] += [half, distinct, peak]
+    found = {goal.what: goal for goal in goals.goals(record)}
+    against = found["float32 against numpy's segments"]
+    assert (against.found, against.cases) == (pytest.approx(2.0**0.25), 4)
+    assert found["distinct decode, of the read limit"].found == pytest.approx(0.5)
+    assert found["segments of 2 to 8 rows, of the limit"].cases == 1
+    assert found["bfloat16 against float32, distinct, over 8 MiB"].found == pytest.approx(2.4)
+    assert found["2048 rows, identical, r = 64, of the FMA peak"].found == pytest.approx(0.4)
+    assert found["2048 rows, uniform, r = 16, of the FMA peak"].found is None
+    calls = [found[f"one call beyond its kernels, {how}"] for how in ("Segments", "from ids")]
+    assert [(goal.found, goal.met) for goal in calls] == [(2.0, True), (6.0, False)]
+    missed = sum(not goal.met for goal in found.values())
+    assert goals.markdown(record).count("**missed**") == missed
+    assert len(found) == len(goals.goals(record))
 
 
 def test_full_record_goes_before_a_quick_one(tmp_path: Path) -> None:

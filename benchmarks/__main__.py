@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import sgmv
-from benchmarks import figures, gate, growth, machine, readme, run, table
+from benchmarks import figures, gate, growth, instructions, machine, readme, run, table
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.console import Console
@@ -33,14 +33,15 @@ from sgmv.workers import cores
 
 OUTPUT = Path("bench-out")
 RED = 1
+OTHERS = {"growth": growth.main, "instructions": instructions.main}
 TOLERATED = 0.01  # share of noisy cases that a committed record may leave out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status: 0, or 1 when a gate is red."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["growth"]:
-        return growth.main(words[1:])
+    if words[:1] and words[0] in OTHERS:
+        return OTHERS[words[0]](words[1:])
     args = parser().parse_args(words)
     console = Console()
     started = time.perf_counter()
@@ -126,7 +127,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time sgmv against numpy, torch and MKL; nothing is timed until it is correct.",
-        epilog="python -m benchmarks growth: how time grows with rows and adapters.",
+        epilog="python -m benchmarks growth: how time grows with rows and adapters; python -m "
+        "benchmarks instructions: what the compiler made of the inner loops.",
     )
     mode = found.add_mutually_exclusive_group()
     mode.add_argument(

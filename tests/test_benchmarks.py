@@ -47,6 +47,9 @@ from benchmarks.record import (
 from benchmarks.timing import Budget, Variant, alternate
 from reference import workloads
 
+pytestmark = pytest.mark.once
+
+
 ROOT = Path(__file__).resolve().parent.parent
 PEFT = ROOT / "tests" / "fixtures" / "peft" / "llama"
 ONE_CALL = Budget(rounds=1, turn_s=0.0)

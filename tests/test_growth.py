@@ -14,6 +14,9 @@ from benchmarks.record import RecordError, save
 from benchmarks.timing import Budget
 from tests.test_benchmarks import MARKED, must_not_run, synthetic_record
 
+pytestmark = pytest.mark.once
+
+
 ONE_CALL = Budget(rounds=1, turn_s=0.0)
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 

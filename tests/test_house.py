@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
+
 ROOT = Path(__file__).parent.parent
 # Each file may import from those before it in its own line's reach, and from no other.
 FLOORS = [

@@ -12,6 +12,9 @@ import pytest
 import sgmv
 from tests.conftest import JITTED
 
+pytestmark = pytest.mark.once
+
+
 jit = sys.modules["sgmv.kernels.jit"]
 
 

@@ -11,6 +11,9 @@ from tests.acceptance import backends
 from tests.conftest import JITTED
 from tests.planting import ROOT, Fault, change, imported, plant, run_python
 
+pytestmark = pytest.mark.once
+
+
 jitted = pytest.mark.skipif(not JITTED, reason="nothing is compiled")
 PROGRAM = """
 import numpy as np, sgmv, sys

@@ -24,6 +24,9 @@ from tests.test_benchmarks import (
     synthetic_record,
 )
 
+pytestmark = pytest.mark.once
+
+
 # The ways rows can lie: in order, each alone, mixed, in part consecutive; slot 3 has no adapter.
 LAYOUTS = {
     "sorted": [0, 0, 0, 1, 1, 2, 2, 2],

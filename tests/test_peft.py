@@ -22,6 +22,9 @@ from reference.compare import check, violations
 from sgmv.errors import PeftError
 from sgmv.peft import load_peft, read_adapter
 
+pytestmark = pytest.mark.once
+
+
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
 RECORD = json.loads((FIXTURES / "outputs.json").read_text())
 RUNS: dict[str, Any] = RECORD["runs"]

@@ -17,6 +17,9 @@ from reference.workloads import corpus
 from tests import acceptance
 from tests.planting import Fault, imported, outcome, plant
 
+pytestmark = pytest.mark.once
+
+
 LARGER = ("subnormal", "base-only bits", "ids far apart")
 SMALL_CASES = [
     case

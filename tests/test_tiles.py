@@ -382,6 +382,7 @@ def check_fences(mix: tuple[str, ...], at_end: bool) -> None:
 # what the compiler made of them
 
 
+@pytest.mark.once
 @jitted
 @vectors
 @pytest.mark.skipif(not X86, reason="another processor's assembly")
@@ -413,6 +414,7 @@ def test_the_backend_is_the_best_that_can(monkeypatch: pytest.MonkeyPatch) -> No
         backend.choose(None, single)
 
 
+@pytest.mark.once
 @jitted
 @vectors
 def test_the_environment_names_the_backend() -> None:
@@ -457,6 +459,7 @@ def check_briefly(bits: int) -> None:
     check_store("bfloat16")
 
 
+@pytest.mark.once
 @jitted
 @vectors
 @pytest.mark.parametrize("bits", [256, 0])
@@ -539,6 +542,7 @@ def plant_here(module: str, text: str, instead: str) -> None:
     acceptance.BACKENDS = ("tiles",)
 
 
+@pytest.mark.once
 @jitted
 @vectors
 @pytest.mark.parametrize("fault", [None, *FAULTS])

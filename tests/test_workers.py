@@ -393,6 +393,7 @@ def test_a_failure_is_raised_after_all_have_stopped(
     check(CASE, add(), "after a failure")
 
 
+@pytest.mark.once
 @posix
 @jitted
 def test_ctrl_c_ends_a_program_that_runs_kernels() -> None:
@@ -489,6 +490,7 @@ ENDS = {
 }
 
 
+@pytest.mark.once
 @jitted
 @pytest.mark.parametrize("futex", ["futex", "bell"])
 @pytest.mark.parametrize("end", ENDS)
@@ -498,6 +500,7 @@ def test_the_interpreter_ends_promptly_and_silently(end: str, futex: str) -> Non
     assert seconds_to_exit(HELPERS + bell + ENDS[end]) < 5
 
 
+@pytest.mark.once
 def test_works_while_the_interpreter_shuts_down() -> None:
     """Also after the helpers have been sent home: first's handler runs last."""
     n = 800 if JITTED else 80

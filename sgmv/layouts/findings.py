@@ -207,15 +207,16 @@ class _Exam:
         if len(indptr) == 1 and indptr[0] > 0:
             self.add(field, "gap", f"starts at {indptr[0]}, not at 0", "segment 0")
 
-    def each_once(self, field: str, rows: Integers, n: int, *, all_rows: bool = True) -> bool:
-        """Whether these are rows below n, none twice, and all of them unless told otherwise."""
-        before = len(self.found)
-        beyond = rows >= n
-        self.add_at(field, "stale", f"no row of this batch, which has {n}", "position", beyond)
-        times = np.bincount(rows[(rows >= 0) & ~beyond], minlength=n)
-        self.add_at(field, "overlap", "named more than once", "row", times > 1)
-        if all_rows:
-            self.add_at(field, "gap", "named by no position", "row", times == 0)
+    def each_once(self, field: str, rows: Integers, n: int | None = None) -> bool:
+        """Whether these are all rows, each once; or, if n is told, some of so many rows."""
+        before, most = len(self.found), len(rows) if n is None else n
+        beyond = rows >= most
+        self.add_at(field, "stale", f"no row of this batch, which has {most}", "position", beyond)
+        found, times = np.unique(rows, return_counts=True)
+        if (twice := found[times > 1]).size:
+            self.add(field, "overlap", "named more than once", f"rows {some(twice)}")
+        if n is None and (missing := np.setdiff1d(np.arange(most), found)).size:
+            self.add(field, "gap", "named by no position", f"rows {some(missing)}")
         return len(self.found) == before
 
     def ascending(self, field: str, indices: Integers, fault: Fault, *, strictly: bool) -> None:
@@ -256,7 +257,8 @@ class _Exam:
             self.n = self.n if expected is None else expected
             return None
         rows = self.array("rows", 0, int32=False)
-        self.each_once("rows", rows, INT32_MAX if self.n is None else self.n, all_rows=False)
+        n = int(rows.max(initial=-1)) + 1 if self.n is None else self.n
+        self.each_once("rows", rows, n)
         if expected not in (None, len(rows)):
             self.add("rows", "stale", f"{len(rows)} rows, this batch has {expected} with weights")
         self.n = len(rows)
@@ -271,7 +273,7 @@ def _segments(exam: _Exam) -> None:
         return
     exam.told("rows", len(rows))
     exam.indptr("seq_start", seq_start)
-    exam.each_once("rows", rows, len(rows))
+    exam.each_once("rows", rows)
     exam.ascending("adapter_ids", ids, "unsorted", strictly=True)
     if exam.slots is not None:
         known = np.isin(ids, slot_table(exam.slots)[0]) | (ids == BASE_ONLY)
@@ -395,7 +397,8 @@ def _vllm_v0(exam: _Exam) -> None:
     rows = None
     if exam.get("rows") is not None:
         rows = exam.array("rows", 0, int32=False)
-        exam.each_once("rows", rows, int(length.sum()))
+        exam.long("rows", len(rows), int(length.sum()))
+        exam.each_once("rows", rows)
         exam.ascending("lora_indices_tensor", index, "unsorted", strictly=True)
     if exam.segments is not None and not exam.found:
         got = spread(index, length, rows, exam.segments.n)
@@ -440,7 +443,7 @@ def _vllm_v1_rows(
 ) -> None:
     """The sort, and the segments' ids and counts, against the mapping."""
     field = "token_indices_sorted_by_lora_ids"
-    if exam.each_once(field, rows, len(mapping)):
+    if exam.each_once(field, rows):
         slot = mapping[rows]
         exam.add_at(field, "unsorted", "slots descend", "position", np.diff(slot) < 0, 1)
         unstable = (np.diff(slot) == 0) & (np.diff(rows) < 0)
@@ -500,7 +503,7 @@ def _sglang(exam: _Exam, indptr: Integers, lengths: Integers | None, index: Inte
     if exam.get("permutation") is not None:
         permutation = exam.array("permutation", 0)
         exam.told("permutation", len(permutation))
-        exam.each_once("permutation", permutation, len(permutation))
+        exam.each_once("permutation", permutation)
         exam.ascending("weight_indices", index, "unsorted", strictly=False)
     elif lengths is not None:
         exam.told("seg_lens", int(lengths.sum()))

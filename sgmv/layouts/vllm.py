@@ -171,6 +171,7 @@ def vllm_v1(batch: Batch, max_loras: int, slots: Slots = None) -> LoRAKernelMeta
     """
     check_count("max_loras", max_loras, 1)
     slot = slots_of(as_segments(batch), slots)
+    mapping = frozen("adapter_ids", slot)
     if slot.max(initial=BASE_ONLY) >= max_loras:
         raise ValueRangeError(
             "adapter_ids",
@@ -186,7 +187,7 @@ def vllm_v1(batch: Batch, max_loras: int, slots: Slots = None) -> LoRAKernelMeta
         active[:S], counts[:S] = sorted_by_slot.adapter_ids, sorted_by_slot.lengths
         starts[: S + 1] = offsets(sorted_by_slot.lengths)
     return LoRAKernelMeta(
-        token_lora_mapping=frozen("token_lora_mapping", slot),
+        token_lora_mapping=mapping,
         token_indices_sorted_by_lora_ids=frozen("rows", sorted_by_slot.rows),
         active_lora_ids=frozen("active_lora_ids", active),
         num_tokens_per_lora=frozen("num_tokens_per_lora", counts),

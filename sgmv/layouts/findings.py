@@ -515,12 +515,14 @@ def _sglang(exam: _Exam, indptr: Integers, lengths: Integers | None, index: Inte
         exam.add_at("max_len", "counts", f"{most}, but a segment is longer", "segment", longer)
     if exam.found or exam.slots is None:
         return
-    loaded = np.isin(index, slot_table(exam.slots)[1]) | (ranks[index] == 0)
-    exam.add_at("weight_indices", "no weights", "no adapter in this slot", "segment", ~loaded)
-    if exam.segments is not None:
-        wanted = slots_of(exam.segments, exam.slots)
-        got = spread(index, np.diff(indptr), permutation, len(wanted))
-        exam.same("weight_indices", np.where((wanted < 0) & (ranks[got] == 0), -1, got), wanted)
+    held = slot_table(exam.slots)[1]
+    base = (ranks == 0) & ~np.isin(np.arange(len(ranks)), held)
+    lost = ~np.isin(index, held) & ~base[index]
+    exam.add_at("weight_indices", "no weights", "no adapter in this slot", "segment", lost)
+    if exam.segments is not None and not exam.found:
+        got = spread(index, np.diff(indptr), permutation, exam.segments.n)
+        got = np.where(base[got], BASE_ONLY, got)
+        exam.same("weight_indices", got, slots_of(exam.segments, exam.slots))
 
 
 def _flashinfer(exam: _Exam, indptr: Integers, lengths: Integers | None, index: Integers) -> None:

@@ -167,6 +167,16 @@ def chunks(slots: list[int], size: int) -> list[tuple[int, int]]:
 @batches
 @given(ids_lists, st.sampled_from([1, 16, 32, 64, 128, 1000]))
 def test_csgmv_cuts_sorted_rows_into_chunks(ids: list[int], most: int) -> None:
+    holds_csgmv_to_its_rule(ids, most)
+
+
+@pytest.mark.parametrize("n", [15, 16, 17, 32, 63, 64, 65, 128, 255, 256, 257])
+def test_csgmv_at_the_edges_of_its_chunks(n: int) -> None:
+    for most in (16, 32, 1000):
+        holds_csgmv_to_its_rule([9] * n, most)
+
+
+def holds_csgmv_to_its_rule(ids: list[int], most: int) -> None:
     base, n = STACK.slots, len(ids)
     slots = [base if slot == -1 else slot for slot in of_slots(ids)]
     size = 128 if n >= 256 else 32 if n >= 64 else 16
@@ -318,6 +328,8 @@ def test_punica_points_to_live_weights_of_one_rank(ids: list[int], rank: int) ->
         np.testing.assert_array_equal(weights_at(layout.wa_ptr[s], (rank, H_IN)), A)
         scaled = (np.float64(SCALINGS[i]) * B.T).astype(np.float32)
         np.testing.assert_array_equal(weights_at(layout.wb_ptr[s], (rank, H_OUT)), scaled)
+    assert [array.ctypes.data for array in layout.wa] == layout.wa_ptr.tolist()
+    assert [array.ctypes.data for array in layout.wb] == layout.wb_ptr.tolist()
     kept = [i if i in taken else -1 for i in ids]
     assert layout.adapter_ids(len(ids), STACK).tolist() == kept
 
@@ -393,6 +405,24 @@ MAKERS: dict[str, Callable[[list[int]], Layout]] = {
     "peft": lambda ids: layouts.peft(ids, NAMES),
 }
 every_layout = pytest.mark.parametrize("maker", MAKERS)
+
+
+def test_ids_that_a_stack_holds_as_base_only_come_back_as_minus_one() -> None:
+    """Every layout that names slots or addresses has only one kind of base-only row."""
+    stack = sgmv.AdapterStack.from_adapters({3: adapter(3, 8), 4: None, 6: None})
+    ids, back = [3, 4, 6, -1, 3], [3, -1, -1, -1, 3]
+    for layout in (
+        layouts.vllm_v0(ids, stack),
+        layouts.vllm_v1(ids, 1, stack),
+        layouts.sglang(ids, stack),
+    ):
+        assert layout.adapter_ids(stack).tolist() == back
+        assert layouts.check(layout, ids, slots=stack) == []
+    for layout in (layouts.flashinfer(ids, stack), layouts.punica(ids, stack)):
+        assert layout.rows.tolist() == [0, 4]
+        assert layout.adapter_ids(5, stack).tolist() == back
+        assert layouts.check(layout, ids, slots=stack) == []
+    assert layouts.lorax(ids, stack).rank_data[16].s_end.tolist() == [1, 5]
 
 
 @every_layout

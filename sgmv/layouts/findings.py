@@ -16,7 +16,16 @@ from sgmv.adapters import AdapterStack
 from sgmv.compat.arrays import as_array
 from sgmv.errors import DtypeError, some
 from sgmv.layouts.names import BASE_NAME
-from sgmv.layouts.rows import INT32_MAX, Batch, Slots, as_segments, slot_table, slots_of, spread
+from sgmv.layouts.rows import (
+    INT32_MAX,
+    Batch,
+    Slots,
+    as_segments,
+    row_ids,
+    slot_table,
+    slots_of,
+    spread,
+)
 from sgmv.schedule import BASE_ONLY, NO_SLOT
 from sgmv.segment import Integers, check_count
 
@@ -152,7 +161,7 @@ class _Exam:
         if array is None or array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             self.add(field, "shape", "expected integers in one dimension")
             return np.empty(0, np.int64)
-        self.add_at(field, "int32 wrap", f"below {least}", "at", array < least)
+        self.add_at(field, "int32 wrap", f"below {least}, as after a wrap", "at", array < least)
         if int32:
             self.add_at(field, "int32 wrap", "2**31 or above", "at", array > INT32_MAX)
         return array.astype(np.int64)
@@ -240,7 +249,7 @@ class _Exam:
 
     def no_base(self, field: str, indices: Integers) -> None:
         """For engines that index with every number: -1 would be read as one."""
-        self.add_at(field, "base misplaced", "-1 is read as an index", "segment", indices == -1)
+        self.add_at(field, "base misplaced", "-1 is read as an index", "at", indices == BASE_ONLY)
 
     def same(self, field: str, got: Integers, wanted: Integers) -> None:
         """Row by row what this batch asks for; told only of metadata that is otherwise right."""
@@ -279,7 +288,7 @@ def _segments(exam: _Exam) -> None:
         known = np.isin(ids, slot_table(exam.slots)[0]) | (ids == BASE_ONLY)
         exam.add_at("adapter_ids", "no weights", "not loaded", "segment", ~known)
     if exam.segments is not None and not exam.found:
-        wanted = slots_of(exam.segments, None)
+        wanted = row_ids(exam.segments)
         exam.same("adapter_ids", spread(ids, np.diff(seq_start), rows, len(rows)), wanted)
 
 
@@ -346,7 +355,7 @@ def _lorax(exam: _Exam) -> None:
     exam.add_at("segment_indices", "counts", "not what adapter_indices say", "row", wrong)
     _lorax_launches(exam, s, named)
     if exam.segments is not None:
-        exam.same("adapter_indices", indices, slots_of(exam.segments, None) + 1)
+        exam.same("adapter_indices", indices, row_ids(exam.segments) + 1)
 
 
 def _lorax_launches(exam: _Exam, s: Integers, named: Integers) -> None:
@@ -543,15 +552,13 @@ def _peft(exam: _Exam) -> None:
     nameless = [not isinstance(name, str) for name in adapter_names]
     what = f"no name; the base model's is {BASE_NAME!r}"
     exam.add_at("adapter_names", "base misplaced", what, "sample", nameless)
-    if exam.names is None:
-        known = None
-    else:
+    if exam.names is not None:
         known = {BASE_NAME, *exam.names.values()}
         lost = [isinstance(name, str) and name not in known for name in adapter_names]
         exam.add_at("adapter_names", "no weights", "PEFT passes over this name", "sample", lost)
     if exam.segments is not None and not exam.found:
         named = exam.names or {}
-        ids = slots_of(exam.segments, None).tolist()
+        ids = row_ids(exam.segments).tolist()
         wanted = [BASE_NAME if i == BASE_ONLY else named.get(i, str(i)) for i in ids]
         exam.same("adapter_names", np.array(adapter_names, object), np.array(wanted, object))
 

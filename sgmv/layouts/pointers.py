@@ -20,6 +20,7 @@ from sgmv.layouts.rows import (
     frozen,
     look_up,
     offsets,
+    row_ids,
     runs,
     sorted_items,
     spread,
@@ -334,7 +335,7 @@ def lorax(batch: Batch, ranks: AdapterStack | Mapping[int, int] | int) -> Lorax:
     rank_data         rank 16: s_start [0] s_end [2]; rank 64: s_start [3] s_end [4]
     """
     segments = as_segments(batch)
-    ids = spread(segments.adapter_ids, segments.lengths, segments.rows, segments.n)
+    ids = row_ids(segments)
     start, lengths = runs(ids)
     s = frozen("adapter_segments", np.append(start, segments.n))
     by_adapter = _padded_ranks(segments.adapter_ids, ranks)

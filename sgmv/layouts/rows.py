@@ -42,6 +42,11 @@ def as_segments(batch: Batch) -> Segments:
     return batch if isinstance(batch, Segments) else segment(batch)
 
 
+def row_ids(segments: Segments) -> Integers:
+    """(n,) the id of each row."""
+    return spread(segments.adapter_ids, segments.lengths, segments.rows, segments.n)
+
+
 def spread(values: Integers, lengths: Integers, rows: Integers | None, n: int) -> Integers:
     """(n,) each segment's value on its rows, -1 on rows of no segment; rows None: as they stand."""
     repeated = np.repeat(values, lengths)

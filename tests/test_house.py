@@ -20,8 +20,9 @@ FLOORS = [
     {"compat.arrays", "kernels.call", "segment"},
     {"kernels.loops", "kernels.pool", "kernels.tiles"},
     {"adapters", "backend", "workers"},
-    {"checks", "launch", "peft"},
-    {"expand", "info", "lora", "shrink"},
+    {"checks", "launch", "layouts.rows", "peft"},
+    {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
+    {"layouts.findings", "layouts.grouped"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

@@ -1,0 +1,47 @@
+"""One batch in every engine's metadata, and back.
+
+    adapter ids (n,)  ┬─ punica ──────> s, wa_ptr, wb_ptr                    sorted, addresses
+    or Segments       ├─ lorax ───────> s_start, s_end per padded rank       neighbours merged
+                      ├─ vllm_v0 ─────> b_seq_start_loc, seq_len_tensor, ..  neighbours merged
+                      ├─ vllm_v1 ─────> LoRAKernelMeta                       sorted, padded
+                      ├─ sglang ──────> LoRABatchInfo                        by backend
+                      ├─ flashinfer ──> seg_indptr, weight_indices           sorted
+                      └─ peft ────────> adapter_names                        as the rows stand
+
+Fields bear the engine's own names and dtypes; `str` lists them. What is not the engine's says so:
+`rows` (n,) is the permutation that engines without one leave to their caller, who passes x[rows].
+
+Most engines name slots, not ids. `slots` tells which: an AdapterStack, a mapping id -> slot, or
+None where the ids are slots already. `adapter_ids` of each layout is the way back, and what it
+takes is what the metadata lacks: slots, the number of rows, names. `sgmv.segment` does the rest.
+
+`check` reads anybody's metadata and names what is wrong with it. docs/engines.md has one batch in
+every layout.
+"""
+
+from sgmv.layouts.findings import Finding, check
+from sgmv.layouts.grouped import FlashInfer, LoRABatchInfo, flashinfer, sglang
+from sgmv.layouts.names import AdapterNames, peft
+from sgmv.layouts.pointers import BatchLenInfo, Lorax, Punica, RankSegments, lorax, punica
+from sgmv.layouts.vllm import LoRAKernelMeta, VllmV0, vllm_v0, vllm_v1
+
+__all__ = [
+    "AdapterNames",
+    "BatchLenInfo",
+    "Finding",
+    "FlashInfer",
+    "LoRABatchInfo",
+    "LoRAKernelMeta",
+    "Lorax",
+    "Punica",
+    "RankSegments",
+    "VllmV0",
+    "check",
+    "flashinfer",
+    "lorax",
+    "peft",
+    "punica",
+    "sglang",
+    "vllm_v0",
+    "vllm_v1",
+]

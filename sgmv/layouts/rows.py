@@ -1,0 +1,156 @@
+"""What every layout is made with: rows, runs of equal neighbours, slots, arrays that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sgmv.adapters import AdapterStack
+from sgmv.errors import UnknownAdapterError, ValueRangeError, some
+from sgmv.schedule import BASE_ONLY, NO_SLOT
+from sgmv.segment import Integers, Segments, check_count, segment
+
+Batch: TypeAlias = "Segments | npt.ArrayLike"
+Slots: TypeAlias = "AdapterStack | Mapping[int, int] | None"
+Int32 = npt.NDArray[np.int32]
+INT32_MAX = 2**31 - 1
+
+
+class Layout:
+    """Metadata under an engine's own names; `str` sets the fields one below the other."""
+
+    def __str__(self) -> str:
+        listed = [field.name for field in fields(self) if field.repr]  # type: ignore[arg-type]  # every layout is a dataclass
+        named = [(name, self.shown(name)) for name in listed]
+        width = max(len(name) for name, _ in named)
+        return "\n".join(f"{name:{width}}  {text}" for name, text in named)
+
+    def shown(self, name: str) -> str:
+        """One field for `str`: an array's dtype, shape and first values, anything else as it is."""
+        value = getattr(self, name)
+        if isinstance(value, np.ndarray):
+            return f"{value.dtype} {value.shape} {some(value.tolist(), 16)}"
+        return str(value)
+
+
+def as_segments(batch: Batch) -> Segments:
+    """The batch's segments, made if they are not there yet."""
+    return batch if isinstance(batch, Segments) else segment(batch)
+
+
+def row_ids(segments: Segments) -> Integers:
+    """(n,) the id of each row."""
+    return spread(segments.adapter_ids, segments.lengths, segments.rows, segments.n)
+
+
+def spread(values: Integers, lengths: Integers, rows: Integers | None, n: int) -> Integers:
+    """(n,) each segment's value on its rows, -1 on rows of no segment; rows None: as they stand."""
+    repeated = np.repeat(values, lengths)
+    if rows is None:
+        return repeated
+    found = np.full(n, BASE_ONLY, np.int64)
+    found[rows] = repeated
+    return found
+
+
+def runs(values: Integers) -> tuple[Integers, Integers]:
+    """Where each run of equal neighbours starts, and how long it is."""
+    if len(values) == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    start = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
+    return start, np.diff(start, append=len(values))
+
+
+def offsets(lengths: Integers) -> Integers:
+    """(S+1,) the running sum of the lengths, from 0."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def slot_table(slots: AdapterStack | Mapping[int, int]) -> tuple[Integers, Integers]:
+    """The ids ascending, and the slot of each; NO_SLOT for those that are base only."""
+    if isinstance(slots, AdapterStack):
+        table = slots.table
+        return table.ids, table.slots
+    ids, slot = sorted_items("slots", slots, NO_SLOT)
+    taken, times = np.unique(slot[slot != NO_SLOT], return_counts=True)
+    if (times > 1).any():
+        raise ValueRangeError(
+            "slots",
+            "a slot of its own for every id",
+            f"slots {some(taken[times > 1])} for several",
+            "give each adapter another slot, and -1 to those that are base only",
+        )
+    return ids, slot
+
+
+def sorted_items(
+    argument: str, mapping: Mapping[int, int], least: int
+) -> tuple[Integers, Integers]:
+    """A mapping's keys ascending and the value of each, all of them whole numbers >= least."""
+    keys = np.array([check_count(argument, key, 0) for key in mapping], np.int64)
+    values = np.array([check_count(argument, v, least) for v in mapping.values()], np.int64)
+    order = np.argsort(keys)
+    return keys[order], values[order]
+
+
+def look_up(keys: Integers, values: Integers, wanted: Integers) -> tuple[Integers, Any]:
+    """The value of every wanted key, from ascending keys, and which of them are not there."""
+    at = np.searchsorted(keys, wanted)
+    unknown = np.append(keys, 0)[at] != wanted
+    unknown |= at == len(keys)
+    found = np.append(values, NO_SLOT)[np.where(unknown, len(keys), at)]
+    found[wanted == BASE_ONLY] = NO_SLOT
+    return found, unknown & (wanted != BASE_ONLY)
+
+
+def slots_of(segments: Segments, slots: Slots) -> Integers:
+    """(n,) the slot of each row, -1 where it is base only."""
+    ids = segments.adapter_ids
+    if slots is not None:
+        known, slot = slot_table(slots)
+        ids, unknown = look_up(known, slot, ids)
+        if unknown.any():
+            raise UnknownAdapterError(
+                "adapter_ids",
+                f"-1 or ids that have a slot, {some(known)}",
+                some(segments.adapter_ids[unknown]),
+                "load those adapters first, or name -1 for base only",
+            )
+    return spread(ids, segments.lengths, segments.rows, segments.n)
+
+
+def ids_of(slot: Integers, slots: Slots) -> Integers:
+    """(n,) the id of each row's slot; -1 stays -1."""
+    if slots is None:
+        return slot
+    ids, of = slot_table(slots)
+    held = of != NO_SLOT
+    order = np.argsort(of[held])
+    found, unknown = look_up(of[held][order], ids[held][order], slot)
+    if unknown.any():
+        raise UnknownAdapterError(
+            "slots",
+            "an id for every slot that the metadata names",
+            f"none for {some(np.unique(slot[unknown]))}",
+            "pass the stack, or the mapping, that the metadata was made with",
+        )
+    return found
+
+
+def frozen(argument: str, values: npt.ArrayLike, dtype: type = np.int32) -> npt.NDArray[Any]:
+    """The values in the engine's dtype, read-only; refused where they would wrap around."""
+    array = np.asarray(values)
+    if dtype is np.int32 and array.size and array.max() > INT32_MAX:
+        raise ValueRangeError(
+            argument,
+            "numbers below 2**31, as the engine keeps them in int32",
+            str(array.max()),
+            "pass slots: a stack, or a mapping id -> slot",
+        )
+    array = array.astype(dtype)
+    array.flags.writeable = False
+    return array

@@ -18,11 +18,12 @@ FLOORS = [
     {"errors", "kernels.jit"},
     {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
     {"compat.arrays", "kernels.call", "segment"},
-    {"kernels.loops", "kernels.pool", "kernels.tiles"},
-    {"adapters", "backend", "workers"},
-    {"checks", "launch", "layouts.rows", "peft"},
+    {"kernels.loops", "kernels.pool", "kernels.tiles", "serving.requests", "serving.residency"},
+    {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
+    {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
-    {"layouts.findings", "layouts.grouped"},
+    {"layouts.findings", "layouts.grouped", "serving.report", "serving.slots"},
+    {"serving.command", "serving.step"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

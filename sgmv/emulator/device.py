@@ -1,4 +1,4 @@
-"""The GPUs that a launch is laid out for: how many blocks fit, how fast memory and tensor cores are.
+"""The GPUs that a launch is laid out for: how many blocks fit, how fast it can be at most.
 
 Sources, for all figures below:
     SMs, bandwidth, fp16   NVIDIA's data sheets of A100 (SXM4, 80 GB), H100 (SXM5), H200 (SXM) and

@@ -90,9 +90,8 @@ class SgmvShrink(Launch):
             found.append("overflow: offsets in x wrap around at 2**32")
         return tuple(found)
 
-    def figures(self) -> dict[str, Any]:
+    def own_figures(self) -> dict[str, Any]:
         return {
-            **super().figures(),
             "release": self.release,
             "chunk": self.chunk,
             "split_k_segments": self.split_k_segments,

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.grid import ONE_ROW
 from benchmarks.growth import GrowthRecord, fitted
+from benchmarks.paper import OPERATOR_US, RANKS, PaperRecord
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, main_variant
 
@@ -35,7 +36,7 @@ LEGEND_COLUMNS = 3
 DIGEST_KEY = "Record"
 
 
-def digest(record: Record | GrowthRecord) -> str:
+def digest(record: Record | GrowthRecord | PaperRecord) -> str:
     """What ties a figure to its record: SHA-256 over its canonical JSON."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
@@ -53,7 +54,12 @@ def draw_growth(record: GrowthRecord, directory: Path) -> Path:
     return _save(growth(record), record, directory / "growth.png")
 
 
-def _save(figure: Any, record: Record | GrowthRecord, path: Path) -> Path:
+def draw_paper(record: PaperRecord, directory: Path) -> Path:
+    """Write `paper.png` and return its path."""
+    return _save(paper(record), record, directory / "paper.png")
+
+
+def _save(figure: Any, record: Record | GrowthRecord | PaperRecord, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={DIGEST_KEY: digest(record), "Software": None})
     return path
@@ -200,6 +206,75 @@ def growth(record: GrowthRecord) -> Any:
         fontsize=11,
     )
     return figure
+
+
+def paper(record: PaperRecord) -> Any:
+    """Punica's figures anew: the roofline's points, then times over B, by popularity and by rank.
+
+    Semantics: hollow markers are what the paper prints of its A100. Panels whose cases were not
+    timed show the A100's roofline alone.
+    """
+    from matplotlib.figure import Figure
+
+    from sgmv.emulator import A100
+
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    roof, by_popularity, by_rank = figure.subplots(1, 3)
+    x = np.geomspace(0.3, 1000, 200)
+    reached = np.minimum(x * A100.bandwidth, A100.fp16_peak)
+    roof.plot(x, reached / 1e12, color="#777777", linewidth=1.2, label="A100's limits")
+    looks = list(zip(POPULARITY_COLOURS, RANK_MARKERS, strict=True))
+    kinds = list(dict.fromkeys(point["popularity"] for point in record["axis"]))
+    for kind, (colour, marker) in zip(kinds, looks, strict=False):
+        axis = [point for point in record["axis"] if point["popularity"] == kind]
+        roof.plot(
+            [p["intensity"] for p in axis], [p["attainable"] / 1e12 for p in axis],
+            color=colour, marker=marker, markersize=5, linestyle="none", label=kind,
+        )  # fmt: skip
+        points = [p for p in record["points"] if p["popularity"] == kind and p["rank"] == 16]
+        _over_rows(by_popularity, points, colour, marker, kind)
+        shown = [(n, us) for (name, n), us in OPERATOR_US.items() if name == kind]
+        by_popularity.plot(
+            *zip(*shown, strict=True), color=colour, marker=marker, fillstyle="none",
+            linestyle="none", markersize=8,
+        )  # fmt: skip
+    for rank, (colour, marker) in zip(RANKS, looks, strict=False):
+        for kind in ("distinct", "identical"):
+            points = [p for p in record["points"] if (p["popularity"], p["rank"]) == (kind, rank)]
+            style = "-" if kind == "distinct" else "--"
+            _over_rows(by_rank, points, colour, marker, f"r = {rank}, {kind}", style)
+    roof.set(
+        xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s",
+        title="One SGMV 16 → 4096, B = 1..64, on the A100's roofline",
+    )  # fmt: skip
+    for panel, title in ((by_popularity, "rank 16; hollow: A100, paper"), (by_rank, "by rank")):
+        panel.set(
+            xscale="log", yscale="log", xlabel="rows B", ylabel="time of one call (µs)",
+            title=f"4096 → r → 11008 float16, {title}",
+        )  # fmt: skip
+    for panel in (roof, by_popularity, by_rank):
+        panel.grid(True, color="#dddddd", linewidth=0.6)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7, framealpha=0.9)
+    return figure
+
+
+def _over_rows(
+    panel: Any, points: list[Any], colour: str, marker: str, label: str, style: str = "-"
+) -> None:
+    """Medians over B with their band; nothing where nothing was timed."""
+    timed = [(p["n"], p["times"]) for p in points if p["times"]]
+    if not timed:
+        return
+    n = [rows for rows, _ in timed]
+    panel.fill_between(
+        n, [t["q20"] for _, t in timed], [t["q80"] for _, t in timed],
+        color=colour, alpha=0.2, linewidth=0,
+    )  # fmt: skip
+    panel.plot(
+        n, [t["q50"] for _, t in timed], color=colour, marker=marker, markersize=4.5,
+        linestyle=style, linewidth=1.2, label=label,
+    )  # fmt: skip
 
 
 def hub_cases(record: Record) -> list[CaseRecord]:

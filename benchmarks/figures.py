@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.grid import ONE_ROW
 from benchmarks.growth import GrowthRecord, fitted
-from benchmarks.paper import OPERATOR_US, RANKS, PaperRecord
+from benchmarks.paper import OPERATOR_US, RANK_US, RANKS, PaperRecord
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, main_variant
 
@@ -211,15 +211,16 @@ def growth(record: GrowthRecord) -> Any:
 def paper(record: PaperRecord) -> Any:
     """Punica's figures anew: the roofline's points, then times over B, by popularity and by rank.
 
-    Semantics: hollow markers are what the paper prints of its A100. Panels whose cases were not
-    timed show the A100's roofline alone.
+    Semantics: hollow markers are what the paper prints of its A100. Where nothing was timed there
+    is the roofline alone.
     """
     from matplotlib.figure import Figure
 
     from sgmv.emulator import A100
 
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
-    roof, by_popularity, by_rank = figure.subplots(1, 3)
+    timed = any(point["times"] for point in record["points"])
+    figure = Figure(figsize=(14 if timed else 5, 4.4), layout="constrained")
+    roof, *panels = figure.subplots(1, 3 if timed else 1, squeeze=False)[0]
     x = np.geomspace(0.3, 1000, 200)
     reached = np.minimum(x * A100.bandwidth, A100.fp16_peak)
     roof.plot(x, reached / 1e12, color="#777777", linewidth=1.2, label="A100's limits")
@@ -231,42 +232,53 @@ def paper(record: PaperRecord) -> Any:
             [p["intensity"] for p in axis], [p["attainable"] / 1e12 for p in axis],
             color=colour, marker=marker, markersize=5, linestyle="none", label=kind,
         )  # fmt: skip
-        points = [p for p in record["points"] if p["popularity"] == kind and p["rank"] == 16]
-        _over_rows(by_popularity, points, colour, marker, kind)
-        shown = [(n, us) for (name, n), us in OPERATOR_US.items() if name == kind]
-        by_popularity.plot(
-            *zip(*shown, strict=True), color=colour, marker=marker, fillstyle="none",
-            linestyle="none", markersize=8,
-        )  # fmt: skip
-    for rank, (colour, marker) in zip(RANKS, looks, strict=False):
-        for kind in ("distinct", "identical"):
-            points = [p for p in record["points"] if (p["popularity"], p["rank"]) == (kind, rank)]
-            style = "-" if kind == "distinct" else "--"
-            _over_rows(by_rank, points, colour, marker, f"r = {rank}, {kind}", style)
+        if timed:
+            _over_rows(panels[0], record, (kind, 16), (colour, marker, "-"), kind)
+            shown = [(n, us) for (name, n), us in OPERATOR_US.items() if name == kind]
+            _hollow(panels[0], shown, colour, marker)
+    for rank, (colour, marker) in zip(RANKS, looks, strict=False) if timed else ():
+        for kind, style in (("distinct", "-"), ("identical", "--")):
+            look = colour, marker, style
+            _over_rows(panels[1], record, (kind, rank), look, f"r = {rank}, {kind}")
+        _hollow(panels[1], [(n, us[rank]) for (_, n), us in RANK_US.items()], colour, marker)
     roof.set(
         xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s",
         title="One SGMV 16 → 4096, B = 1..64, on the A100's roofline",
     )  # fmt: skip
-    for panel, title in ((by_popularity, "rank 16; hollow: A100, paper"), (by_rank, "by rank")):
+    for panel, title in zip(panels, ("rank 16", "by rank"), strict=False):
         panel.set(
             xscale="log", yscale="log", xlabel="rows B", ylabel="time of one call (µs)",
-            title=f"4096 → r → 11008 float16, {title}",
+            title=f"4096 → r → 11008 float16, {title}; hollow: A100, paper",
         )  # fmt: skip
-    for panel in (roof, by_popularity, by_rank):
+    for panel in (roof, *panels):
         panel.grid(True, color="#dddddd", linewidth=0.6)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=7, framealpha=0.9)
+        panel.legend(fontsize=7, framealpha=0.9)
     return figure
 
 
+def _hollow(panel: Any, points: list[tuple[int, int]], colour: str, marker: str) -> None:
+    """What the paper prints."""
+    panel.plot(
+        [n for n, _ in points], [us for _, us in points], color=colour, marker=marker,
+        fillstyle="none", linestyle="none", markersize=8,
+    )  # fmt: skip
+
+
 def _over_rows(
-    panel: Any, points: list[Any], colour: str, marker: str, label: str, style: str = "-"
+    panel: Any,
+    record: PaperRecord,
+    case: tuple[str, int],
+    look: tuple[str, str, str],
+    label: str,
 ) -> None:
-    """Medians over B with their band; nothing where nothing was timed."""
-    timed = [(p["n"], p["times"]) for p in points if p["times"]]
-    if not timed:
-        return
+    """Medians over B of one popularity and rank, with their band."""
+    timed = [
+        (point["n"], point["times"])
+        for point in record["points"]
+        if (point["popularity"], point["rank"]) == case and point["times"]
+    ]
     n = [rows for rows, _ in timed]
+    colour, marker, style = look
     panel.fill_between(
         n, [t["q20"] for _, t in timed], [t["q80"] for _, t in timed],
         color=colour, alpha=0.2, linewidth=0,

@@ -122,6 +122,13 @@ def test_the_split_k_cliff(
         assert past.tmp == max(work.barriers for work in past.work) == 0
 
 
+def test_k_is_never_split_from_rank_64_on_unless_more_than_48_kib_count() -> None:
+    for r in (16, 32, 64, 96, 128):
+        launch = emulator.punica_sgmv_shrink([0, 1, 1], 4096, r, H100, opted_in=False)
+        assert launch.cooperative == (launch.split_k_segments > 0) == (r < 64)
+        assert launch.resident_blocks > 0
+
+
 def test_the_papers_intensities() -> None:
     """The roofline's axis at h_in = 16, h_out = 4096: 0.94 where all differ, 12.8 where none do."""
     found = {

@@ -635,10 +635,12 @@ def test_a_race_is_seen_whatever_the_order_of_its_accesses() -> None:
     for order in (("read", "write"), ("write", "read")):
         races = Races()
         for access in order:
-            getattr(races, access)(7, 1, (0, 0, 0) if access == "read" else (1, 0, 0))
-        races.read(7, 2, (0, 0, 0))  # after a barrier
-        races.write(8, 1, (0, 0, 0))
-        races.read(8, 1, (0, 0, 0))  # its own
+            getattr(races, access)(7, (0, 0, 0) if access == "read" else (1, 0, 0))
+        races.write(8, (0, 0, 0))
+        races.read(8, (0, 0, 0))  # its own
+        races.write(9, (1, 0, 0))
+        races.barrier()
+        races.read(9, (0, 0, 0))  # after it
         assert races.found == {7: (7, (1, 0, 0), (0, 0, 0))}
 
 

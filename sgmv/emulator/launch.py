@@ -13,8 +13,9 @@ Each kernel is a subclass: its constructor function lays out the grid, `program`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -137,6 +138,10 @@ class Launch(ABC):
     @abstractmethod
     def program(self, index: Index, memory: Memory) -> Block:
         """One thread block, as a coroutine."""
+
+    def indices(self) -> Iterator[Index]:
+        """Every block's index."""
+        return product(*map(range, self.grid))  # type: ignore[return-value]  # three ranges
 
     def segment_rows(self, s: int) -> Integers:
         """Rows of the batch that have the adapter of `work[s]`."""
@@ -314,10 +319,9 @@ class Launch(ABC):
             self._scalings(scaling, used),
             dtype,
         )
-        indices = np.ndindex(*self.grid)
         with np.errstate(over="ignore", invalid="ignore"):
-            programs = {index: self.program(index, memory) for index in indices}
-            barriers = execute(programs, order, seed)  # type: ignore[arg-type]  # three indices
+            programs = {index: self.program(index, memory) for index in self.indices()}
+            barriers = execute(programs, order, seed, memory.races.barrier)
             out = memory.out.astype(np.float32 if self.SINGLE_OUT else dtype)
         return Result(out, barriers, tuple(memory.races.found.values()))
 

@@ -127,10 +127,10 @@ class Races:
         self._readers: dict[int, set[Index]] = {}
 
     def write(self, slot: int, block: Index) -> None:
+        others = {*self._readers.get(slot, ()), self._writer.get(slot, block)} - {block}
+        if others:
+            self.found.setdefault(slot, (slot, block, min(others)))
         self._writer[slot] = block
-        for reader in sorted(self._readers.get(slot, ())):
-            if reader != block:
-                self.found.setdefault(slot, (slot, block, reader))
 
     def read(self, slot: int, block: Index) -> None:
         self._readers.setdefault(slot, set()).add(block)

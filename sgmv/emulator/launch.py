@@ -368,7 +368,10 @@ class Launch(ABC):
                 repr(scaling),
                 "multiply it into the weights",
             )
-        return scaling if isinstance(scaling, Mapping) else dict.fromkeys(used, scaling)
+        if not isinstance(scaling, Mapping):
+            return dict.fromkeys(used, scaling)
+        _check_held("scaling", scaling, used)
+        return scaling
 
 
 def laid_out(batch: Batch, **counts: int) -> tuple[Segments, list[tuple[int, Integers]]]:
@@ -406,14 +409,7 @@ def zero_filled(values: Floats, rows: int, columns: int) -> Floats:
 def _check_weights(
     weights: Mapping[int, Array], used: list[int], shape: tuple[int, int]
 ) -> dict[int, Array]:
-    missing = [i for i in used if i not in weights]
-    if missing:
-        raise UnknownAdapterError(
-            "weights",
-            "weights for every adapter of the batch",
-            f"none for {some(missing)}",
-            "add them to the mapping",
-        )
+    _check_held("weights", weights, used)
     held = {i: check_matrix(f"weights[{i}]", weights[i]) for i in used}
     for i, array in held.items():
         if array.shape != shape or array.dtype != held[used[0]].dtype:
@@ -424,6 +420,17 @@ def _check_weights(
                 "pass A (r, h_in) to a shrink, B (h_out, r) to an expand",
             )
     return held
+
+
+def _check_held(argument: str, mapping: Mapping[int, Any], used: list[int]) -> None:
+    missing = [i for i in used if i not in mapping]
+    if missing:
+        raise UnknownAdapterError(
+            argument,
+            "an entry for every adapter of the batch",
+            f"none for {some(missing)}",
+            "add them to the mapping",
+        )
 
 
 def _shown(value: Any) -> str:

@@ -22,8 +22,17 @@ FLOORS = [
     {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
     {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
-    {"layouts.findings", "layouts.grouped", "serving.report", "serving.slots"},
-    {"serving.command", "serving.step"},
+    {
+        "emulator.accuracy",
+        "emulator.blocks",
+        "emulator.device",
+        "layouts.findings",
+        "layouts.grouped",
+        "serving.report",
+        "serving.slots",
+    },
+    {"emulator.launch", "serving.command", "serving.step"},
+    {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

@@ -53,6 +53,9 @@ function parsed(text) {
   return ids;
 }
 
+// The same ids again and again, up to n rows.
+const repeated = (ids, n) => written(range(n).map((row) => ids[row % ids.length]));
+
 // A popularity's ids, in an order that is the same each time.
 function mixed(kind, n) {
   const ids = popularity(kind, n).flatMap((rows, id) => Array(rows).fill(id));
@@ -185,8 +188,9 @@ function changed(event) {
   if (name === "ids") controls_write({ popularity: "", ids: $("ids").value });
   else if (name === "n" && !$("n").checkValidity()) ;
   else if (name === "popularity" || name === "n") {
-    const kind = $("popularity").value || (name === "n" ? "skewed" : "");
-    if (kind) controls_write({ popularity: kind, n: Number($("n").value) });
+    const [kind, n] = [$("popularity").value, Number($("n").value)];
+    if (kind) controls_write({ popularity: kind, n });
+    else if (name === "n") controls_write({ popularity: "", ids: repeated(state.ids, n) });
   } else controls_write({});
   update();
 }
@@ -452,7 +456,7 @@ function draw_time() {
     ? `${count(of.blocks, "block")}; stuck at barrier ${line_of.stuck.barrier} of ${of.barriers}.`
     : `${count(of.blocks, "block")} in ${count(of.waves, "wave")}` +
       (of.cooperative ? `, ${count(of.barriers, "barrier")}` : "") +
-      `; ${Math.min(of.blocks, of.device_sms ?? DEVICES[of.device].sms)} of ${DEVICES[of.device].sms} SMs at work.`));
+      `; ${Math.min(of.blocks, DEVICES[of.device].sms)} of ${DEVICES[of.device].sms} SMs at work.`));
   const figure = $("time");
   const slider = $("moment");
   slider.max = Math.max(at.moments.length - 1, 0);

@@ -132,7 +132,7 @@ function figures(launch) {
     row_slots_per_segment: work.map((w) => w.row_slots),
     blocks_per_segment: work.map((w) => w.blocks),
     barriers_per_segment: work.map((w) => w.barriers),
-    faults: faults(launch, capacity, rows),
+    faults: faults(launch, capacity),
   };
 }
 
@@ -149,7 +149,7 @@ function own_figures(launch) {
   };
 }
 
-function faults(launch, capacity, rows) {
+function faults(launch, capacity) {
   const found = [...launch.unsupported];
   if (!capacity && !launch.estimated) {
     found.push(`no block of ${launch.shared_memory} bytes fits an SM of ${launch.device.name}`);
@@ -163,9 +163,6 @@ function faults(launch, capacity, rows) {
   }
   if (launch.tmp > TMP_LIMIT) {
     found.push(`overflow: tmp takes ${launch.tmp} bytes of ${TMP_LIMIT}`);
-  }
-  if (launch.kernel === "punica_sgmv_shrink" && rows * launch.k > UINT32) {
-    found.push("overflow: offsets in x wrap around at 2**32");
   }
   return found;
 }
@@ -186,7 +183,6 @@ const STAGE_K = 8 * 16;
 const STAGES = 2;
 const CHUNK = 256; // products that a block sums where K is split
 const TMP_LIMIT = 8 << 20;
-const UINT32 = 2 ** 32;
 const ALIGNMENT = 8;
 
 function punica_sgmv_shrink(segments, { h_in, r, device, release }) {
@@ -696,9 +692,12 @@ function layouts(segments, adapter_ids, { max_loras, max_lora_chunk_size }) {
   const filled = (values, count, value) => [...values, ...Array(count - values.length).fill(value)];
   const active = S ? segments.adapter_ids.map((id) => (id === BASE_ONLY ? id : slot_of.get(id))) : [];
   const counts = S ? lengths : [];
-  const { chunk, chunk_ids } = csgmv_chunks(segments, max_lora_chunk_size);
-  const chunk_lengths = lengths.flatMap((length) =>
-    range(ceil_div(length, chunk)).map((i) => Math.min(chunk, length - i * chunk)));
+  // SGLang's base model has the slot after all others, so its rows come last.
+  const chunk = chunk_rows(segments.n, max_lora_chunk_size);
+  const own = parts.map((part, s) => ({ slot: s, length: part.rows }));
+  const base = { slot: S, length: segments.n - sum(parts.map((part) => part.rows)) };
+  const chunks = [...own, base].flatMap(({ slot: index, length }) =>
+    range(ceil_div(length, chunk)).map((i) => [index, Math.min(chunk, length - i * chunk)]));
   const starts = adapter_ids.flatMap((id, row) =>
     (row === 0 || id !== adapter_ids[row - 1] ? [row] : []));
   const ends = [...starts.slice(1), segments.n];
@@ -722,9 +721,9 @@ function layouts(segments, adapter_ids, { max_loras, max_lora_chunk_size }) {
       lora_token_start_loc: ["int32", filled(S ? offsets(counts) : [], max_loras + 2, 0)],
     },
     sglang: {
-      seg_indptr: ["int32", offsets(chunk_lengths)],
-      weight_indices: ["int32", chunk_ids.map((s) => (s === null ? S : s))],
-      permutation: ["int32", segments.rows],
+      seg_indptr: ["int32", offsets(chunks.map(([, length]) => length))],
+      weight_indices: ["int32", chunks.map(([index]) => index)],
+      permutation: ["int32", [...segments.rows.slice(base.length), ...segments.rows.slice(0, base.length)]],
     },
     lorax: {
       s_start: ["int32", launched.map((i) => starts[i])],

@@ -97,7 +97,9 @@ class Page:
             raise RuntimeError(json.dumps(got["exceptionDetails"])[:2000])
         return got["result"].get("value")
 
-    def view(self, width: int, height: int = 900, *, dark: bool = False, still: bool = True) -> None:
+    def view(
+        self, width: int, height: int = 900, *, dark: bool = False, still: bool = True
+    ) -> None:
         """The size of the window, the theme, and whether the reader wants no motion."""
         self.call(
             "Emulation.setDeviceMetricsOverride",

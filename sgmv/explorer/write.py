@@ -38,7 +38,7 @@ def write_html(
     kernel: str = "punica_sgmv_shrink",
     release: str = "1.0.0",
 ) -> Path:
-    """Write the explorer to a file, opened on this batch, layer and launch; returns the file's path.
+    """Write the explorer to a file, set to this batch, layer and launch; returns the file's path.
 
     Semantics: one HTML file that asks nothing of the network. All that it starts with can be
     changed in it; the address of the page holds the changes.

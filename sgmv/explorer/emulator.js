@@ -183,6 +183,7 @@ const STAGE_K = 8 * 16;
 const STAGES = 2;
 const CHUNK = 256; // products that a block sums where K is split
 const TMP_LIMIT = 8 << 20;
+const WITHOUT_OPT_IN = 48 << 10; // bytes that a block may take of shared memory unasked
 const ALIGNMENT = 8;
 
 function punica_sgmv_shrink(segments, { h_in, r, device, release }) {

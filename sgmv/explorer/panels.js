@@ -141,7 +141,9 @@ let state = null; // the controls' values, ids as a list
 let shown = null; // what the panels show: launch, figures and what follows
 let before = null; // the same, of the last change
 let moment = 0;
-let playing = null;
+let playing = null; // the timer that steps
+let soon = null; // the timer after which a change is announced
+let scale = null; // of the time line: time -> x, and its right end
 
 function controls_read() {
   const problems = [];
@@ -166,32 +168,41 @@ function controls_read() {
   return problems.length ? null : next;
 }
 
+// Where a control has no such choice it stays as it is.
+function put(name, value) {
+  const control = $(name);
+  const held = control.value;
+  control.value = value;
+  if (control.selectedIndex === -1) control.value = held;
+}
+
+// A popularity makes the ids; ids that are typed count the rows.
 function controls_write(values) {
   for (const name of [...CHOICES, ...COUNTS, "ids"]) {
-    if (values[name] !== undefined) $(name).value = values[name];
+    if (values[name] !== undefined) put(name, values[name]);
   }
-  if (values.popularity) $("ids").value = written(mixed(values.popularity, values.n));
-  else if (values.ids !== undefined) {
-    try {
-      $("n").value = parsed(values.ids).length;
-    } catch {
-      // Said beside the field.
-    }
-  }
+  if (values.popularity) put("ids", written(mixed(values.popularity, values.n)));
+  else if (values.ids !== undefined) put("n", rows_typed(values.ids));
   for (const part of document.querySelectorAll("[data-kernels]")) {
     part.hidden = !part.dataset.kernels.split(" ").includes($("kernel").value);
   }
 }
 
-function changed(event) {
-  const name = event.target.id;
+function rows_typed(text) {
+  try {
+    return parsed(text).length;
+  } catch {
+    return $("n").value; // what is wrong is told beside the field
+  }
+}
+
+function changed({ target: { id: name } }) {
+  const [kind, n] = [$("popularity").value, Number($("n").value)];
+  const sized = $("n").value && $("n").checkValidity();
   if (name === "ids") controls_write({ popularity: "", ids: $("ids").value });
-  else if (name === "n" && !$("n").checkValidity()) ;
-  else if (name === "popularity" || name === "n") {
-    const [kind, n] = [$("popularity").value, Number($("n").value)];
-    if (kind) controls_write({ popularity: kind, n });
-    else if (name === "n") controls_write({ popularity: "", ids: repeated(state.ids, n) });
-  } else controls_write({});
+  else if (kind && sized) controls_write({ popularity: kind, n });
+  else if (name === "n" && sized) controls_write({ popularity: "", ids: repeated(state.ids, n) });
+  else controls_write({});
   update();
 }
 
@@ -221,11 +232,11 @@ function update() {
   moment = Math.max(shown.timeline.moments.length - 1, 0);
   history.replaceState(null, "", address(state));
   for (const button of $("stories").children) {
-    button.setAttribute("aria-pressed", String(button.told === address(state)));
+    button.setAttribute("aria-pressed", String(button.dataset.address === address(state)));
   }
   draw(true);
-  clearTimeout(update.soon);
-  update.soon = setTimeout(() => { $("announcement").textContent = announced(); }, 500);
+  clearTimeout(soon);
+  soon = setTimeout(() => { $("announcement").textContent = announced(); }, 500);
 }
 
 const announced = () =>
@@ -276,6 +287,10 @@ function draw_verdict() {
     lines.push(node("p", {}, `${count(chunks, "chunk")} of K × ${count(f.S, "segment")} = ` +
       `${count(chunks * f.S, "block")}; ${f.device} holds ${number(f.capacity)} at once, so K is split for up to ` +
       `${count(f.split_k_segments, "segment")}.`));
+    if (f.shared_memory > WITHOUT_OPT_IN) {
+      lines.push(node("p", { class: "help" }, `A block takes ${number(f.shared_memory)} bytes of shared memory here. ` +
+        "Punica opts in to more than 48 KiB only after it has asked how many blocks fit; where CUDA then answers none, K is not split and nothing hangs."));
+    }
   } else if (f.blocks) {
     lines.push(node("p", {}, `${count(f.blocks, "block")} of ${f.threads} threads` +
       (f.early_exits ? `, ${number(f.early_exits)} of which find nothing to do` : "") +
@@ -338,7 +353,7 @@ function draw_segments(moving) {
       const from = (row + 0.5) * cell;
       const to = (p + 0.5) * cell;
       came.push(box(row * cell, top, cell - gap, tall, { fill }));
-      if (cell >= 18) came.push(label(from, top + 18, adapter_ids[s], { fill: ink, "text-anchor": "middle", style: `fill:${ink}` }));
+      if (cell >= 18) came.push(label(from, top + 18, adapter_ids[s], { "text-anchor": "middle", style: `fill:${ink}` }));
       threads += `M${from.toFixed(1)} ${top + tall + 2}C${from.toFixed(1)} ${top + tall + apart / 2} ${to.toFixed(1)} ${low - apart / 2} ${to.toFixed(1)} ${low - 2}`;
       const place = shape("g", {}, box(p * cell, low, cell - gap, tall, { fill }),
         cell >= 24 ? label(to, low + 18, row, { "text-anchor": "middle", style: `fill:${ink}` }) : null);
@@ -504,8 +519,7 @@ function draw_time() {
   children.push(label(left, low + 18, others, { class: "quiet" }),
     box(0, top - 2, 0, low - top + 4, { class: "veil", id: "veil" }),
     shape("line", { class: "cursor", id: "cursor", y1: top - 6, y2: low + 2 }));
-  draw_time.x = x;
-  draw_time.right = right;
+  scale = { x, right };
   picture(figure, low + 26, `Thread blocks of ${kernel_name(launch.kernel)} over time: ${$("time-now").textContent}`, ...children);
   const kinds = Object.keys(KINDS).filter((kind) => at.bars.some((bar) => bar.kind === kind));
   $("time-legend").replaceChildren(...kinds.map((kind) => node("li", {},
@@ -517,9 +531,9 @@ function draw_moment() {
   const { timeline: at } = shown;
   const here = at.moments[moment];
   if (!here) return;
-  const x = draw_time.x(here.time);
+  const x = scale.x(here.time);
   $("veil").setAttribute("x", x);
-  $("veil").setAttribute("width", Math.max(0, draw_time.right - x + 2));
+  $("veil").setAttribute("width", Math.max(0, scale.right - x + 2));
   $("cursor").setAttribute("x1", x);
   $("cursor").setAttribute("x2", x);
   $("moment").value = moment;
@@ -579,14 +593,16 @@ function play() {
 
 // --- roofline ---------------------------------------------------------------------------------
 
+const ridge_of = (device) => device.fp16_peak / device.bandwidth;
+
 function draw_roof() {
   const { launch, figures: f } = shown;
   const { device, x_width, k, width: out } = launch;
   const at = (rows, segments) => traffic(rows, segments, x_width, k, out).intensity;
-  const ridge = device.fp16_peak / device.bandwidth;
-  now("roof-now", ({ figures: of }) =>
-    `${significant(of.intensity)} FLOP per byte: at best ${share(of.intensity, DEVICES[of.device].fp16_peak / DEVICES[of.device].bandwidth).replace(/^\d{3,} %/, "100 %")} ` +
-    `of ${of.device}’s peak, ${significant(of.roofline_us)} µs.`);
+  const ridge = ridge_of(device);
+  now("roof-now", ({ figures: of, launch: { device: its } }) =>
+    `${significant(of.intensity)} FLOP per byte: at best ${share(Math.min(of.intensity, ridge_of(its)), ridge_of(its))} ` +
+    `of the peak of ${its.name}, and ${significant(of.roofline_us)} µs.`);
   const figure = $("roof");
   const wide = figure.clientWidth;
   const [left, top, tall, lane] = [78, 12, 220, 24];
@@ -691,7 +707,7 @@ function start() {
   for (const [title, values] of STORIES) {
     const button = node("button", { type: "button", "aria-pressed": "false", click: () => { controls_write(values); update(); } }, title);
     const ids = values.popularity ? mixed(values.popularity, values.n) : parsed(values.ids);
-    button.told = address({ ...in_order({ ...values, n: ids.length, ids }) });
+    button.dataset.address = address(in_order({ ...values, n: ids.length, ids }));
     $("stories").append(button);
   }
   const kept = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));

@@ -322,8 +322,8 @@ def test_a_device_of_ones_own_stands_in_the_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "given"),
     [
-        ("rows of batch", {"batch": []}),
-        ("rows of batch", {"batch": [0] * (MOST_ROWS + 1)}),
+        ("batch", {"batch": []}),
+        ("batch", {"batch": [0] * (MOST_ROWS + 1)}),
         ("batch", {"batch": [10**9]}),
         ("adapter_ids", {"batch": [-2]}),
         ("h_in", {"h_in": 0}),

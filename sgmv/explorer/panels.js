@@ -516,6 +516,7 @@ function draw_time() {
   const rest = launch.device.sms - sms;
   const others = sms < used_sms ? `SMs ${sms} to ${used_sms - 1} are not drawn: they look alike.`
     : rest ? `SMs ${sms} to ${launch.device.sms - 1} are idle.` : "All SMs are drawn.";
+  if (!at.stuck) children.push(label(right, low + 18, `${number(Math.round(at.end))} steps`, { "text-anchor": "end", class: "quiet" }));
   children.push(label(left, low + 18, others, { class: "quiet" }),
     box(0, top - 2, 0, low - top + 4, { class: "veil", id: "veil" }),
     shape("line", { class: "cursor", id: "cursor", y1: top - 6, y2: low + 2 }));

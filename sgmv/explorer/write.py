@@ -60,16 +60,21 @@ def write_html(
     ...     page.name, "http://" in page.read_text().replace("http://www.w3.org/2000/svg", "")
     ('explorer.html', False)
     """
-    widths = {"h_in": h_in, "r": r, "h_out": h_out}
+    widths = {
+        name: check_count(name, value, 1)
+        for name, value in (("h_in", h_in), ("r", r), ("h_out", h_out))
+    }
     for name, value in widths.items():
-        _at_most(name, check_count(name, value, 1), MOST[name])
-    for name, value, known in (("kernel", kernel, KERNELS), ("release", release, RELEASES)):
-        if value not in known:
-            raise ValueRangeError(name, f"one of {known}", repr(value), "choose one of them")
+        if value > MOST[name]:
+            raise ValueRangeError(name, f"at most {MOST[name]}", str(value), "show a smaller one")
+    for name, choice, known in (("kernel", kernel, KERNELS), ("release", release, RELEASES)):
+        if choice not in known:
+            raise ValueRangeError(name, f"one of {known}", repr(choice), "choose one of them")
     ids = row_ids(as_segments(HUNG if batch is None else batch)).tolist()
-    check_count("rows of batch", len(ids), 1)
-    _at_most("rows of batch", len(ids), MOST_ROWS)
-    _at_most("batch", max(ids), MOST_ID)
+    if not 1 <= len(ids) <= MOST_ROWS:
+        raise ValueRangeError("batch", f"1 to {MOST_ROWS} rows", str(len(ids)), "show a part of it")
+    if max(ids) > MOST_ID:
+        raise ValueRangeError("batch", f"ids up to {MOST_ID}", str(max(ids)), "use smaller ids")
     devices = {**DEVICES, device.name: device}
     data = {
         "devices": [asdict(each) for each in devices.values()],
@@ -128,8 +133,3 @@ def _runs(ids: list[int]) -> str:
     """
     counted = [(each, len(list(group))) for each, group in groupby(ids)]
     return ", ".join(str(each) if times == 1 else f"{each}*{times}" for each, times in counted)
-
-
-def _at_most(name: str, value: int, most: int) -> None:
-    if value > most:
-        raise ValueRangeError(name, f"at most {most}", str(value), "show a smaller one")

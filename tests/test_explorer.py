@@ -22,8 +22,9 @@ from reference.workloads import POPULARITIES, popularity
 from sgmv import emulator, layouts
 from sgmv.__main__ import main
 from sgmv.emulator import DEVICES, DeadlockError, Launch
+from sgmv.emulator.punica import RELEASES
 from sgmv.errors import SgmvError
-from sgmv.explorer.write import HUNG, KERNELS, MOST_ROWS, RELEASES, write_html
+from sgmv.explorer.write import HUNG, KERNELS, MOST_ROWS, write_html
 from tests.chromium import FOUND, Page, chromium
 
 pytestmark = pytest.mark.once
@@ -331,6 +332,7 @@ def test_a_device_of_ones_own_stands_in_the_page(tmp_path: Path) -> None:
         ("h_out", {"h_out": 1.5}),
         ("kernel", {"kernel": "half_v_error"}),
         ("release", {"release": "1.2.0"}),
+        ("device", {"device": "A100"}),
     ],
 )
 def test_refusals_come_before_the_file(

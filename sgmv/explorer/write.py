@@ -16,12 +16,12 @@ from typing import Any
 
 from sgmv import emulator
 from sgmv.emulator import A100, DEVICES, Device
-from sgmv.errors import ValueRangeError
+from sgmv.emulator.punica import RELEASES
+from sgmv.errors import DtypeError, ValueRangeError
 from sgmv.layouts.rows import Batch, as_segments, row_ids
 from sgmv.segment import check_count
 
 KERNELS = tuple(name for name in emulator.__all__ if name.endswith(("_shrink", "_expand")))
-RELEASES = ("1.0.0", "1.1.0")
 MOST_ROWS, MOST_ID = 1024, 10**9 - 1
 MOST = {"h_in": 65536, "r": 1024, "h_out": 65536}
 HUNG = [1] * 50 + [0] + [1] * 82  # segments of 1 and 132 rows
@@ -75,6 +75,10 @@ def write_html(
         raise ValueRangeError("batch", f"1 to {MOST_ROWS} rows", str(len(ids)), "show a part of it")
     if max(ids) > MOST_ID:
         raise ValueRangeError("batch", f"ids up to {MOST_ID}", str(max(ids)), "use smaller ids")
+    if not isinstance(device, Device):
+        raise DtypeError(
+            "device", "a Device", type(device).__name__, "pass one of emulator.DEVICES"
+        )
     devices = {**DEVICES, device.name: device}
     data = {
         "devices": [asdict(each) for each in devices.values()],

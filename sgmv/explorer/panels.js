@@ -317,7 +317,7 @@ function why_it_hangs(launch) {
     node("p", {}, "After each step the blocks meet at a barrier of the whole grid, to add up their chunks of K. It opens when ",
       node("b", {}, `all ${blocks_of(launch)} blocks`), " stand at it."),
     node("ul", {}, ...reasons),
-    node("p", {}, "At barrier ", node("b", {}, stuck.barrier), ` ${count(stuck.waiting.length, "block")} wait for ` +
+    node("p", {}, "At barrier ", node("b", {}, stuck.barrier), `, ${count(stuck.waiting.length, "block")} wait for ` +
       `${count(stuck.returned.length, "block")} that returned after barrier ${stuck.barrier - 1}. These never come, nothing on the GPU notices, and the call never ends.`),
     node("p", {}, node("code", {}, told(stuck))),
     node("p", {}, node("button", { type: "button", click: () => { controls_write({ release: "1.1.0" }); update(); $("release").focus(); } },
@@ -334,7 +334,8 @@ function draw_segments(moving) {
   const { n, S, rows, seq_start, adapter_ids } = segments;
   const base = segments.S - shown.launch.work.length;
   const of_segment = (s) => (s < base ? null : s - base);
-  now("segments-now", ({ segments: at }) => `${count(at.n, "row")} in ${count(at.S, "segment")}.`);
+  now("segments-now", ({ segments: at }) =>
+    `${count(at.n, "row")} in ${count(at.S, "segment")}: seq_start = [${written_some(at.seq_start)}].`);
   const figure = $("segments");
   const width = figure.clientWidth;
   const cell = width / n;
@@ -365,15 +366,16 @@ function draw_segments(moving) {
     }
     links.push(shape("path", { d: threads, fill: "none", stroke: fill, "stroke-width": Math.max(0.6, Math.min(2.5, cell / 4)), opacity: 0.65 }));
   }
-  let free = -Infinity;
+  let free = 0;
   for (let s = 0; s <= S; s += 1) {
     const x = seq_start[s] * cell;
-    const wide = 8 * String(seq_start[s]).length + 4;
+    const wide = 8 * String(seq_start[s]).length + 6;
     under.push(line(x, low + tall, x, low + tall + 7, "axis"));
-    if (s === S || (x >= free && x + wide < width - 8 * String(n).length)) {
-      under.push(label(Math.min(Math.max(x, 0), width), low + tall + 20, seq_start[s],
-        { "text-anchor": s === 0 ? "start" : s === S ? "end" : "middle" }));
-      free = x + wide + 4;
+    const from = Math.max(free, x - wide / 2); // a little aside, rather than not at all
+    if (s === S) under.push(label(width, low + tall + 20, n, { "text-anchor": "end" }));
+    else if (from - x < 12 && from + wide < width - 8 * String(n).length) {
+      under.push(label(from, low + tall + 20, seq_start[s]));
+      free = from + wide;
     }
     if (s === S) break;
     const span = (seq_start[s + 1] - seq_start[s]) * cell;
@@ -423,7 +425,7 @@ function draw_tiles() {
       box(x, at, wide, filled_to, { fill: colour(each.s)[0] }));
     if (!small) {
       children.push(label(x + wide / 2, at + tall + 14, `id ${each.id}`, { "text-anchor": "middle", class: "strong" }),
-        label(x + wide / 2, at + tall + 28, `${each.used} of ${tile.rows}`, { "text-anchor": "middle", class: "quiet" }));
+        label(x + wide / 2, at + tall + 28, `${each.used}/${tile.rows}`, { "text-anchor": "middle", class: "quiet" }));
     }
   });
   y += Math.ceil(drawn.length / per_line) * step + (small ? 6 : 0);
@@ -431,14 +433,14 @@ function draw_tiles() {
     children.push(label(0, y + 10, `… and ${count(tiles.length - drawn.length, "more tile", "more tiles")}`, { class: "quiet" }));
     y += 24;
   }
-  const splits = tile.splits > 1 ? ` in ${tile.splits} splits of K` : "";
+  const splits = tile.splits > 1 ? `, ${tile.splits} splits` : "";
   for (const [name, used, slots, pieces] of [
     [`Columns of ${launch.shrinks ? "v" : "y"}: ${number(launch.width)} of ${number(tile.column_slots)}, ${count(tile.columns, "tile")}`, launch.width, tile.column_slots, tile.columns],
-    [`Products of each sum (K): ${number(launch.k)} of ${number(tile.k_slots)}${splits}`, launch.k, tile.k_slots, tile.splits],
+    [`Products per sum (K): ${number(launch.k)} of ${number(tile.k_slots)}${splits}`, launch.k, tile.k_slots, tile.splits],
   ]) {
     children.push(label(0, y + 16, name, { class: "strong" }), box(0, y + 24, width, 18, { class: "room" }),
       box(0, y + 24, width, 18, { class: "waste" }),
-      box(0, y + 24, (width * used) / slots, 18, { class: "read" }));
+      box(0, y + 24, (width * used) / slots, 18, { class: "used" }));
     const pitch_of = width / pieces;
     if (pieces > 1 && pitch_of >= 4) {
       for (let i = 1; i < pieces; i += 1) children.push(line(i * pitch_of, y + 24, i * pitch_of, y + 42, "axis"));
@@ -614,22 +616,22 @@ function draw_roof() {
   const roof = (intensity) => Math.min(device.fp16_peak, intensity * device.bandwidth);
   const children = [];
   for (let power = x0; power <= x1; power += 1) {
-    children.push(line(x(10 ** power), top, x(10 ** power), top + tall + 4 * lane + 8, "grid"),
-      label(x(10 ** power), top + tall + 4 * lane + 24, 10 ** power, { "text-anchor": power === x1 ? "end" : "middle", class: "quiet" }));
+    children.push(line(x(10 ** power), top, x(10 ** power), top + tall + 4 * lane + 16, "grid"),
+      label(x(10 ** power), top + tall + 4 * lane + 32, 10 ** power, { "text-anchor": power === x1 ? "end" : "middle", class: "quiet" }));
   }
   for (const [power, name] of [[10, "10 G"], [12, "1 T"], [14, "100 T"]]) {
     children.push(line(left, y(10 ** power), right, y(10 ** power), "grid"),
       label(left - 6, y(10 ** power) + 4, name, { "text-anchor": "end", class: "quiet" }));
   }
   children.push(
-    label(right, top + tall + 4 * lane + 40, "FLOP per byte", { "text-anchor": "end", class: "quiet" }),
+    label(right, top + tall + 4 * lane + 48, "FLOP per byte", { "text-anchor": "end", class: "quiet" }),
     label(left + 6, top + 10, "FLOP/s", { class: "quiet" }),
     line(x(ridge), y(device.fp16_peak), x(ridge), top + tall, "ridge"),
     label(x(ridge) - 4, top + tall - 6, wide > 500 ? `ridge at ${significant(ridge)}` : significant(ridge), { "text-anchor": "end", class: "quiet" }),
     shape("path", { class: "roofline", d: `M${x(0.1)} ${y(roof(0.1))}L${x(ridge)} ${y(device.fp16_peak)}H${right}` }),
     label(right, y(device.fp16_peak) - 6, `${device.name}: ${significant(device.fp16_peak / 1e12)} TFLOP/s`, { "text-anchor": "end", class: "quiet" }));
   POPULARITIES.forEach((kind, i) => {
-    const level = top + tall + lane * (i + 0.75);
+    const level = top + tall + 8 + lane * (i + 0.75);
     children.push(label(left - 6, level + 4, kind, { "text-anchor": "end", class: state.popularity === kind ? "strong" : "quiet" }));
     const sizes = [1, 2, 4, 8, 16, 32, 64];
     const points = sizes.map((n) => x(at(n, popularity(kind, n).length)));
@@ -642,11 +644,11 @@ function draw_roof() {
   if (f.rows) {
     const [cx, cy] = [x(f.intensity), y(roof(f.intensity))];
     const side = cx > (left + right) / 2 ? ["end", -12] : ["start", 12];
-    children.push(line(cx, cy, cx, top + tall + 4 * lane + 8, "drop"),
+    children.push(line(cx, cy, cx, top + tall + 4 * lane + 16, "drop"),
       shape("circle", { cx: 0, cy: 0, r: 8, class: "here moves", transform: `translate(${cx} ${cy})` }),
       label(cx + side[1], cy + (side[0] === "end" ? -6 : 18), `this batch: ${significant(f.intensity)}`, { "text-anchor": side[0], class: "strong" }));
   }
-  picture(figure, top + tall + 4 * lane + 48, `Roofline of ${device.name}, ridge at ${significant(ridge)} FLOP per byte. This batch: ${significant(f.intensity)}. ` +
+  picture(figure, top + tall + 4 * lane + 56, `Roofline of ${device.name}, ridge at ${significant(ridge)} FLOP per byte. This batch: ${significant(f.intensity)}. ` +
     POPULARITIES.map((kind) => `${kind} with as many rows: ${significant(at(f.rows || 1, popularity(kind, f.rows || 1).length))}`).join(", ") + ".", ...children);
 }
 
@@ -672,11 +674,11 @@ function draw_bytes() {
       label(0, y, `${kernel_name(each.kernel)}${missing}`, { class: each.kernel === launch.kernel ? "strong" : "" }),
       label(width, y, `${bytes(moved)}, ${significant(moved / f.io_bytes || 0)}×`, { "text-anchor": "end", class: each.kernel === launch.kernel ? "strong" : "quiet" }),
       box(0, y + 6, x(each.bytes_read), 16, { class: "read" }),
-      box(x(each.bytes_read), y + 6, x(each.bytes_written), 16, { class: "written" }));
+      box(x(each.bytes_read), y + 6, x(each.bytes_written), 16, { class: "written" }),
+      line(x(f.io_bytes), y + 3, x(f.io_bytes), y + 25, "once"));
   });
   const low = 20 + 46 * all.length;
-  children.push(line(x(f.io_bytes), 22, x(f.io_bytes), low - 14, "once"),
-    label(Math.min(x(f.io_bytes), width - 150), low, `once: ${bytes(f.io_bytes)}`, { class: "quiet" }),
+  children.push(label(Math.min(x(f.io_bytes), width - 260), low, `once: ${bytes(f.io_bytes)}`, { class: "quiet" }),
     box(width - 128, low - 9, 12, 10, { class: "read" }), label(width - 112, low, "read", { class: "quiet" }),
     box(width - 72, low - 9, 12, 10, { class: "written" }), label(width - 56, low, "written", { class: "quiet" }));
   picture(figure, low + 8, all.map((each) => `${kernel_name(each.kernel)}: ${bytes(each.bytes_read)} read, ${bytes(each.bytes_written)} written`).join("; ") +

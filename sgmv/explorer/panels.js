@@ -252,11 +252,10 @@ function draw(moving) {
   draw_figures();
 }
 
-// A panel's sentence on this batch, and on the one before where it read otherwise.
-function now(id, tell) {
-  const text = tell(shown);
-  const last = before ? tell(before) : text;
-  $(id).replaceChildren(text, ...(last === text ? [] : [node("span", { class: "before" }, ` Before: ${last}`)]));
+// A panel's sentence on this batch; the gist of it for the batch before, where that was another.
+function now(id, gist, rest = () => "") {
+  const last = before && gist(before) !== gist(shown) ? ` Before: ${gist(before)}.` : "";
+  $(id).replaceChildren(`${gist(shown)}${rest(shown)}.`, node("span", { class: "before" }, last));
 }
 
 // --- verdict ----------------------------------------------------------------------------------
@@ -334,8 +333,8 @@ function draw_segments(moving) {
   const { n, S, rows, seq_start, adapter_ids } = segments;
   const base = segments.S - shown.launch.work.length;
   const of_segment = (s) => (s < base ? null : s - base);
-  now("segments-now", ({ segments: at }) =>
-    `${count(at.n, "row")} in ${count(at.S, "segment")}: seq_start = [${written_some(at.seq_start)}].`);
+  now("segments-now", ({ segments: at }) => `${count(at.n, "row")} in ${count(at.S, "segment")}`,
+    ({ segments: at }) => `: seq_start = [${written_some(at.seq_start)}]`);
   const figure = $("segments");
   const width = figure.clientWidth;
   const cell = width / n;
@@ -384,11 +383,11 @@ function draw_segments(moving) {
     if (name) under.push(label(x + span / 2, low + tall + 38, name, { "text-anchor": "middle", class: "strong" }));
   }
   const told_rows = `${n} rows sorted into ${S} segments. seq_start: ${written_some(seq_start)}.`;
-  picture(figure, low + tall + 46, told_rows,
+  picture(figure, low + tall + 66, told_rows,
     label(0, 12, cell >= 18 ? "x, rows as they came: adapter id of each" : "x, rows as they came", { class: "quiet" }),
     ...came, ...links,
-    label(0, low - 5, cell >= 24 ? "sorted: row of x at each position" : "sorted", { class: "quiet halo" }),
-    ...sorted, ...under);
+    ...sorted, ...under,
+    label(0, low + tall + 58, `sorted${cell >= 24 ? ": row of x at each position" : ""}; below it seq_start, and the segments`, { class: "quiet" }));
   $("segments-table").replaceChildren(table(["segment", "adapter", "rows", "offsets"], range(S).map((s) => [
     node("span", {}, chip(of_segment(s)), String(s)), adapter(adapter_ids[s]),
     seq_start[s + 1] - seq_start[s], `${seq_start[s]}:${seq_start[s + 1]}`])));
@@ -402,9 +401,9 @@ const written_some = (values, largest = 16) =>
 function draw_tiles() {
   const { launch, figures: f } = shown;
   const { tile } = launch;
-  now("tiles-now", ({ figures: at, launch: of }) =>
-    `${share(at.useful_lanes, at.lanes)} of the lanes are useful: ${number(at.rows)} of ${number(at.row_slots)} rows × ` +
-    `${number(of.width)} of ${number(of.tile.column_slots)} columns × ${number(of.k)} of ${number(of.tile.k_slots)} products.`);
+  now("tiles-now", ({ figures: at }) => `${share(at.useful_lanes, at.lanes)} of the lanes are useful`,
+    ({ figures: at, launch: of }) => `: ${number(at.rows)} of ${number(at.row_slots)} rows × ` +
+      `${number(of.width)} of ${number(of.tile.column_slots)} columns × ${number(of.k)} of ${number(of.tile.k_slots)} products`);
   const figure = $("tiles");
   const width = figure.clientWidth;
   const children = [];
@@ -443,7 +442,7 @@ function draw_tiles() {
       box(0, y + 24, (width * used) / slots, 18, { class: "used" }));
     const pitch_of = width / pieces;
     if (pieces > 1 && pitch_of >= 4) {
-      for (let i = 1; i < pieces; i += 1) children.push(line(i * pitch_of, y + 24, i * pitch_of, y + 42, "axis"));
+      for (let i = 1; i < pieces; i += 1) children.push(line(i * pitch_of, y + 24, i * pitch_of, y + 42, "cut"));
     }
     y += 54;
   }
@@ -470,10 +469,9 @@ function draw_time() {
     ? "Each line is one thread block on its SM. An upright line is a grid barrier: it opens when every block of the grid stands at it."
     : "Each line is a place for one block on an SM. Blocks that find no place wait for the next wave.";
   now("time-now", ({ figures: of, timeline: line_of }) => (line_of.stuck
-    ? `${count(of.blocks, "block")}; stuck at barrier ${line_of.stuck.barrier} of ${of.barriers}.`
-    : `${count(of.blocks, "block")} in ${count(of.waves, "wave")}` +
-      (of.cooperative ? `, ${count(of.barriers, "barrier")}` : "") +
-      `; ${Math.min(of.blocks, DEVICES[of.device].sms)} of ${DEVICES[of.device].sms} SMs at work.`));
+    ? `${count(of.blocks, "block")}, stuck at barrier ${line_of.stuck.barrier} of ${of.barriers}`
+    : `${count(of.blocks, "block")} in ${count(of.waves, "wave")}${of.cooperative ? `, ${count(of.barriers, "barrier")}` : ""}`),
+  ({ figures: of, launch: { device } }) => `, on ${Math.min(of.blocks, device.sms)} of ${device.sms} SMs`);
   const figure = $("time");
   const slider = $("moment");
   slider.max = Math.max(at.moments.length - 1, 0);
@@ -486,9 +484,9 @@ function draw_time() {
   }
   const used_sms = Math.min(launch.device.sms, f.blocks);
   const per_sm = Math.ceil(Math.min(at.places, f.blocks) / launch.device.sms);
-  const sms = Math.min(used_sms, Math.max(4, Math.floor(132 / per_sm)));
+  const sms = Math.min(used_sms, Math.max(4, Math.floor(108 / per_sm)));
   const tall = Math.max(3, Math.min(14, Math.floor(400 / (sms * per_sm))));
-  const gap = tall > 4 ? 1 : 0;
+  const gap = tall > 3 ? 1 : 0;
   const [left, top] = [52, 22];
   const right = figure.clientWidth - 8;
   const x = (time) => left + ((right - left) * time) / at.end;
@@ -516,7 +514,7 @@ function draw_time() {
   }
   if (at.stuck) children.push(label(right, 12, "∞", { "text-anchor": "end", class: "alarm" }));
   const rest = launch.device.sms - sms;
-  const others = sms < used_sms ? `SMs ${sms} to ${used_sms - 1} are not drawn: they look alike.`
+  const others = sms < used_sms ? `SMs ${sms} to ${used_sms - 1} are not drawn: they fare alike.`
     : rest ? `SMs ${sms} to ${launch.device.sms - 1} are idle.` : "All SMs are drawn.";
   if (!at.stuck) children.push(label(right, low + 18, `${number(Math.round(at.end))} steps`, { "text-anchor": "end", class: "quiet" }));
   children.push(label(left, low + 18, others, { class: "quiet" }),
@@ -566,6 +564,7 @@ function moment_told(here) {
     return `Nothing moves any more. ${count(here.waiting, "block")} wait at barrier ${here.barrier} for ${number(here.returned)} that will not come.`;
   }
   const { running, ended, to_come } = progress(at, f.blocks, here.time);
+  if (ended === f.blocks) return `All ${number(ended)} blocks are done.`;
   return `${count(running, "block")} in ${count(at.places, "place")}, ${number(ended)} done, ${number(to_come)} yet to find a place.` +
     (launch.kernel === "punica_cutlass_expand" ? ` ${f.early_exits ? `${f.early_exits} blocks had no tile to take.` : "Each walks from tile to tile."}` : "");
 }
@@ -596,16 +595,14 @@ function play() {
 
 // --- roofline ---------------------------------------------------------------------------------
 
-const ridge_of = (device) => device.fp16_peak / device.bandwidth;
-
 function draw_roof() {
   const { launch, figures: f } = shown;
   const { device, x_width, k, width: out } = launch;
   const at = (rows, segments) => traffic(rows, segments, x_width, k, out).intensity;
-  const ridge = ridge_of(device);
-  now("roof-now", ({ figures: of, launch: { device: its } }) =>
-    `${significant(of.intensity)} FLOP per byte: at best ${share(Math.min(of.intensity, ridge_of(its)), ridge_of(its))} ` +
-    `of the peak of ${its.name}, and ${significant(of.roofline_us)} µs.`);
+  const ridge = device.fp16_peak / device.bandwidth;
+  now("roof-now", ({ figures: of }) => `${significant(of.intensity)} FLOP per byte`,
+    ({ figures: of, launch: { device: its } }) => `: at best ${share(Math.min(of.intensity, ridge), ridge)} ` +
+      `of the peak of ${its.name}, and at least ${significant(of.roofline_us)} µs`);
   const figure = $("roof");
   const wide = figure.clientWidth;
   const [left, top, tall, lane] = [78, 12, 220, 24];
@@ -658,9 +655,8 @@ function draw_bytes() {
   const { segments, values, launch, figures: f } = shown;
   const all = Object.keys(KERNELS).map((kernel) => KERNELS[kernel](segments, values))
     .filter((each) => each.shrinks === launch.shrinks);
-  now("bytes-now", ({ figures: of }) =>
-    `${kernel_name(of.kernel)} asks for ${bytes(of.bytes_read)} and writes ${bytes(of.bytes_written)}: ` +
-    `${significant((of.bytes_read + of.bytes_written) / of.io_bytes || 0)} times every operand once.`);
+  now("bytes-now", ({ figures: of }) => `${kernel_name(of.kernel)}: ${bytes(of.bytes_read)} read, ${bytes(of.bytes_written)} written`,
+    ({ figures: of }) => `, ${significant((of.bytes_read + of.bytes_written) / of.io_bytes || 0)} times every operand once`);
   const figure = $("bytes");
   const width = figure.clientWidth;
   const largest = most([f.io_bytes, ...all.map((each) => each.bytes_read + each.bytes_written)]);

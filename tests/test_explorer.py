@@ -450,6 +450,23 @@ def test_what_is_typed_wrong_is_told_and_changes_nothing(explorer: Page) -> None
 
 
 @needs_chromium
+@pytest.mark.parametrize("still", [False, True])
+def test_rows_move_unless_the_reader_wants_no_motion(explorer: Page, still: bool) -> None:
+    explorer.view(1280, still=still)
+    choose(explorer, "ids", "2, 0, -1, 2, 0")
+    moving = explorer.evaluate("document.getAnimations().length")
+    assert moving == (0 if still else 5 + 1)  # the rows, and the point under the roof
+
+
+@needs_chromium
+def test_every_panel_tells_what_changed(explorer: Page) -> None:
+    choose(explorer, "popularity", "distinct")
+    panels = explorer.evaluate("[...document.querySelectorAll('.now')].map((p) => p.innerText)")
+    assert len(panels) == 5
+    assert all("Before: " in panel for panel in panels)
+
+
+@needs_chromium
 def test_an_address_brings_the_batch_back(explorer: Page) -> None:
     choose(explorer, "popularity", "uniform")
     choose(explorer, "n", 30)

@@ -247,7 +247,7 @@ function draw(moving) {
   draw_segments(moving);
   draw_tiles();
   draw_time();
-  draw_roof();
+  draw_roof(moving);
   draw_bytes();
   draw_figures();
 }
@@ -294,7 +294,9 @@ function draw_verdict() {
     lines.push(node("p", {}, `${count(f.blocks, "block")} of ${f.threads} threads` +
       (f.early_exits ? `, ${number(f.early_exits)} of which find nothing to do` : "") +
       `; ${f.device} holds ${number(f.capacity)} at once: ${count(f.waves, "wave")}.` +
-      (f.deterministic ? "" : " Atomic additions come in any order: the last bits differ from run to run.")));
+      (f.deterministic ? "" : " Atomic additions come in any order: the last bits differ from run to run.") +
+      (launch.kernel.startsWith("vllm") && shown.values.max_loras > state.max_loras
+        ? ` max_loras is taken to be ${shown.values.max_loras}, as the batch names so many adapters.` : "")));
   }
   $("verdict").className = `verdict ${tone}`;
   $("verdict-title").textContent = title;
@@ -387,7 +389,7 @@ function draw_segments(moving) {
     label(0, 12, cell >= 18 ? "x, rows as they came: adapter id of each" : "x, rows as they came", { class: "quiet" }),
     ...came, ...links,
     ...sorted, ...under,
-    label(0, low + tall + 58, `sorted${cell >= 24 ? ": row of x at each position" : ""}; below it seq_start, and the segments`, { class: "quiet" }));
+    label(0, low + tall + 58, `sorted${cell >= 24 && width > 500 ? ": row of x at each position" : ""}; below it seq_start, and the segments`, { class: "quiet" }));
   $("segments-table").replaceChildren(table(["segment", "adapter", "rows", "offsets"], range(S).map((s) => [
     node("span", {}, chip(of_segment(s)), String(s)), adapter(adapter_ids[s]),
     seq_start[s + 1] - seq_start[s], `${seq_start[s]}:${seq_start[s + 1]}`])));
@@ -595,7 +597,7 @@ function play() {
 
 // --- roofline ---------------------------------------------------------------------------------
 
-function draw_roof() {
+function draw_roof(moving) {
   const { launch, figures: f } = shown;
   const { device, x_width, k, width: out } = launch;
   const at = (rows, segments) => traffic(rows, segments, x_width, k, out).intensity;
@@ -640,9 +642,15 @@ function draw_roof() {
   });
   if (f.rows) {
     const [cx, cy] = [x(f.intensity), y(roof(f.intensity))];
+    const point = shape("circle", { cx, cy, r: 8, class: "here" });
+    if (moving && before?.figures.rows && !still()) {
+      const last = before.figures.intensity;
+      point.animate([{ transform: `translate(${x(last) - cx}px, ${y(roof(last)) - cy}px)` }, { transform: "none" }],
+        { duration: 600, easing: "ease-in-out" });
+    }
     const side = cx > (left + right) / 2 ? ["end", -12] : ["start", 12];
     children.push(line(cx, cy, cx, top + tall + 4 * lane + 16, "drop"),
-      shape("circle", { cx: 0, cy: 0, r: 8, class: "here moves", transform: `translate(${cx} ${cy})` }),
+      point,
       label(cx + side[1], cy + (side[0] === "end" ? -6 : 18), `this batch: ${significant(f.intensity)}`, { "text-anchor": side[0], class: "strong" }));
   }
   picture(figure, top + tall + 4 * lane + 56, `Roofline of ${device.name}, ridge at ${significant(ridge)} FLOP per byte. This batch: ${significant(f.intensity)}. ` +

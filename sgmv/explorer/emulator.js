@@ -647,7 +647,8 @@ function with_barriers(launch, blocks, places) {
         add("work", i, s, time, arrived);
         busy += 1;
       } else {
-        add("wait", i, s, time, arrived);
+        const since = steps[s] < barrier - 1 ? time - ADD : time; // the last barrier, or its own sums
+        add("wait", i, s, since, arrived);
       }
     }
     moments.push({ time: arrived, kind: "arrive", barrier, here: here.length, ended, busy, blocks });

@@ -430,6 +430,22 @@ def test_every_story_runs_and_says_what_it_promises(explorer: Page) -> None:
 
 
 @needs_chromium
+def test_no_kernel_no_block_no_adapter_are_told(explorer: Page) -> None:
+    choose(explorer, "r", 17)
+    assert "There is no such kernel." in text(explorer, "verdict")
+    assert "rank 17: there are kernels for (16, 32, 64, 96, 128)" in text(explorer, "verdict")
+    choose(explorer, "r", 16)
+    choose(explorer, "ids", "-1*4")
+    assert "Nothing is launched" in text(explorer, "verdict")
+    assert "nothing to draw" in text(explorer, "moment-text")
+    choose(explorer, "ids", "0*300")
+    choose(explorer, "kernel", "sglang_csgmv_shrink")
+    choose(explorer, "max_lora_chunk_size", 128)
+    choose(explorer, "device", "L4")
+    assert "do not fit an SM of L4" in text(explorer, "verdict")
+
+
+@needs_chromium
 def test_what_is_typed_wrong_is_told_and_changes_nothing(explorer: Page) -> None:
     before = explorer.evaluate("shown.figures")
     for name, value, told in (

@@ -264,6 +264,9 @@ function verdict({ launch, figures: f }) {
   if (launch.unsupported.length) return ["fails", "There is no such kernel."];
   if (f.deadlock) return ["fails", "This launch hangs."];
   if (!f.blocks) return ["runs", "Nothing is launched: no row has an adapter."];
+  if (!f.capacity && launch.estimated) {
+    return ["warns", `Tiles of this size do not fit an SM of ${f.device}; Triton may need less.`];
+  }
   if (!f.capacity) return ["fails", `No block fits an SM of ${f.device}.`];
   if (f.race) return ["warns", "This launch runs, with a race."];
   if (f.faults.length) return ["fails", "This launch runs, and goes wrong."];
@@ -279,8 +282,10 @@ function draw_verdict() {
   const story = STORIES[[...$("stories").children].findIndex((b) => b.getAttribute("aria-pressed") === "true")];
   const lines = [];
   if (story) lines.push(node("p", {}, story[2]));
-  if (f.deadlock) lines.push(...why_it_hangs(launch));
-  else if (f.faults.length) lines.push(node("ul", {}, ...f.faults.map((fault) => node("li", {}, fault))));
+  if (launch.unsupported.length) {
+    lines.push(listed(launch.unsupported), node("p", {}, "The panels show what it would be if there were."));
+  } else if (f.deadlock) lines.push(...why_it_hangs(launch));
+  else if (f.faults.length) lines.push(listed(f.faults));
   if (launch.kernel === "punica_sgmv_shrink" && f.blocks && !launch.unsupported.length) {
     const chunks = ceil_div(launch.k, CHUNK);
     lines.push(node("p", {}, `${count(chunks, "chunk")} of K × ${count(f.S, "segment")} = ` +
@@ -290,7 +295,7 @@ function draw_verdict() {
       lines.push(node("p", { class: "help" }, `A block takes ${number(f.shared_memory)} bytes of shared memory here. ` +
         "Punica opts in to more than 48 KiB only after it has asked how many blocks fit; where CUDA then answers none, K is not split and nothing hangs."));
     }
-  } else if (f.blocks) {
+  } else if (f.blocks && f.capacity && !launch.unsupported.length) {
     lines.push(node("p", {}, `${count(f.blocks, "block")} of ${f.threads} threads` +
       (f.early_exits ? `, ${number(f.early_exits)} of which find nothing to do` : "") +
       `; ${f.device} holds ${number(f.capacity)} at once: ${count(f.waves, "wave")}.` +
@@ -303,14 +308,16 @@ function draw_verdict() {
   $("verdict-body").replaceChildren(...lines);
 }
 
+const listed = (texts) => node("ul", {}, ...texts.map((text) => node("li", {}, text)));
+
 function why_it_hangs(launch) {
   const stuck = deadlock(launch);
   const by_barriers = new Map();
   launch.work.forEach((w, s) => by_barriers.set(w.barriers, [...(by_barriers.get(w.barriers) ?? []), s]));
   const reasons = [...by_barriers].sort(([a], [b]) => a - b).map(([barriers, members]) => {
     const few = members.slice(0, 4).map((s) => node("span", {}, chip(s), `${adapter(launch.work[s].adapter_id)}, ${count(launch.work[s].rows, "row")}`));
-    const listed = few.flatMap((each, i) => (i ? ["; ", each] : [each]));
-    return node("li", {}, ...listed, members.length > 4 ? `; and ${members.length - 4} more` : "",
+    const named = few.flatMap((each, i) => (i ? ["; ", each] : [each]));
+    return node("li", {}, ...named, members.length > 4 ? `; and ${members.length - 4} more` : "",
       `: ${count(barriers, "step")} of ${STEP_ROWS} rows, so ${members.length === 1 ? "its" : "each one’s"} blocks come to the barrier `,
       node("b", {}, barriers === 1 ? "once" : `${barriers} times`), ".");
   });
@@ -486,7 +493,7 @@ function draw_time() {
   }
   const used_sms = Math.min(launch.device.sms, f.blocks);
   const per_sm = Math.ceil(Math.min(at.places, f.blocks) / launch.device.sms);
-  const sms = Math.min(used_sms, Math.max(4, Math.floor(108 / per_sm)));
+  const sms = Math.min(used_sms, Math.max(4, Math.floor(96 / per_sm)));
   const tall = Math.max(3, Math.min(14, Math.floor(400 / (sms * per_sm))));
   const gap = tall > 3 ? 1 : 0;
   const [left, top] = [52, 22];
@@ -516,9 +523,9 @@ function draw_time() {
   }
   if (at.stuck) children.push(label(right, 12, "∞", { "text-anchor": "end", class: "alarm" }));
   const rest = launch.device.sms - sms;
-  const others = sms < used_sms ? `SMs ${sms} to ${used_sms - 1} are not drawn: they fare alike.`
+  const others = sms < used_sms ? `SMs ${sms} to ${used_sms - 1} are not drawn.`
     : rest ? `SMs ${sms} to ${launch.device.sms - 1} are idle.` : "All SMs are drawn.";
-  if (!at.stuck) children.push(label(right, low + 18, `${number(Math.round(at.end))} steps`, { "text-anchor": "end", class: "quiet" }));
+  if (!at.stuck) children.push(label(right, low + 18, count(Math.ceil(at.end), "step"), { "text-anchor": "end", class: "quiet" }));
   children.push(label(left, low + 18, others, { class: "quiet" }),
     box(0, top - 2, 0, low - top + 4, { class: "veil", id: "veil" }),
     shape("line", { class: "cursor", id: "cursor", y1: top - 6, y2: low + 2 }));
@@ -701,10 +708,16 @@ function draw_layouts() {
   $("layouts").replaceChildren(table(["engine", "field", "type", "bytes", "values"], lines));
 }
 
+function value_told(value) {
+  if (Array.isArray(value)) return `[${written_some(value)}]`;
+  if (typeof value !== "number") return value;
+  return Number.isInteger(value) ? number(value) : significant(value);
+}
+
 function draw_figures() {
   $("figures").replaceChildren(table(["figure", "value"], Object.entries(shown.figures).map(([name, value]) => [
     node("code", {}, name),
-    Array.isArray(value) ? `[${written_some(value)}]` : typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(4) : value])));
+value_told(value)])));
 }
 
 // --- start ------------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "sgmv" / "explorer"
-SCRIPT = (FOLDER / "emulator.js").read_text()
+SCRIPT = "".join(
+    (FOLDER / f"{name}.js").read_text() for name in ("emulator", "timeline", "layouts")
+)
 NODE = shutil.which("node")
 NO_CHROMIUM = "no Chromium on the path: apt-get install chromium"
 needs_chromium = pytest.mark.skipif(FOUND is None, reason=NO_CHROMIUM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import webbrowser
 from collections.abc import Callable
@@ -112,21 +113,20 @@ def _run(given: argparse.Namespace) -> str:
 def _page(data: dict[str, Any]) -> str:
     """The template with all that it names put in its place."""
     folder = files("sgmv.explorer")
-    page = (folder / "page.html").read_text(encoding="utf-8")
-    style, *scripts = (
-        (folder / name).read_text(encoding="utf-8")
-        for name in ("style.css", "emulator.js", "panels.js")
-    )
-    script = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
-    for place, content in (
-        ('<link rel="stylesheet" href="style.css">', f"<style>\n{style}</style>"),
-        ('<script type="application/json" id="data"></script>',
-         f'<script type="application/json" id="data">{script}</script>'),
-        ('<script src="emulator.js"></script>', f"<script>\n{scripts[0]}</script>"),
-        ('<script src="panels.js"></script>', f"<script>\n{scripts[1]}</script>"),
-    ):  # fmt: skip
-        page = page.replace(place, content)
-    return page
+
+    def read(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    def style(found: re.Match[str]) -> str:
+        return f"<style>\n{read(found[1])}</style>"
+
+    def script(found: re.Match[str]) -> str:
+        return f"<script>\n{read(found[1])}</script>"
+
+    page = re.sub(r'<link rel="stylesheet" href="(.+?)">', style, read("page.html"))
+    page = re.sub(r'<script src="(.+?)"></script>', script, page)
+    told = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
+    return page.replace(' id="data">', f' id="data">{told}', 1)
 
 
 def _runs(ids: list[int]) -> str:

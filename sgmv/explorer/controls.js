@@ -66,32 +66,38 @@ const STORIES = [
   [
     "Five rows",
     FIVE_ROWS,
-    "Five rows, two adapters, one row of the base model alone. Punica knows no base-only rows: they stay out of its launch.",
+    "Five rows, two adapters, one row of the base model alone. " +
+      "Punica knows no base-only rows: they stay out of its launch.",
   ],
   [
     "Why [1, 132] hung",
     { ...FIVE_ROWS, ids: "1*50, 0, 1*82", release: "1.0.0" },
-    "Segments of 1 and 132 rows, in Punica before 1.1.0. Step through the blocks’ time line below, and watch barrier 2.",
+    "Segments of 1 and 132 rows, in Punica before 1.1.0. " +
+      "Step through the blocks’ time line below, and watch barrier 2.",
   ],
   [
     "…and its fix",
     { ...FIVE_ROWS, ids: "1*50, 0, 1*82", release: "1.1.0" },
-    "Since 1.1.0 every block passes as many barriers as the longest segment needs. A block whose rows are done comes to them with empty hands.",
+    "Since 1.1.0 every block passes as many barriers as the longest segment needs. " +
+      "A block whose rows are done comes to them with empty hands.",
   ],
   [
     "The split-K cliff",
     { ...FIVE_ROWS, popularity: "distinct", n: 28 },
-    "With 27 segments all chunks of K fit the A100 at once. The 28th makes the launch drop its split of K: one block per segment now sums all 4,096 products, and most SMs stand idle.",
+    "With 27 segments all chunks of K fit the A100 at once. The 28th makes the launch drop " +
+      "its split of K: one block per segment now sums all 4,096 products, and most SMs stand idle.",
   ],
   [
     "A race on tmp",
     { ...FIVE_ROWS, popularity: "identical", n: 130 },
-    "Beyond 64 rows a block takes several steps. It may write its next partial sums to tmp while another still reads the last ones.",
+    "Beyond 64 rows a block takes several steps. " +
+      "It may write its next partial sums to tmp while another still reads the last ones.",
   ],
   [
     "Blocks with nothing to do",
     { ...FIVE_ROWS, popularity: "skewed", n: 64, kernel: "vllm_v1_shrink", max_loras: 16 },
-    "vLLM lays out the grid for the worst case, as if each slot might hold all rows, and lets the surplus blocks leave at once. At 4,096 products 48 of its 64 splits of K multiply zeros.",
+    "vLLM lays out the grid for the worst case, as if each slot might hold all rows, and " +
+      "lets the surplus blocks leave at once. At 4,096 products 48 of its 64 splits of K multiply zeros.",
   ],
   [
     "Why distinct hurts",
@@ -114,7 +120,8 @@ function controls_read() {
     next[name] = Number(input.value);
     if (!input.value || !input.checkValidity()) {
       problems.push(
-        `${name}: expected a whole number from ${input.min} to ${number(Number(input.max))}, got “${input.value}”.`,
+        `${name}: expected a whole number from ${input.min} to ${number(Number(input.max))}, ` +
+          `got “${input.value}”.`,
       );
     }
     input.setAttribute("aria-invalid", String(!input.checkValidity() || !input.value));
@@ -204,7 +211,8 @@ function update() {
 }
 
 const announced = () =>
-  `${$("verdict-title").textContent} ${share(shown.figures.useful_lanes, shown.figures.lanes)} of the lanes are useful.`;
+  `${$("verdict-title").textContent} ` +
+  `${share(shown.figures.useful_lanes, shown.figures.lanes)} of the lanes are useful.`;
 
 function draw(moving) {
   draw_verdict();
@@ -213,6 +221,7 @@ function draw(moving) {
   draw_time();
   draw_roof(moving);
   draw_bytes();
+  draw_layouts();
   draw_figures();
 }
 

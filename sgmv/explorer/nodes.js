@@ -44,7 +44,21 @@ function filled_in(element, attributes, children) {
 const box = (x, y, width, height, attributes = {}) =>
   shape("rect", { x, y, width: Math.max(width, 0), height: Math.max(height, 0), ...attributes });
 const line = (x1, y1, x2, y2, kind) => shape("line", { x1, y1, x2, y2, class: kind });
-const label = (x, y, text, attributes = {}) => shape("text", { x, y, ...attributes }, String(text));
+const label = (x, y, text, kind = "", anchor = "start", ink = null) =>
+  shape(
+    "text",
+    { x, y, class: kind, "text-anchor": anchor, style: ink && `fill:${ink}` },
+    String(text),
+  );
+
+// Lets a shape come from so far away, unless the reader wants no motion.
+function moves_from(element, x, y) {
+  if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+  element.animate([{ transform: `translate(${x}px, ${y}px)` }, { transform: "none" }], {
+    duration: 600,
+    easing: "ease-in-out",
+  });
+}
 
 // An image of this size that says in words what it shows.
 function picture(figure, height, told, ...children) {

@@ -1,4 +1,4 @@
-// Panels: each draws one view of `shown`, the batch and launch of the controls, and says what to see.
+// Panels: each draws one view of `shown`, the batch and launch of the controls, and says what it is.
 "use strict";
 
 // A panel's sentence on this batch; the gist of it for the batch before, where that was another.
@@ -46,7 +46,8 @@ function draw_verdict() {
         "p",
         {},
         `${count(chunks, "chunk")} of K × ${count(f.S, "segment")} = ` +
-          `${count(chunks * f.S, "block")}; ${f.device} holds ${number(f.capacity)} at once, so K is split for up to ` +
+          `${count(chunks * f.S, "block")}; ${f.device} holds ${number(f.capacity)} at once, ` +
+          `so K is split for up to ` +
           `${count(f.split_k_segments, "segment")}.`,
       ),
     );
@@ -56,7 +57,8 @@ function draw_verdict() {
           "p",
           { class: "help" },
           `A block takes ${number(f.shared_memory)} bytes of shared memory here. ` +
-            "Punica opts in to more than 48 KiB only after it has asked how many blocks fit; where CUDA then answers none, K is not split and nothing hangs.",
+            "Punica opts in to more than 48 KiB only after it has asked how many blocks fit; " +
+            "where CUDA then answers none, K is not split and nothing hangs.",
         ),
       );
     }
@@ -109,7 +111,8 @@ function why_it_hangs(launch) {
         {},
         ...named,
         members.length > 4 ? `; and ${members.length - 4} more` : "",
-        `: ${count(barriers, "step")} of ${STEP_ROWS} rows, so ${members.length === 1 ? "its" : "each one’s"} blocks come to the barrier `,
+        `: ${count(barriers, "step")} of ${STEP_ROWS} rows, so `,
+        `${members.length === 1 ? "its" : "each one’s"} blocks come to the barrier `,
         node("b", {}, barriers === 1 ? "once" : `${barriers} times`),
         ".",
       );
@@ -118,7 +121,8 @@ function why_it_hangs(launch) {
     node(
       "p",
       {},
-      "After each step the blocks meet at a barrier of the whole grid, to add up their chunks of K. It opens when ",
+      "After each step the blocks meet at a barrier of the whole grid, to add up their chunks of K. " +
+        "It opens when ",
       node("b", {}, `all ${blocks_of(launch)} blocks`),
       " stand at it.",
     ),
@@ -129,7 +133,8 @@ function why_it_hangs(launch) {
       "At barrier ",
       node("b", {}, stuck.barrier),
       `, ${count(stuck.waiting.length, "block")} wait for ` +
-        `${count(stuck.returned.length, "block")} that returned after barrier ${stuck.barrier - 1}. These never come, nothing on the GPU notices, and the call never ends.`,
+        `${count(stuck.returned.length, "block")} that returned after barrier ${stuck.barrier - 1}. ` +
+        "These never come, nothing on the GPU notices, and the call never ends.",
     ),
     node("p", {}, node("code", {}, told(stuck))),
     node(
@@ -153,124 +158,100 @@ function why_it_hangs(launch) {
 
 // --- rows into segments -----------------------------------------------------------------------
 
-const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+const STRIP = { top: 20, tall: 26, low: 98 }; // the rows as they came, and where the sorted ones are
 
 function draw_segments(moving) {
-  const { segments } = shown;
-  const { n, S, rows, seq_start, adapter_ids } = segments;
-  const base = segments.S - shown.launch.work.length;
-  const of_segment = (s) => (s < base ? null : s - base);
+  const { segments, launch } = shown;
+  const { n, S, seq_start, adapter_ids } = segments;
+  const bases = S - launch.work.length; // segments without an adapter: none, or the first
   now(
     "segments-now",
     ({ segments: at }) => `${count(at.n, "row")} in ${count(at.S, "segment")}`,
     ({ segments: at }) => `: seq_start = [${written_some(at.seq_start)}]`,
   );
   const figure = $("segments");
-  const width = figure.clientWidth;
-  const cell = width / n;
-  const gap = cell > 6 ? 1 : 0;
-  const [top, tall, apart] = [20, 26, 52];
-  const low = top + tall + apart;
-  const came = [];
-  const links = [];
-  const sorted = [];
-  const under = [];
-  for (let s = 0; s < S; s += 1) {
-    const [fill, ink] = colour(of_segment(s));
-    let threads = "";
-    for (let p = seq_start[s]; p < seq_start[s + 1]; p += 1) {
-      const row = rows[p];
-      const from = (row + 0.5) * cell;
-      const to = (p + 0.5) * cell;
-      came.push(box(row * cell, top, cell - gap, tall, { fill }));
-      if (cell >= 18)
-        came.push(
-          label(from, top + 18, adapter_ids[s], { "text-anchor": "middle", style: `fill:${ink}` }),
-        );
-      threads += `M${from.toFixed(1)} ${top + tall + 2}C${from.toFixed(1)} ${top + tall + apart / 2} ${to.toFixed(1)} ${low - apart / 2} ${to.toFixed(1)} ${low - 2}`;
-      const place = shape(
-        "g",
-        {},
-        box(p * cell, low, cell - gap, tall, { fill }),
-        cell >= 24
-          ? label(to, low + 18, row, { "text-anchor": "middle", style: `fill:${ink}` })
-          : null,
-      );
-      if (moving && n <= 256 && !still()) {
-        place.animate(
-          [
-            { transform: `translate(${(row - p) * cell}px, ${-(tall + apart)}px)` },
-            { transform: "none" },
-          ],
-          { duration: 600, easing: "ease-in-out" },
-        );
-      }
-      sorted.push(place);
-    }
-    links.push(
-      shape("path", {
-        d: threads,
-        fill: "none",
-        stroke: fill,
-        "stroke-width": Math.max(0.6, Math.min(2.5, cell / 4)),
-        opacity: 0.65,
-      }),
-    );
-  }
-  let free = 0;
-  for (let s = 0; s <= S; s += 1) {
-    const x = seq_start[s] * cell;
-    const wide = 8 * String(seq_start[s]).length + 6;
-    under.push(line(x, low + tall, x, low + tall + 7, "axis"));
-    const from = Math.max(free, x - wide / 2); // a little aside, rather than not at all
-    if (s === S) under.push(label(width, low + tall + 20, n, { "text-anchor": "end" }));
-    else if (from - x < 12 && from + wide < width - 8 * String(n).length) {
-      under.push(label(from, low + tall + 20, seq_start[s]));
-      free = from + wide;
-    }
-    if (s === S) break;
-    const span = (seq_start[s + 1] - seq_start[s]) * cell;
-    const names = [
-      `${adapter(adapter_ids[s])}, ${count(seq_start[s + 1] - seq_start[s], "row")}`,
-      adapter(adapter_ids[s]),
-      `${adapter_ids[s]}`,
-    ];
-    const name = names.find((text) => text.length * 6.6 + 6 < span);
-    if (name)
-      under.push(
-        label(x + span / 2, low + tall + 38, name, { "text-anchor": "middle", class: "strong" }),
-      );
-  }
-  const told_rows = `${n} rows sorted into ${S} segments. seq_start: ${written_some(seq_start)}.`;
+  const cell = figure.clientWidth / n;
+  const places = range(S).map((s) => (s < bases ? null : s - bases));
+  const parts = range(S).map((s) => segment_drawn(segments, s, cell, places[s], moving));
   picture(
     figure,
-    low + tall + 66,
-    told_rows,
-    label(0, 12, cell >= 18 ? "x, rows as they came: adapter id of each" : "x, rows as they came", {
-      class: "quiet",
-    }),
-    ...came,
-    ...links,
-    ...sorted,
-    ...under,
-    label(
-      0,
-      low + tall + 58,
-      `sorted${cell >= 24 && width > 500 ? ": row of x at each position" : ""}; below it seq_start, and the segments`,
-      { class: "quiet" },
-    ),
+    STRIP.low + STRIP.tall + 66,
+    `${n} rows sorted into ${S} segments. seq_start: ${written_some(seq_start)}.`,
+    label(0, 12, `x, rows as they came${cell >= 18 ? ": adapter id of each" : ""}`, "quiet"),
+    ...parts.map(({ links }) => links),
+    ...parts.flatMap(({ cells }) => cells),
+    ...under_segments(segments, cell, figure.clientWidth),
   );
+  const rows_of = (s) => seq_start[s + 1] - seq_start[s];
   $("segments-table").replaceChildren(
     table(
       ["segment", "adapter", "rows", "offsets"],
       range(S).map((s) => [
-        node("span", {}, chip(of_segment(s)), String(s)),
+        node("span", {}, chip(places[s]), String(s)),
         adapter(adapter_ids[s]),
-        seq_start[s + 1] - seq_start[s],
+        rows_of(s),
         `${seq_start[s]}:${seq_start[s + 1]}`,
       ]),
     ),
   );
+}
+
+// One segment's rows where they came, where they are sorted to, and the links between.
+function segment_drawn({ n, rows, seq_start, adapter_ids }, s, cell, place, moving) {
+  const { top, tall, low } = STRIP;
+  const [fill, ink] = colour(place);
+  const cells = [];
+  let links = "";
+  for (let p = seq_start[s]; p < seq_start[s + 1]; p += 1) {
+    const row = rows[p];
+    const square = (at, y, text) =>
+      shape(
+        "g",
+        {},
+        box(at * cell, y, cell - (cell > 6 ? 1 : 0), tall, { fill }),
+        text === null ? null : label((at + 0.5) * cell, y + 18, text, "", "middle", ink),
+      );
+    const sorted = square(p, low, cell >= 24 ? row : null);
+    if (moving && n <= 256) moves_from(sorted, (row - p) * cell, top - low);
+    cells.push(square(row, top, cell >= 18 ? adapter_ids[s] : null), sorted);
+    links += curve((row + 0.5) * cell, top + tall + 2, (p + 0.5) * cell, low - 2);
+  }
+  const width = Math.max(0.6, Math.min(2.5, cell / 4));
+  const path = { d: links, fill: "none", stroke: fill, "stroke-width": width, opacity: 0.65 };
+  return { cells, links: shape("path", path) };
+}
+
+function curve(x, y, to_x, to_y) {
+  const half = (y + to_y) / 2;
+  const [from, to] = [x.toFixed(1), to_x.toFixed(1)];
+  return `M${from} ${y}C${from} ${half} ${to} ${half} ${to} ${to_y}`;
+}
+
+// seq_start, as many of it as there is room for, and the segments' names.
+function under_segments({ n, S, seq_start, adapter_ids }, cell, width) {
+  const y = STRIP.low + STRIP.tall;
+  const drawn = [label(width, y + 20, n, "", "end")];
+  let free = 0;
+  for (let s = 0; s < S; s += 1) {
+    const [x, rows] = [seq_start[s] * cell, seq_start[s + 1] - seq_start[s]];
+    const wide = 8 * String(seq_start[s]).length + 6;
+    const from = Math.max(free, x - wide / 2); // a little aside, rather than not at all
+    drawn.push(line(x, y, x, y + 7, "axis"));
+    if (from - x < 12 && from + wide < width - 8 * String(n).length) {
+      drawn.push(label(from, y + 20, seq_start[s]));
+      free = from + wide;
+    }
+    const name = adapter(adapter_ids[s]);
+    const fits = (text) => text.length * 6.6 + 6 < rows * cell;
+    const text = [`${name}, ${count(rows, "row")}`, name, `${adapter_ids[s]}`].find(fits);
+    if (text) drawn.push(label(x + (rows * cell) / 2, y + 38, text, "strong", "middle"));
+  }
+  const of_rows = cell >= 24 && width > 500 ? ": row of x at each position" : "";
+  drawn.push(
+    line(width, y, width, y + 7, "axis"),
+    label(0, y + 58, `sorted${of_rows}; below it seq_start, and the segments`, "quiet"),
+  );
+  return drawn;
 }
 
 // --- tiles ------------------------------------------------------------------------------------
@@ -283,245 +264,206 @@ function draw_tiles() {
     ({ figures: at }) => `${share(at.useful_lanes, at.lanes)} of the lanes are useful`,
     ({ figures: at, launch: of }) =>
       `: ${number(at.rows)} of ${number(at.row_slots)} rows × ` +
-      `${number(of.width)} of ${number(of.tile.column_slots)} columns × ${number(of.k)} of ${number(of.tile.k_slots)} products`,
+      `${number(of.width)} of ${number(of.tile.column_slots)} columns × ` +
+      `${number(of.k)} of ${number(of.tile.k_slots)} products`,
   );
   const figure = $("tiles");
   const width = figure.clientWidth;
-  const children = [];
-  const tiles = launch.work.flatMap((w, s) =>
-    range(w.row_slots / tile.rows).map((i) => ({
+  const tiles = launch.work.flatMap(({ rows, row_slots, adapter_id }, s) =>
+    range(row_slots / tile.rows).map((i) => ({
       s,
-      id: w.adapter_id,
-      used: Math.min(tile.rows, w.rows - i * tile.rows),
+      adapter_id,
+      used: Math.min(tile.rows, rows - i * tile.rows),
     })),
   );
-  const small = tile.rows === 1;
-  const [wide, tall, pitch, step] = small ? [12, 12, 15, 16] : [46, 52, 54, 88];
-  const per_line = Math.max(1, Math.floor((width + 4) / pitch));
-  const drawn = tiles.slice(0, per_line * (small ? 10 : 4));
-  children.push(
+  const drawn = [
     label(
       0,
       14,
       `Rows: ${count(tiles.length, "tile")} of ${count(tile.rows, "row")}, ` +
         `${number(f.rows)} of ${number(f.row_slots)} places taken`,
-      { class: "strong" },
+      "strong",
     ),
-  );
-  let y = 26;
-  drawn.forEach((each, i) => {
-    const x = (i % per_line) * pitch;
-    const at = y + Math.floor(i / per_line) * step;
-    const filled_to = Math.max(1.5, (tall * each.used) / tile.rows);
-    children.push(
-      box(x, at, wide, tall, { class: "room" }),
-      box(x, at, wide, tall, { class: "waste" }),
-      box(x, at, wide, filled_to, { fill: colour(each.s)[0] }),
-    );
-    if (!small) {
-      children.push(
-        label(x + wide / 2, at + tall + 14, `id ${each.id}`, {
-          "text-anchor": "middle",
-          class: "strong",
-        }),
-        label(x + wide / 2, at + tall + 28, `${each.used}/${tile.rows}`, {
-          "text-anchor": "middle",
-          class: "quiet",
-        }),
-      );
-    }
-  });
-  y += Math.ceil(drawn.length / per_line) * step + (small ? 6 : 0);
-  if (drawn.length < tiles.length) {
-    children.push(
-      label(0, y + 10, `… and ${count(tiles.length - drawn.length, "more tile", "more tiles")}`, {
-        class: "quiet",
-      }),
-    );
-    y += 24;
-  }
-  const splits = tile.splits > 1 ? `, ${tile.splits} splits` : "";
-  for (const [name, used, slots, pieces] of [
-    [
-      `Columns of ${launch.shrinks ? "v" : "y"}: ${number(launch.width)} of ${number(tile.column_slots)}, ${count(tile.columns, "tile")}`,
-      launch.width,
-      tile.column_slots,
-      tile.columns,
-    ],
-    [
-      `Products per sum (K): ${number(launch.k)} of ${number(tile.k_slots)}${splits}`,
-      launch.k,
-      tile.k_slots,
-      tile.splits,
-    ],
+  ];
+  let y = 26 + row_tiles(tiles, tile.rows, width, 26, drawn);
+  const columns = `Columns of ${launch.shrinks ? "v" : "y"}: ${number(launch.width)}`;
+  const products = `Products per sum (K): ${number(launch.k)}`;
+  for (const [name, used, slots, pieces, word] of [
+    [columns, launch.width, tile.column_slots, tile.columns, "tile"],
+    [products, launch.k, tile.k_slots, tile.splits, "split"],
   ]) {
-    children.push(
-      label(0, y + 16, name, { class: "strong" }),
-      box(0, y + 24, width, 18, { class: "room" }),
-      box(0, y + 24, width, 18, { class: "waste" }),
-      box(0, y + 24, (width * used) / slots, 18, { class: "used" }),
-    );
-    const pitch_of = width / pieces;
-    if (pieces > 1 && pitch_of >= 4) {
-      for (let i = 1; i < pieces; i += 1)
-        children.push(line(i * pitch_of, y + 24, i * pitch_of, y + 42, "cut"));
+    const text = `${name} of ${number(slots)}${pieces > 1 ? `, ${count(pieces, word)}` : ""}`;
+    drawn.push(label(0, y + 16, text, "strong"), ...room(0, y + 24, width, 18));
+    drawn.push(box(0, y + 24, (width * used) / slots, 18, { class: "used" }));
+    const apart = width / pieces;
+    for (let i = 1; i < pieces && apart >= 4; i += 1) {
+      drawn.push(line(i * apart, y + 24, i * apart, y + 42, "cut"));
     }
     y += 54;
   }
   if (f.early_exits) {
-    children.push(
-      label(
-        0,
-        y + 14,
-        `${number(f.early_exits)} of ${count(f.blocks, "block")} hold no tile: they leave at once`,
-        { class: "quiet" },
-      ),
-    );
+    const leave = `${number(f.early_exits)} of ${count(f.blocks, "block")} hold no tile`;
+    drawn.push(label(0, y + 14, `${leave}: they leave at once`, "quiet"));
     y += 24;
   }
+  const told_lanes = `${share(f.useful_lanes, f.lanes)} of all lanes are useful.`;
   picture(
     figure,
     y,
-    `${tiles.length} tiles of ${tile.rows} rows hold ${f.rows} rows; ${share(f.useful_lanes, f.lanes)} of all lanes are useful.`,
-    ...children,
+    `${tiles.length} tiles of ${tile.rows} rows hold ${f.rows} rows; ${told_lanes}`,
+    ...drawn,
   );
+}
+
+const room = (x, y, wide, tall) =>
+  ["room", "waste"].map((kind) => box(x, y, wide, tall, { class: kind }));
+
+// Tiles side by side, filled from above as far as they hold rows; returns the height they take.
+function row_tiles(tiles, rows, width, top, drawn) {
+  const small = rows === 1;
+  const [wide, tall, pitch, step, lines] = small ? [12, 12, 15, 16, 10] : [46, 52, 54, 88, 4];
+  const per_line = Math.max(1, Math.floor((width + 4) / pitch));
+  const first = tiles.slice(0, per_line * lines);
+  first.forEach(({ s, adapter_id, used }, i) => {
+    const x = (i % per_line) * pitch;
+    const y = top + Math.floor(i / per_line) * step;
+    const fill = colour(s)[0];
+    drawn.push(
+      ...room(x, y, wide, tall),
+      box(x, y, wide, Math.max(1.5, (tall * used) / rows), { fill }),
+    );
+    if (small) return;
+    drawn.push(
+      label(x + wide / 2, y + tall + 14, `id ${adapter_id}`, "strong", "middle"),
+      label(x + wide / 2, y + tall + 28, `${used}/${rows}`, "quiet", "middle"),
+    );
+  });
+  const height = Math.ceil(first.length / per_line) * step + (small ? 6 : 0);
+  if (first.length === tiles.length) return height;
+  const more = `… and ${count(tiles.length - first.length, "more tile")}`;
+  drawn.push(label(0, top + height + 10, more, "quiet"));
+  return height + 24;
 }
 
 // --- roofline ---------------------------------------------------------------------------------
 
+const SIZES = [1, 2, 4, 8, 16, 32, 64]; // of the batches in Punica's figure
+const POWERS = { x: [-1, 3], y: [10, 15.3] }; // of ten: FLOP per byte, FLOP per second
+
 function draw_roof(moving) {
   const { launch, figures: f } = shown;
-  const { device, x_width, k, width: out } = launch;
-  const at = (rows, segments) => traffic(rows, segments, x_width, k, out).intensity;
+  const { device } = launch;
   const ridge = device.fp16_peak / device.bandwidth;
   now(
     "roof-now",
     ({ figures: of }) => `${significant(of.intensity)} FLOP per byte`,
-    ({ figures: of, launch: { device: its } }) =>
+    ({ figures: of }) =>
       `: at best ${share(Math.min(of.intensity, ridge), ridge)} ` +
-      `of the peak of ${its.name}, and at least ${significant(of.roofline_us)} µs`,
+      `of the peak of ${device.name}, and at least ${significant(of.roofline_us)} µs`,
   );
   const figure = $("roof");
-  const wide = figure.clientWidth;
-  const [left, top, tall, lane] = [78, 12, 220, 24];
-  const right = wide - 10;
-  const [x0, x1, y0, y1] = [-1, 3, 10, 15.3]; // powers of ten
-  const x = (value) => left + ((Math.log10(value) - x0) / (x1 - x0)) * (right - left);
-  const y = (value) => top + tall - ((Math.log10(value) - y0) / (y1 - y0)) * tall;
-  const roof = (intensity) => Math.min(device.fp16_peak, intensity * device.bandwidth);
-  const children = [];
-  for (let power = x0; power <= x1; power += 1) {
-    children.push(
-      line(x(10 ** power), top, x(10 ** power), top + tall + 4 * lane + 16, "grid"),
-      label(x(10 ** power), top + tall + 4 * lane + 32, 10 ** power, {
-        "text-anchor": power === x1 ? "end" : "middle",
-        class: "quiet",
-      }),
+  const [left, right, top, floor, lane] = [78, figure.clientWidth - 10, 12, 232, 24];
+  const between = (value, [low, high]) => (Math.log10(value) - low) / (high - low);
+  const plot = {
+    left, right, top, floor, lane,
+    low: floor + POPULARITIES.length * lane + 16,
+    x: (value) => left + between(value, POWERS.x) * (right - left),
+    y: (value) => floor - between(value, POWERS.y) * (floor - top),
+    roof: (intensity) => Math.min(device.fp16_peak, intensity * device.bandwidth),
+  }; // prettier-ignore
+  const intensity = (kind, rows) => {
+    const segments = popularity(kind, rows).length;
+    return traffic(rows, segments, launch.x_width, launch.k, launch.width).intensity;
+  };
+  const alike = (kind) => `${kind} with as many rows: ${significant(intensity(kind, f.rows || 1))}`;
+  picture(
+    figure,
+    plot.low + 40,
+    `Roofline of ${device.name}, ridge at ${significant(ridge)} FLOP per byte. ` +
+      `This batch: ${significant(f.intensity)}. ${POPULARITIES.map(alike).join(", ")}.`,
+    ...roof_axes(plot),
+    ...roof_itself(plot, device, ridge),
+    ...POPULARITIES.flatMap((kind, i) => popularity_drawn(plot, kind, i, intensity, f.rows || 1)),
+    ...(f.rows ? batch_drawn(plot, f.intensity, moving) : []),
+  );
+}
+
+function roof_axes({ left, right, top, low, x, y }) {
+  const drawn = [
+    label(right, low + 32, "FLOP per byte", "quiet", "end"),
+    label(left + 6, top + 10, "FLOP/s", "quiet"),
+  ];
+  for (const value of [0.1, 1, 10, 100, 1000]) {
+    const anchor = value === 1000 ? "end" : "middle";
+    drawn.push(
+      line(x(value), top, x(value), low, "grid"),
+      label(x(value), low + 16, value, "quiet", anchor),
     );
   }
-  for (const [power, name] of [
-    [10, "10 G"],
-    [12, "1 T"],
-    [14, "100 T"],
+  for (const [value, name] of [
+    [1e10, "10 G"],
+    [1e12, "1 T"],
+    [1e14, "100 T"],
   ]) {
-    children.push(
-      line(left, y(10 ** power), right, y(10 ** power), "grid"),
-      label(left - 6, y(10 ** power) + 4, name, { "text-anchor": "end", class: "quiet" }),
+    drawn.push(
+      line(left, y(value), right, y(value), "grid"),
+      label(left - 6, y(value) + 4, name, "quiet", "end"),
     );
   }
-  children.push(
-    label(right, top + tall + 4 * lane + 48, "FLOP per byte", {
-      "text-anchor": "end",
-      class: "quiet",
-    }),
-    label(left + 6, top + 10, "FLOP/s", { class: "quiet" }),
-    line(x(ridge), y(device.fp16_peak), x(ridge), top + tall, "ridge"),
-    label(
-      x(ridge) - 4,
-      top + tall - 6,
-      wide > 500 ? `ridge at ${significant(ridge)}` : significant(ridge),
-      { "text-anchor": "end", class: "quiet" },
-    ),
+  return drawn;
+}
+
+function roof_itself({ right, floor, x, y, roof }, device, ridge) {
+  const peak = y(device.fp16_peak);
+  const name = right > 500 ? `ridge at ${significant(ridge)}` : significant(ridge);
+  return [
+    line(x(ridge), peak, x(ridge), floor, "ridge"),
+    label(x(ridge) - 4, floor - 6, name, "quiet", "end"),
     shape("path", {
       class: "roofline",
-      d: `M${x(0.1)} ${y(roof(0.1))}L${x(ridge)} ${y(device.fp16_peak)}H${right}`,
+      d: `M${x(0.1)} ${y(roof(0.1))}L${x(ridge)} ${peak}H${right}`,
     }),
     label(
       right,
-      y(device.fp16_peak) - 6,
+      peak - 6,
       `${device.name}: ${significant(device.fp16_peak / 1e12)} TFLOP/s`,
-      { "text-anchor": "end", class: "quiet" },
+      "quiet",
+      "end",
     ),
-  );
-  POPULARITIES.forEach((kind, i) => {
-    const level = top + tall + 8 + lane * (i + 0.75);
-    children.push(
-      label(left - 6, level + 4, kind, {
-        "text-anchor": "end",
-        class: state.popularity === kind ? "strong" : "quiet",
-      }),
-    );
-    const sizes = [1, 2, 4, 8, 16, 32, 64];
-    const points = sizes.map((n) => x(at(n, popularity(kind, n).length)));
-    children.push(line(points[0], level, points[points.length - 1], level, "axis"));
-    points.forEach((cx) => children.push(shape("circle", { cx, cy: level, r: 3, class: "dot" })));
-    const here = x(at(f.rows || 1, popularity(kind, f.rows || 1).length));
-    children.push(
-      shape(
-        "circle",
-        { cx: here, cy: level, r: 5, class: "dot at" },
-        shape(
-          "title",
-          {},
-          `${kind}, ${f.rows} rows: ${significant(at(f.rows || 1, popularity(kind, f.rows || 1).length))} FLOP per byte`,
-        ),
-      ),
-    );
-  });
-  if (f.rows) {
-    const [cx, cy] = [x(f.intensity), y(roof(f.intensity))];
-    const point = shape("circle", { cx, cy, r: 8, class: "here" });
-    if (moving && before?.figures.rows && !still()) {
-      const last = before.figures.intensity;
-      point.animate(
-        [
-          { transform: `translate(${x(last) - cx}px, ${y(roof(last)) - cy}px)` },
-          { transform: "none" },
-        ],
-        { duration: 600, easing: "ease-in-out" },
-      );
-    }
-    const side = cx > (left + right) / 2 ? ["end", -12] : ["start", 12];
-    children.push(
-      line(cx, cy, cx, top + tall + 4 * lane + 16, "drop"),
-      point,
-      label(
-        cx + side[1],
-        cy + (side[0] === "end" ? -6 : 18),
-        `this batch: ${significant(f.intensity)}`,
-        { "text-anchor": side[0], class: "strong" },
-      ),
-    );
-  }
-  picture(
-    figure,
-    top + tall + 4 * lane + 56,
-    `Roofline of ${device.name}, ridge at ${significant(ridge)} FLOP per byte. This batch: ${significant(f.intensity)}. ` +
-      POPULARITIES.map(
-        (kind) =>
-          `${kind} with as many rows: ${significant(at(f.rows || 1, popularity(kind, f.rows || 1).length))}`,
-      ).join(", ") +
-      ".",
-    ...children,
-  );
+  ];
+}
+
+// A lane under the plot: batches of Punica's sizes, and one of this batch's rows.
+function popularity_drawn({ left, floor, lane, x }, kind, i, intensity, rows) {
+  const y = floor + 8 + lane * (i + 0.75);
+  const points = SIZES.map((n) => x(intensity(kind, n)));
+  return [
+    label(left - 6, y + 4, kind, state.popularity === kind ? "strong" : "quiet", "end"),
+    line(points[0], y, points[points.length - 1], y, "axis"),
+    ...points.map((cx) => shape("circle", { cx, cy: y, r: 3, class: "dot" })),
+    shape("circle", { cx: x(intensity(kind, rows)), cy: y, r: 5, class: "dot at" }),
+  ];
+}
+
+function batch_drawn({ left, right, low, x, y, roof }, intensity, moving) {
+  const [cx, cy] = [x(intensity), y(roof(intensity))];
+  const point = shape("circle", { cx, cy, r: 8, class: "here" });
+  const last = before?.figures.intensity;
+  if (moving && last) moves_from(point, x(last) - cx, y(roof(last)) - cy);
+  const text = `this batch: ${significant(intensity)}`;
+  const named =
+    cx > (left + right) / 2
+      ? label(cx - 12, cy - 6, text, "strong", "end")
+      : label(cx + 12, cy + 18, text, "strong");
+  return [line(cx, cy, cx, low, "drop"), point, named];
 }
 
 // --- bytes ------------------------------------------------------------------------------------
 
 function draw_bytes() {
   const { segments, values, launch, figures: f } = shown;
-  const all = Object.keys(KERNELS)
-    .map((kernel) => KERNELS[kernel](segments, values))
+  const alike = Object.values(KERNELS)
+    .map((kernel) => kernel(segments, values))
     .filter((each) => each.shrinks === launch.shrinks);
   now(
     "bytes-now",
@@ -532,57 +474,41 @@ function draw_bytes() {
   );
   const figure = $("bytes");
   const width = figure.clientWidth;
-  const largest = most([f.io_bytes, ...all.map((each) => each.bytes_read + each.bytes_written)]);
+  const largest = most([f.io_bytes, ...alike.map((each) => each.bytes_read + each.bytes_written)]);
   const x = (value) => (largest ? (width * value) / largest : 0);
-  const children = [];
-  all.forEach((each, i) => {
+  const drawn = alike.flatMap((each, i) => {
     const y = 20 + 46 * i;
     const moved = each.bytes_read + each.bytes_written;
     const missing = each.unsupported.length ? " (no such kernel)" : "";
-    children.push(
-      label(0, y, `${kernel_name(each.kernel)}${missing}`, {
-        class: each.kernel === launch.kernel ? "strong" : "",
-      }),
-      label(width, y, `${bytes(moved)}, ${significant(moved / f.io_bytes || 0)}×`, {
-        "text-anchor": "end",
-        class: each.kernel === launch.kernel ? "strong" : "quiet",
-      }),
+    const chosen = each.kernel === launch.kernel;
+    const times = `${bytes(moved)}, ${significant(moved / f.io_bytes || 0)}×`;
+    return [
+      label(0, y, `${kernel_name(each.kernel)}${missing}`, chosen ? "strong" : ""),
+      label(width, y, times, chosen ? "strong" : "quiet", "end"),
       box(0, y + 6, x(each.bytes_read), 16, { class: "read" }),
       box(x(each.bytes_read), y + 6, x(each.bytes_written), 16, { class: "written" }),
       line(x(f.io_bytes), y + 3, x(f.io_bytes), y + 25, "once"),
-    );
+    ];
   });
-  const low = 20 + 46 * all.length;
-  children.push(
-    label(Math.min(x(f.io_bytes), width - 260), low, `once: ${bytes(f.io_bytes)}`, {
-      class: "quiet",
-    }),
-    box(width - 128, low - 9, 12, 10, { class: "read" }),
-    label(width - 112, low, "read", { class: "quiet" }),
-    box(width - 72, low - 9, 12, 10, { class: "written" }),
-    label(width - 56, low, "written", { class: "quiet" }),
-  );
+  const low = 20 + 46 * alike.length;
+  const told_bytes = (each) =>
+    `${kernel_name(each.kernel)}: ${bytes(each.bytes_read)} read, ${bytes(each.bytes_written)} written`;
   picture(
     figure,
     low + 8,
-    all
-      .map(
-        (each) =>
-          `${kernel_name(each.kernel)}: ${bytes(each.bytes_read)} read, ${bytes(each.bytes_written)} written`,
-      )
-      .join("; ") + `. Every operand once: ${bytes(f.io_bytes)}.`,
-    ...children,
+    `${alike.map(told_bytes).join("; ")}. Every operand once: ${bytes(f.io_bytes)}.`,
+    ...drawn,
+    label(Math.min(x(f.io_bytes), width - 260), low, `once: ${bytes(f.io_bytes)}`, "quiet"),
+    box(width - 128, low - 9, 12, 10, { class: "read" }),
+    label(width - 112, low, "read", "quiet"),
+    box(width - 72, low - 9, 12, 10, { class: "written" }),
+    label(width - 56, low, "written", "quiet"),
   );
-  draw_layouts();
 }
 
 const ENGINES = {
-  sgmv: "sgmv Segments",
-  punica: "Punica",
-  vllm_v1: "vLLM V1",
-  sglang: "SGLang csgmv",
-  lorax: "LoRAX",
-};
+  sgmv: "sgmv Segments", punica: "Punica", vllm_v1: "vLLM V1", sglang: "SGLang csgmv", lorax: "LoRAX",
+}; // prettier-ignore
 
 function draw_layouts() {
   const { segments, values } = shown;
@@ -598,6 +524,8 @@ function draw_layouts() {
   $("layouts").replaceChildren(table(["engine", "field", "type", "bytes", "values"], lines));
 }
 
+// --- figures ----------------------------------------------------------------------------------
+
 function value_told(value) {
   if (Array.isArray(value)) return `[${written_some(value)}]`;
   if (typeof value !== "number") return value;
@@ -605,13 +533,11 @@ function value_told(value) {
 }
 
 function draw_figures() {
+  const lines = Object.entries(shown.figures);
   $("figures").replaceChildren(
     table(
       ["figure", "value"],
-      Object.entries(shown.figures).map(([name, value]) => [
-        node("code", {}, name),
-        value_told(value),
-      ]),
+      lines.map(([name, value]) => [node("code", {}, name), value_told(value)]),
     ),
   );
 }

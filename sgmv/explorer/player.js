@@ -13,119 +13,124 @@ const KINDS = {
   stuck: ["waits for ever", () => ({ fill: "url(#stuck)" })],
 };
 
+const MOST_PLACES = 96; // of blocks that are drawn, one below the other
+
 function draw_time() {
   const { launch, figures: f, timeline: at } = shown;
   $("time-look").textContent = launch.cooperative
-    ? "Each line is one thread block on its SM. An upright line is a grid barrier: it opens when every block of the grid stands at it."
-    : "Each line is a place for one block on an SM. Blocks that find no place wait for the next wave.";
-  now(
-    "time-now",
-    ({ figures: of, timeline: line_of }) =>
-      line_of.stuck
-        ? `${count(of.blocks, "block")}, stuck at barrier ${line_of.stuck.barrier} of ${of.barriers}`
-        : `${count(of.blocks, "block")} in ${count(of.waves, "wave")}${of.cooperative ? `, ${count(of.barriers, "barrier")}` : ""}`,
-    ({ figures: of, launch: { device } }) =>
-      `, on ${Math.min(of.blocks, device.sms)} of ${device.sms} SMs`,
-  );
-  const figure = $("time");
-  const slider = $("moment");
-  slider.max = Math.max(at.moments.length - 1, 0);
-  for (const id of ["first", "back", "next", "play", "moment"])
+    ? "Each line is one thread block on its SM. " +
+      "An upright line is a grid barrier: it opens when every block of the grid stands at it."
+    : "Each line is a place for one block on an SM. Blocks that find none wait for the next wave.";
+  now("time-now", fate, ({ figures: of, launch: { device } }) => {
+    const used = Math.min(of.blocks, device.sms);
+    return `, on ${used} of ${device.sms} SMs`;
+  });
+  $("moment").max = Math.max(at.moments.length - 1, 0);
+  for (const id of ["first", "back", "next", "play", "moment"]) {
     $(id).disabled = at.moments.length < 2;
+  }
   if (!at.bars.length) {
-    figure.replaceChildren();
+    $("time").replaceChildren();
     $("time-legend").replaceChildren();
     $("moment-text").textContent = f.blocks
       ? "No block fits an SM, so nothing is drawn."
       : "No blocks, nothing to draw.";
     return;
   }
-  const used_sms = Math.min(launch.device.sms, f.blocks);
-  const per_sm = Math.ceil(Math.min(at.places, f.blocks) / launch.device.sms);
-  const sms = Math.min(used_sms, Math.max(4, Math.floor(96 / per_sm)));
-  const tall = Math.max(3, Math.min(14, Math.floor(400 / (sms * per_sm))));
-  const gap = tall > 3 ? 1 : 0;
-  const [left, top] = [52, 22];
-  const right = figure.clientWidth - 8;
-  const x = (time) => left + ((right - left) * time) / at.end;
-  const y = (place) =>
-    top + ((place % launch.device.sms) * per_sm + Math.floor(place / launch.device.sms)) * tall;
-  const low = top + sms * per_sm * tall;
-  const paths = new Map();
-  for (const bar of at.bars) {
-    if (bar.place % launch.device.sms >= sms) continue;
-    const key = `${bar.kind} ${bar.kind === "work" || bar.kind === "add" ? bar.s % COLOURS.length : ""}`;
-    const [from, to] = [x(bar.start), x(bar.end)];
-    const wide = Math.max(0.5, to - from - (to - from > 3 ? 1 : 0));
-    const path = paths.get(key) ?? { kind: bar.kind, s: bar.s, d: "" };
-    path.d += `M${from.toFixed(1)} ${y(bar.place)}h${wide.toFixed(1)}v${tall - gap}h${(-wide).toFixed(1)}z`;
-    paths.set(key, path);
-  }
-  const children = [...paths.values()].map(({ kind, s, d }) =>
-    shape("path", { d, ...KINDS[kind][1](s) }),
-  );
-  const every = Math.max(1, Math.ceil(16 / (per_sm * tall)));
-  for (let sm = 0; sm < sms; sm += every) {
-    children.push(
-      label(left - 6, y(sm) + Math.min(per_sm * tall, 14) - 3, `SM ${sm}`, {
-        "text-anchor": "end",
-        class: "quiet",
-      }),
-    );
-  }
-  for (const { kind, time, barrier, ended } of at.moments) {
-    if (kind !== "arrive") continue;
-    children.push(
-      line(x(time), top - 4, x(time), low, ended ? "barrier shut" : "barrier"),
-      label(x(time), 12, figure.clientWidth > 500 ? `barrier ${barrier}` : barrier, {
-        "text-anchor": "middle",
-        class: ended ? "alarm" : "quiet",
-      }),
-    );
-  }
-  if (at.stuck) children.push(label(right, 12, "∞", { "text-anchor": "end", class: "alarm" }));
-  const rest = launch.device.sms - sms;
-  const others =
-    sms < used_sms
-      ? `SMs ${sms} to ${used_sms - 1} are not drawn.`
-      : rest
-        ? `SMs ${sms} to ${launch.device.sms - 1} are idle.`
-        : "All SMs are drawn.";
-  if (!at.stuck)
-    children.push(
-      label(right, low + 18, count(Math.ceil(at.end), "step"), {
-        "text-anchor": "end",
-        class: "quiet",
-      }),
-    );
-  children.push(
-    label(left, low + 18, others, { class: "quiet" }),
+  const plot = time_plot(launch, f, at);
+  const { left, right, top, low } = plot;
+  scale = plot;
+  picture(
+    $("time"),
+    low + 26,
+    `Thread blocks of ${kernel_name(launch.kernel)} over time: ${$("time-now").textContent}`,
+    ...bars_drawn(plot, at.bars),
+    ...time_axes(plot, at),
+    label(left, low + 18, plot.others, "quiet"),
+    at.stuck
+      ? label(right, 12, "∞", "alarm", "end")
+      : label(right, low + 18, count(Math.ceil(at.end), "step"), "quiet", "end"),
     box(0, top - 2, 0, low - top + 4, { class: "veil", id: "veil" }),
     shape("line", { class: "cursor", id: "cursor", y1: top - 6, y2: low + 2 }),
   );
-  scale = { x, right };
-  picture(
-    figure,
-    low + 26,
-    `Thread blocks of ${kernel_name(launch.kernel)} over time: ${$("time-now").textContent}`,
-    ...children,
-  );
   const kinds = Object.keys(KINDS).filter((kind) => at.bars.some((bar) => bar.kind === kind));
-  $("time-legend").replaceChildren(
-    ...kinds.map((kind) =>
-      node(
-        "li",
-        {},
-        shape(
-          "svg",
-          { viewBox: "0 0 18 12", "aria-hidden": "true" },
-          box(0, 0, 18, 12, KINDS[kind][1](0)),
-        ),
-        KINDS[kind][0],
-      ),
-    ),
-  );
+  $("time-legend").replaceChildren(...kinds.map(legend));
   draw_moment();
+}
+
+function fate({ figures: f, timeline: { stuck } }) {
+  if (stuck)
+    return `${count(f.blocks, "block")}, stuck at barrier ${stuck.barrier} of ${f.barriers}`;
+  const barriers = f.cooperative ? `, ${count(f.barriers, "barrier")}` : "";
+  return `${count(f.blocks, "block")} in ${count(f.waves, "wave")}${barriers}`;
+}
+
+// Where times and places are drawn: the first SMs, each with its places one below the other.
+function time_plot({ device }, { blocks }, { places, end }) {
+  const used = Math.min(device.sms, blocks);
+  const per_sm = Math.ceil(Math.min(places, blocks) / device.sms);
+  const sms = Math.min(used, Math.max(4, Math.floor(MOST_PLACES / per_sm)));
+  const tall = Math.max(3, Math.min(14, Math.floor(400 / (sms * per_sm))));
+  const [left, top, right] = [52, 22, $("time").clientWidth - 8];
+  const last = device.sms - 1;
+  return {
+    left,
+    right,
+    top,
+    low: top + sms * per_sm * tall,
+    tall,
+    sms,
+    of_sm: per_sm * tall,
+    others:
+      sms < used
+        ? `SMs ${sms} to ${used - 1} are not drawn.`
+        : sms <= last
+          ? `SMs ${sms} to ${last} are idle.`
+          : "All SMs are drawn.",
+    x: (time) => left + ((right - left) * time) / end,
+    y: (place) => top + ((place % device.sms) * per_sm + Math.floor(place / device.sms)) * tall,
+    holds: (place) => place % device.sms < sms,
+  };
+}
+
+// One path for all bars of a look: there may be ten thousands.
+function bars_drawn({ x, y, tall, holds }, bars) {
+  const high = tall > 3 ? tall - 1 : tall;
+  const paths = new Map();
+  for (const { place, kind, s, start, end } of bars) {
+    if (!holds(place)) continue;
+    const look = kind === "work" || kind === "add" ? s % COLOURS.length : "";
+    const path = paths.get(kind + look) ?? { kind, s, d: "" };
+    const apart = x(end) - x(start) > 3 ? 1 : 0;
+    const wide = Math.max(0.5, x(end) - x(start) - apart).toFixed(1);
+    path.d += `M${x(start).toFixed(1)} ${y(place)}h${wide}v${high}h-${wide}z`;
+    paths.set(kind + look, path);
+  }
+  return [...paths.values()].map(({ kind, s, d }) => shape("path", { d, ...KINDS[kind][1](s) }));
+}
+
+function time_axes({ left, right, top, low, sms, of_sm, x }, { moments }) {
+  const every = Math.max(1, Math.ceil(16 / of_sm));
+  const names = range(Math.ceil(sms / every)).map((i) => {
+    const y = top + i * every * of_sm + Math.min(of_sm, 14) - 3;
+    return label(left - 6, y, `SM ${i * every}`, "quiet", "end");
+  });
+  const barriers = moments.filter(({ kind }) => kind === "arrive");
+  return barriers.reduce((drawn, { time, barrier, ended }) => {
+    const name = right > 500 ? `barrier ${barrier}` : barrier;
+    return [
+      ...drawn,
+      line(x(time), top - 4, x(time), low, ended ? "barrier shut" : "barrier"),
+      label(x(time), 12, name, ended ? "alarm" : "quiet", "middle"),
+    ];
+  }, names);
+}
+
+function legend(kind) {
+  const [meaning, look] = KINDS[kind];
+  const sample = shape("svg", { viewBox: "0 0 18 12", "aria-hidden": "true" });
+  sample.append(box(0, 0, 18, 12, look(0)));
+  return node("li", {}, sample, meaning);
 }
 
 function draw_moment() {
@@ -141,46 +146,38 @@ function draw_moment() {
   $("moment").setAttribute("aria-valuetext", `moment ${moment + 1} of ${at.moments.length}`);
   $("first").disabled = $("back").disabled = moment === 0;
   $("next").disabled = moment === at.moments.length - 1;
-  $("moment-text").textContent = `${moment + 1} of ${at.moments.length}. ${moment_told(here)}`;
+  $("moment-text").textContent = `${moment + 1} of ${at.moments.length}. ${TOLD[here.kind](here)}`;
 }
 
-function moment_told(here) {
-  const { launch, figures: f, timeline: at } = shown;
-  if (here.kind === "start") {
-    return `All ${count(here.blocks, "block")} start, each on a chunk of K of one segment, ${STEP_ROWS} rows at a time.`;
-  }
-  if (here.kind === "arrive") {
-    const idle = here.here - here.busy;
-    return (
-      `Step ${here.barrier} is summed. ${number(here.here)} of ${count(here.blocks, "block")} stand at barrier ${here.barrier}` +
-      (idle ? `, ${number(idle)} of them with no rows left` : "") +
-      (here.ended
-        ? `. The other ${number(here.ended)} returned after barrier ${here.barrier - 1}.`
-        : ": it opens.")
-    );
-  }
-  if (here.kind === "open") {
-    return (
-      `The blocks add the chunks of K from tmp, and block 0 of each segment stores.` +
-      (here.returning === here.blocks
-        ? " All blocks return: the launch is done."
-        : here.returning
-          ? ` ${count(here.returning, "block")} return; their segment has no more rows.`
-          : "")
-    );
-  }
-  if (here.kind === "stuck") {
-    return `Nothing moves any more. ${count(here.waiting, "block")} wait at barrier ${here.barrier} for ${number(here.returned)} that will not come.`;
-  }
-  const { running, ended, to_come } = progress(at, f.blocks, here.time);
-  if (ended === f.blocks) return `All ${number(ended)} blocks are done.`;
-  return (
-    `${count(running, "block")} in ${count(at.places, "place")}, ${number(ended)} done, ${number(to_come)} yet to find a place.` +
-    (launch.kernel === "punica_cutlass_expand"
-      ? ` ${f.early_exits ? `${f.early_exits} blocks had no tile to take.` : "Each walks from tile to tile."}`
-      : "")
-  );
-}
+const TOLD = {
+  start: ({ blocks }) =>
+    `All ${count(blocks, "block")} start, each on a chunk of K of one segment, ` +
+    `${STEP_ROWS} rows at a time.`,
+  arrive: ({ barrier, here, busy, ended, blocks }) => {
+    const idle = here > busy ? `, ${number(here - busy)} of them with no rows left` : "";
+    const outcome = ended
+      ? `. The other ${number(ended)} returned after barrier ${barrier - 1}.`
+      : ": it opens.";
+    const stand = `${number(here)} of ${count(blocks, "block")} stand at barrier ${barrier}`;
+    return `Step ${barrier} is summed. ${stand}${idle}${outcome}`;
+  },
+  open: ({ blocks, returning }) => {
+    const some = `${count(returning, "block")} return; their segment has no more rows.`;
+    const outcome = returning === blocks ? "All blocks return: the launch is done." : some;
+    const added = "The blocks add the chunks of K from tmp, and block 0 of each segment stores.";
+    return returning ? `${added} ${outcome}` : added;
+  },
+  stuck: ({ barrier, waiting, returned }) =>
+    `Nothing moves any more. ${count(waiting, "block")} wait at barrier ${barrier} for ` +
+    `${number(returned)} that will not come.`,
+  wave: ({ time }) => {
+    const { figures: f, timeline: at } = shown;
+    const { running, ended, to_come } = progress(at, f.blocks, time);
+    if (ended === f.blocks) return `All ${number(ended)} blocks are done.`;
+    const places = `${count(running, "block")} in ${count(at.places, "place")}`;
+    return `${places}, ${number(ended)} done, ${number(to_come)} yet to find a place.`;
+  },
+};
 
 function go(to) {
   moment = Math.max(0, Math.min(shown.timeline.moments.length - 1, to));

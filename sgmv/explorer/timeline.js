@@ -38,7 +38,7 @@ function in_waves(launch, blocks, places) {
   }
   const end = bars.reduce((last, bar) => Math.max(last, bar.end), 0);
   const times = [...new Set(bars.flatMap((bar) => [bar.start, bar.end]))].sort((a, b) => a - b);
-  return { bars, end, places, stuck: null, moments: times.map((time) => ({ time })) };
+  return { bars, end, places, stuck: null, moments: times.map((time) => ({ time, kind: "wave" })) };
 }
 
 // Places by the time at which they are free, then by number.

@@ -20,7 +20,7 @@ function bytes(value) {
 const adapter = (id) => (id === BASE_ONLY ? "base only" : `adapter ${id}`);
 const kernel_name = (kernel) => $("kernel").querySelector(`[value=${kernel}]`).textContent;
 
-const written_some = (values, largest = 16) =>
+const some = (values, largest = 16) =>
   [...values.slice(0, largest), ...(values.length > largest ? ["…"] : [])].join(", ");
 
 function node(name, attributes = {}, ...children) {

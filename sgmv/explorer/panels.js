@@ -167,7 +167,7 @@ function draw_segments(moving) {
   now(
     "segments-now",
     ({ segments: at }) => `${count(at.n, "row")} in ${count(at.S, "segment")}`,
-    ({ segments: at }) => `: seq_start = [${written_some(at.seq_start)}]`,
+    ({ segments: at }) => `: seq_start = [${some(at.seq_start)}]`,
   );
   const figure = $("segments");
   const cell = figure.clientWidth / n;
@@ -176,7 +176,7 @@ function draw_segments(moving) {
   picture(
     figure,
     STRIP.low + STRIP.tall + 66,
-    `${n} rows sorted into ${S} segments. seq_start: ${written_some(seq_start)}.`,
+    `${n} rows sorted into ${S} segments. seq_start: ${some(seq_start)}.`,
     label(0, 12, `x, rows as they came${cell >= 18 ? ": adapter id of each" : ""}`, "quiet"),
     ...parts.map(({ links }) => links),
     ...parts.flatMap(({ cells }) => cells),
@@ -518,7 +518,7 @@ function draw_layouts() {
       node("code", {}, name),
       dtype,
       BYTES[dtype] * held.length,
-      node("code", {}, `[${written_some(held, 12)}]`),
+      node("code", {}, `[${some(held, 12)}]`),
     ]),
   );
   $("layouts").replaceChildren(table(["engine", "field", "type", "bytes", "values"], lines));
@@ -527,7 +527,7 @@ function draw_layouts() {
 // --- figures ----------------------------------------------------------------------------------
 
 function value_told(value) {
-  if (Array.isArray(value)) return `[${written_some(value)}]`;
+  if (Array.isArray(value)) return `[${some(value)}]`;
   if (typeof value !== "number") return value;
   return Number.isInteger(value) ? number(value) : significant(value);
 }

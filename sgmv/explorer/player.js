@@ -162,8 +162,8 @@ const TOLD = {
     return `Step ${barrier} is summed. ${stand}${idle}${outcome}`;
   },
   open: ({ blocks, returning }) => {
-    const some = `${count(returning, "block")} return; their segment has no more rows.`;
-    const outcome = returning === blocks ? "All blocks return: the launch is done." : some;
+    const few = `${count(returning, "block")} return; their segment has no more rows.`;
+    const outcome = returning === blocks ? "All blocks return: the launch is done." : few;
     const added = "The blocks add the chunks of K from tmp, and block 0 of each segment stores.";
     return returning ? `${added} ${outcome}` : added;
   },

@@ -391,6 +391,8 @@ def choose(page: Page, name: str, value: object) -> None:
 @needs_chromium
 def test_the_page_opens_on_the_hang_and_says_why(explorer: Page) -> None:
     told = text(explorer, "verdict")
+    pressed = "document.querySelector('#stories [aria-pressed=true]').innerText"
+    assert explorer.evaluate(pressed) == "Why [1, 132] hung"
     assert "This launch hangs." in told
     assert "adapter 0, 1 row: 1 step of 64 rows, so its blocks come to the barrier once" in told
     assert (

@@ -3,7 +3,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const DEVICES = Object.fromEntries(DATA.devices.map((device) => [device.name, device]));
-const MOST_ROWS = DATA.most_rows;
+const MOST_ROWS = DATA.most.n;
 const COUNTS = ["n", "h_in", "r", "h_out", "max_loras", "max_lora_chunk_size"];
 const CHOICES = ["popularity", "kernel", "release", "device"];
 
@@ -215,6 +215,7 @@ const announced = () =>
   `${share(shown.figures.useful_lanes, shown.figures.lanes)} of the lanes are useful.`;
 
 function draw(moving) {
+  draw_device();
   draw_verdict();
   draw_segments(moving);
   draw_tiles();
@@ -226,6 +227,7 @@ function draw(moving) {
 }
 
 function start() {
+  for (const [name, most_of] of Object.entries(DATA.most)) $(name).max = most_of;
   $("device").append(...DATA.devices.map(({ name }) => node("option", {}, name)));
   for (const [title, values] of STORIES) {
     const button = node(

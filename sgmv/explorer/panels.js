@@ -25,6 +25,13 @@ function verdict({ launch, figures: f }) {
   return ["runs", "This launch runs."];
 }
 
+function draw_device() {
+  const { sms, shared_memory_per_sm, bandwidth, fp16_peak } = shown.launch.device;
+  $("device-facts").textContent =
+    `${sms} SMs of ${shared_memory_per_sm / 1024} KiB shared memory, ` +
+    `${number(bandwidth / 1e9)} GB/s, ${number(fp16_peak / 1e12)} TFLOP/s in fp16`;
+}
+
 function draw_verdict() {
   const { launch, figures: f } = shown;
   const [tone, title] = verdict(shown);

@@ -165,7 +165,9 @@ const TOLD = {
     const few = `${count(returning, "block")} return; their segment has no more rows.`;
     const outcome = returning === blocks ? "All blocks return: the launch is done." : few;
     const added = "The blocks add the chunks of K from tmp, and block 0 of each segment stores.";
-    return returning ? `${added} ${outcome}` : added;
+    const late = "No barrier stands before the next step’s writes: who is late still reads tmp.";
+    if (!returning) return shown.figures.race ? `${added} ${late}` : added;
+    return `${added} ${outcome}`;
   },
   stuck: ({ barrier, waiting, returned }) =>
     `Nothing moves any more. ${count(waiting, "block")} wait at barrier ${barrier} for ` +

@@ -83,7 +83,7 @@ def write_html(
     devices = {**DEVICES, device.name: device}
     data = {
         "devices": [asdict(each) for each in devices.values()],
-        "most_rows": MOST_ROWS,
+        "most": {"n": MOST_ROWS, **MOST},
         "start": {
             "ids": _runs(ids), "popularity": "", **widths,
             "device": device.name, "kernel": kernel, "release": release,

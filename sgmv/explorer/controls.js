@@ -251,23 +251,18 @@ function start() {
   controls_write(kept);
   $("controls").addEventListener("input", changed);
   $("controls").addEventListener("submit", (event) => event.preventDefault());
-  $("first").addEventListener("click", () => {
-    pause();
-    go(0);
-  });
-  $("back").addEventListener("click", () => {
-    pause();
-    go(moment - 1);
-  });
-  $("next").addEventListener("click", () => {
-    pause();
-    go(moment + 1);
-  });
+  for (const [name, event, to] of [
+    ["first", "click", () => 0],
+    ["back", "click", () => moment - 1],
+    ["next", "click", () => moment + 1],
+    ["moment", "input", () => Number($("moment").value)],
+  ]) {
+    $(name).addEventListener(event, () => {
+      pause();
+      go(to());
+    });
+  }
   $("play").addEventListener("click", play);
-  $("moment").addEventListener("input", () => {
-    pause();
-    go(Number($("moment").value));
-  });
   addEventListener("resize", () => draw(false));
   update();
 }

@@ -32,134 +32,102 @@ function draw_device() {
     `${number(bandwidth / 1e9)} GB/s, ${number(fp16_peak / 1e12)} TFLOP/s in fp16`;
 }
 
+const paragraph = (...children) => node("p", {}, ...children);
+const listed = (items) => node("ul", {}, ...items.map((item) => node("li", {}, ...[item].flat())));
+
 function draw_verdict() {
   const { launch, figures: f } = shown;
   const [tone, title] = verdict(shown);
-  const story =
-    STORIES[[...$("stories").children].findIndex((b) => b.getAttribute("aria-pressed") === "true")];
-  const lines = [];
-  if (story) lines.push(node("p", {}, story[2]));
+  const story = STORIES.find(
+    (_, i) => $("stories").children[i].getAttribute("aria-pressed") === "true",
+  );
+  const lines = story ? [paragraph(story[2])] : [];
   if (launch.unsupported.length) {
-    lines.push(
-      listed(launch.unsupported),
-      node("p", {}, "The panels show what it would be if there were."),
-    );
-  } else if (f.deadlock) lines.push(...why_it_hangs(launch));
-  else if (f.faults.length) lines.push(listed(f.faults));
-  if (launch.kernel === "punica_sgmv_shrink" && f.blocks && !launch.unsupported.length) {
-    const chunks = ceil_div(launch.k, CHUNK);
-    lines.push(
-      node(
-        "p",
-        {},
-        `${count(chunks, "chunk")} of K × ${count(f.S, "segment")} = ` +
-          `${count(chunks * f.S, "block")}; ${f.device} holds ${number(f.capacity)} at once, ` +
-          `so K is split for up to ` +
-          `${count(f.split_k_segments, "segment")}.`,
-      ),
-    );
-    if (f.shared_memory > WITHOUT_OPT_IN) {
-      lines.push(
-        node(
-          "p",
-          { class: "help" },
-          `A block takes ${number(f.shared_memory)} bytes of shared memory here. ` +
-            "Punica opts in to more than 48 KiB only after it has asked how many blocks fit; " +
-            "where CUDA then answers none, K is not split and nothing hangs.",
-        ),
-      );
-    }
-  } else if (f.blocks && f.capacity && !launch.unsupported.length) {
-    lines.push(
-      node(
-        "p",
-        {},
-        `${count(f.blocks, "block")} of ${f.threads} threads` +
-          (f.early_exits ? `, ${number(f.early_exits)} of which find nothing to do` : "") +
-          `; ${f.device} holds ${number(f.capacity)} at once: ${count(f.waves, "wave")}.` +
-          (f.deterministic
-            ? ""
-            : " Atomic additions come in any order: the last bits differ from run to run.") +
-          (launch.kernel.startsWith("vllm") && shown.values.max_loras > state.max_loras
-            ? ` max_loras is taken to be ${shown.values.max_loras}, as the batch names so many adapters.`
-            : ""),
-      ),
-    );
+    lines.push(listed(launch.unsupported), paragraph("The panels show what it would be."));
+  } else {
+    if (f.deadlock) lines.push(...why_it_hangs(launch));
+    else if (f.faults.length) lines.push(listed(f.faults));
+    if (f.blocks && f.capacity) lines.push(...what_fits(shown));
   }
   $("verdict").className = `verdict ${tone}`;
   $("verdict-title").textContent = title;
   $("verdict-body").replaceChildren(...lines);
 }
 
-const listed = (texts) => node("ul", {}, ...texts.map((text) => node("li", {}, text)));
+function what_fits({ launch, figures: f, values }) {
+  const holds = `${f.device} holds ${number(f.capacity)} at once`;
+  if (launch.kernel === "punica_sgmv_shrink") {
+    const chunks = ceil_div(launch.k, CHUNK);
+    const told_blocks = paragraph(
+      `${count(chunks, "chunk")} of K × ${count(f.S, "segment")} = ` +
+        `${count(chunks * f.S, "block")}; ${holds}, ` +
+        `so K is split for up to ${count(f.split_k_segments, "segment")}.`,
+    );
+    const opting_in =
+      `A block takes ${number(f.shared_memory)} bytes of shared memory here. Punica opts in to ` +
+      "more than 48 KiB only after it has asked how many blocks fit; where CUDA then answers " +
+      "none, K is not split and nothing hangs.";
+    const large = f.shared_memory > WITHOUT_OPT_IN;
+    return large ? [told_blocks, node("p", { class: "help" }, opting_in)] : [told_blocks];
+  }
+  const idle = f.early_exits ? `, ${number(f.early_exits)} of which find nothing to do` : "";
+  const lines = [
+    `${count(f.blocks, "block")} of ${f.threads} threads${idle}; ${holds}: ` +
+      `${count(f.waves, "wave")}.`,
+  ];
+  if (!f.deterministic) {
+    lines.push("Atomic additions come in any order: the last bits differ from run to run.");
+  }
+  if (launch.kernel.startsWith("vllm") && values.max_loras > state.max_loras) {
+    lines.push(`max_loras is taken to be ${values.max_loras}, the adapters of the batch.`);
+  }
+  return [paragraph(lines.join(" "))];
+}
 
 function why_it_hangs(launch) {
   const stuck = deadlock(launch);
-  const by_barriers = new Map();
-  launch.work.forEach((w, s) =>
-    by_barriers.set(w.barriers, [...(by_barriers.get(w.barriers) ?? []), s]),
-  );
-  const reasons = [...by_barriers]
-    .sort(([a], [b]) => a - b)
-    .map(([barriers, members]) => {
-      const few = members
-        .slice(0, 4)
-        .map((s) =>
-          node(
-            "span",
-            {},
-            chip(s),
-            `${adapter(launch.work[s].adapter_id)}, ${count(launch.work[s].rows, "row")}`,
-          ),
-        );
-      const named = few.flatMap((each, i) => (i ? ["; ", each] : [each]));
-      return node(
-        "li",
-        {},
-        ...named,
-        members.length > 4 ? `; and ${members.length - 4} more` : "",
-        `: ${count(barriers, "step")} of ${STEP_ROWS} rows, so `,
-        `${members.length === 1 ? "its" : "each one’s"} blocks come to the barrier `,
-        node("b", {}, barriers === 1 ? "once" : `${barriers} times`),
-        ".",
-      );
-    });
+  const { barrier, waiting, returned } = stuck;
+  const counts = [...new Set(launch.work.map((w) => w.barriers))].sort((a, b) => a - b);
+  const run_fixed = () => {
+    controls_write({ release: "1.1.0" });
+    update();
+    $("release").focus();
+  };
+  const bold = (text) => node("b", {}, text);
   return [
-    node(
-      "p",
-      {},
-      "After each step the blocks meet at a barrier of the whole grid, to add up their chunks of K. " +
-        "It opens when ",
-      node("b", {}, `all ${blocks_of(launch)} blocks`),
+    paragraph(
+      "After each step the blocks meet at a barrier of the whole grid, to add up their chunks " +
+        "of K. It opens when ",
+      bold(`all ${blocks_of(launch)} blocks`),
       " stand at it.",
     ),
-    node("ul", {}, ...reasons),
-    node(
-      "p",
-      {},
+    listed(counts.map((barriers) => who_comes(launch.work, barriers, bold))),
+    paragraph(
       "At barrier ",
-      node("b", {}, stuck.barrier),
-      `, ${count(stuck.waiting.length, "block")} wait for ` +
-        `${count(stuck.returned.length, "block")} that returned after barrier ${stuck.barrier - 1}. ` +
-        "These never come, nothing on the GPU notices, and the call never ends.",
+      bold(barrier),
+      `, ${count(waiting.length, "block")} ${waiting.length === 1 ? "waits" : "wait"} for ` +
+        `${count(returned.length, "block")} that returned after barrier ${barrier - 1} and will ` +
+        "never come. Nothing on the GPU notices, and the call does not end.",
     ),
-    node("p", {}, node("code", {}, told(stuck))),
-    node(
-      "p",
-      {},
-      node(
-        "button",
-        {
-          type: "button",
-          click: () => {
-            controls_write({ release: "1.1.0" });
-            update();
-            $("release").focus();
-          },
-        },
-        "Run it with release 1.1.0",
-      ),
-    ),
+    paragraph(node("code", {}, told(stuck))),
+    paragraph(node("button", { type: "button", click: run_fixed }, "Run it with release 1.1.0")),
+  ];
+}
+
+// The segments that pass so many barriers, the first four by name, and why so many.
+function who_comes(work, barriers, bold) {
+  const members = range(work.length).filter((s) => work[s].barriers === barriers);
+  const named = members.slice(0, 4).map((s) => {
+    const { adapter_id, rows } = work[s];
+    return node("span", {}, chip(s), `${adapter(adapter_id)}, ${count(rows, "row")}`);
+  });
+  const more = members.length > 4 ? `; and ${members.length - 4} more` : "";
+  const whose = members.length === 1 ? "its" : "each one’s";
+  return [
+    ...named.flatMap((each, i) => (i ? ["; ", each] : [each])),
+    `${more}: ${count(barriers, "step")} of ${STEP_ROWS} rows, so ${whose} blocks come to the barrier `,
+    bold(barriers === 1 ? "once" : `${barriers} times`),
+    ".",
   ];
 }
 

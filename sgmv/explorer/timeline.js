@@ -1,11 +1,10 @@
 // When each thread block runs: a model, one unit of time being one step of a kernel's main loop.
-"use strict";
-
 //
 // Blocks are dispatched in their order, x running fastest, each to the place that is free first;
 // neighbouring places are on different SMs. Where the grid has barriers all blocks are resident.
+"use strict";
 
-const EXIT = 0.2; // how long a block is drawn that finds nothing to do
+const EXIT = 0.25; // how long a block is drawn that finds nothing to do
 
 function timeline(launch) {
   const resident = resident_blocks(launch.device, threads_of(launch), launch.shared_memory);

@@ -353,6 +353,14 @@ def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
     assert path.read_text() == write_html(tmp_path / "again.html").read_text()
 
 
+def test_the_command_refuses_a_place_it_cannot_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["explorer", str(tmp_path / "nowhere" / "explorer.html"), "--no-open"])
+    assert "path: expected a file that can be written" in capsys.readouterr().err
+
+
 def test_a_wheel_takes_the_page_along() -> None:
     declared = (ROOT / "pyproject.toml").read_text()
     [globs] = re.findall(r'"sgmv.explorer" = \[(.*)\]', declared)

@@ -18,7 +18,7 @@ from typing import Any
 from sgmv import emulator
 from sgmv.emulator import A100, DEVICES, Device
 from sgmv.emulator.punica import RELEASES
-from sgmv.errors import DtypeError, ValueRangeError
+from sgmv.errors import DtypeError, SgmvError, ValueRangeError
 from sgmv.layouts.rows import Batch, as_segments, row_ids
 from sgmv.segment import check_count
 
@@ -102,7 +102,12 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
 
 
 def _run(given: argparse.Namespace) -> str:
-    path = write_html(given.path).resolve()
+    try:
+        path = write_html(given.path).resolve()
+    except OSError as error:
+        raise SgmvError(
+            "path", "a file that can be written", str(error), "name another place"
+        ) from error
     screen = sys.platform in ("darwin", "win32") or os.environ.get(
         "DISPLAY", os.environ.get("WAYLAND_DISPLAY")
     )

@@ -33,6 +33,7 @@ FLOORS = [
     },
     {"emulator.launch", "serving.command", "serving.step"},
     {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
+    {"explorer.write"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

@@ -1,0 +1,312 @@
+"""Views of what a GPU would do with a batch: Punica's three launches, and every engine's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sgmv import emulator
+from sgmv.emulator import Launch
+from sgmv.emulator.punica import (
+    CHUNK,
+    RELEASES,
+    STEP_ROWS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TMP_LIMIT,
+    WALKERS,
+)
+from sgmv.explain.question import Question
+from sgmv.explain.terminal import Terminal, abbreviated
+
+Facts = dict[str, Any]
+KIB = 1024
+BARRIER = "┃"
+
+
+def shrink(question: Question) -> Facts:
+    """The figures of Punica's shrink, and the rows that each of its steps holds."""
+    launch = _punica_shrink(question, RELEASES[-1])
+    return launch.figures() | {
+        "step_rows": STEP_ROWS,
+        "rows_per_step": [_filled(work.rows, STEP_ROWS) for work in launch.work],
+    }
+
+
+def draw_shrink(facts: Facts, terminal: Terminal) -> list[str]:
+    """Each segment's steps of 64 rows: the part that rows fill, and the part that zeros fill."""
+    step, chunks = facts["step_rows"], facts["split_k"]
+    lines = terminal.title(f"Shrink: {facts['kernel']} on {facts['device']}")
+    lines += _refused(facts, terminal)
+    lines += terminal.note(
+        f"Grid ({facts['grid_x']}, {facts['grid_y']}, {facts['grid_z']}): for each segment "
+        + (
+            f"{chunks} blocks, one for each {facts['chunk']} of the {facts['h_in']} columns of x. "
+            if facts["cooperative"]
+            else f"one block for all {facts['h_in']} columns of x. "
+        )
+        + f"A block of {facts['threads']} threads takes {step} rows a step; rows that are not "
+        "there are multiplied all the same, as zeros."
+    )
+    lines += ["", *_bars(facts, facts["rows_per_step"], step, "step", terminal), ""]
+    share = facts["wasted_lanes"] / facts["lanes"] if facts["lanes"] else 0.0
+    return [
+        *lines,
+        *terminal.note(
+            f"{facts['rows']:,} rows in {facts['row_slots']:,} row slots: {share:.0%} of the "
+            f"multiply-adds are of zeros. {facts['shared_memory'] // KIB} KiB of shared memory "
+            f"per block, so {facts['resident_blocks']} blocks fit an SM and {facts['capacity']} "
+            f"the device; {facts['blocks']} blocks are {_waves(facts)}."
+        ),
+    ]
+
+
+def barrier(question: Question) -> Facts:
+    """Both releases' figures, with who passes how many barriers."""
+    launches = {release: _punica_shrink(question, release) for release in RELEASES}
+    newest = launches[RELEASES[-1]]
+    return {
+        "chunks": -(-question.h_in // CHUNK),
+        "steps": [work.row_slots // STEP_ROWS for work in newest.work],
+        "tmp_limit": TMP_LIMIT,
+        "releases": {release: launch.figures() for release, launch in launches.items()},
+        "waits": {
+            release: str(launch.deadlock) for release, launch in launches.items() if launch.deadlock
+        },
+    }
+
+
+def draw_barrier(facts: Facts, terminal: Terminal) -> list[str]:
+    """Blocks over time in both releases, and how many segments fit before K is no longer split."""
+    first = facts["releases"][RELEASES[0]]
+    lines = terminal.title(f"Split K and the barrier: {first['kernel']} on {first['device']}")
+    lines += _refused(first, terminal)
+    wanted = facts["chunks"] * first["S"]
+    lines += terminal.note(
+        f"The blocks of a segment each sum {CHUNK} of its {first['h_in']} products and leave the "
+        "sums in tmp; then all blocks of the grid wait for each other, and block 0 adds the "
+        "chunks in ascending order. So all of them must be on the device at once:"
+    )
+    lines += [
+        "",
+        f"{wanted:,} blocks of {first['capacity']:,} that fit  "
+        + terminal.bar(min(wanted, first["capacity"]), first["capacity"], 20),
+        "",
+    ]
+    cliff = (
+        f"{first['device']} takes up to {first['split_k_segments']} segments at "
+        f"h_in = {first['h_in']} and r = {first['r']}."
+    )
+    if not first["cooperative"]:
+        why = "There are no segments." if not wanted else f"They do not fit. {cliff}"
+        return [
+            *lines,
+            *terminal.note(
+                f"{why} K is not split: one block per segment, no barrier, another order of "
+                "summation, so other last bits than the same rows get in a smaller batch."
+            ),
+        ]
+    lines += terminal.note(
+        f"They fit: K is split. {cliff} tmp takes {first['tmp_bytes'] // KIB:,} of its "
+        f"{facts['tmp_limit'] // KIB:,} KiB."
+    )
+    for release, figures in facts["releases"].items():
+        lines += ["", terminal.bold(f"release {release}"), *_timeline(facts, figures, terminal)]
+        if release in facts["waits"]:
+            lines += terminal.note(f"The call never returns. {facts['waits'][release]}.")
+        else:
+            lines += terminal.note(f"All blocks pass {figures['barriers']} barriers.")
+    if first["race"]:
+        lines += [
+            "",
+            *terminal.note(
+                "In both, a fast block may write its next step's sums to tmp while a slow one "
+                "still reads this step's: no barrier stands between."
+            ),
+        ]
+    return lines
+
+
+def _timeline(facts: Facts, figures: Facts, terminal: Terminal) -> list[str]:
+    """One line for all segments of as many steps: work, barriers, and what comes after."""
+    steps, barriers = facts["steps"], figures["barriers_per_segment"]
+    most = max(steps)
+    stuck = figures["deadlock"]
+    stop = min(barriers) + 1 if stuck else most
+    shown = abbreviated(stop, max((terminal.width - 40) // 8, 1))
+    name_width = len("segments of 1,000 steps")
+    lines = []
+    for count in sorted(set(steps)):
+        cells = []
+        for step in shown:
+            if step is None:
+                cells.append("...")
+            elif step < count:
+                cells.append("██" + BARRIER)
+            elif step < most and not stuck:
+                cells.append("  " + BARRIER)
+            else:
+                cells.append("")
+        its = [s for s, each in enumerate(steps) if each == count]
+        end = "  waits for ever" if stuck and count >= stop else "  returns"
+        label = f"{_named(its, figures['adapter_ids'])}, {_plural(count, 'step')}"
+        lines += [label, f"  {' '.join(cells).rstrip()}{end}"]
+    del name_width
+    return [*lines, terminal.faint(f"██ {STEP_ROWS} rows, {BARRIER} barrier of the whole grid")]
+
+
+def expand(question: Question) -> Facts:
+    """The figures of Punica's CUTLASS expand, and the rows that each row of its tiles holds."""
+    launch = emulator.punica_cutlass_expand(
+        question.segments, question.rank, question.h_out, question.device
+    )
+    across = -(-question.h_out // TILE_COLUMNS)
+    filled = [_filled(work.rows, TILE_ROWS) for work in launch.work]
+    return launch.figures() | {
+        "tile": [TILE_ROWS, TILE_COLUMNS],
+        "tiles_across": across,
+        "tiles": across * sum(map(len, filled)),
+        "rows_per_tile": filled,
+    }
+
+
+def draw_expand(facts: Facts, terminal: Terminal) -> list[str]:
+    """Each segment's tiles of 32 rows, and how 512 blocks share all tiles."""
+    rows, columns = facts["tile"]
+    lines = terminal.title(f"Expand: {facts['kernel']} on {facts['device']}")
+    lines += _refused(facts, terminal)
+    lines += terminal.note(
+        f"CUTLASS cuts every segment of y into tiles of {rows} rows × {columns} columns. The bars "
+        f"are tiles from top to bottom; each is there {facts['tiles_across']} times, once for each "
+        f"{columns} of the {facts['h_out']} columns."
+    )
+    lines += ["", *_bars(facts, facts["rows_per_tile"], rows, "tile", terminal), ""]
+    share = facts["wasted_lanes"] / facts["lanes"] if facts["lanes"] else 0.0
+    each = -(-facts["tiles"] // WALKERS)
+    walk = (
+        f"{facts['early_exits']} of the {WALKERS} blocks find none left"
+        if facts["early_exits"]
+        else f"each of the {WALKERS} blocks walks up to {each} of them"
+    )
+    return [
+        *lines,
+        *terminal.note(
+            f"{facts['tiles']:,} tiles; block w takes tiles w, w + {WALKERS}, ...: {walk}. "
+            f"{share:.0%} of the multiply-adds are of zeros. Nobody waits for anybody: K is only "
+            f"r = {facts['r']}, so no tile needs to share its sums."
+        ),
+    ]
+
+
+def launches(question: Question) -> Facts:
+    """Every kernel's figures: `emulator`'s, one launch each."""
+    return {launch.NAME: launch.figures() for launch in kernels(question)}
+
+
+def kernels(question: Question) -> list[Launch]:
+    """Each engine's launches of this batch, shrink before expand."""
+    batch, device = question.segments, question.device
+    into, out = (question.h_in, question.rank), (question.rank, question.h_out)
+    slots = {"max_loras": question.max_loras, "slots": question.slots}
+    return [
+        emulator.punica_sgmv_shrink(batch, *into, device),
+        emulator.punica_cutlass_expand(batch, *out, device),
+        emulator.punica_bgmv_shrink(batch, *into, device),
+        emulator.punica_bgmv_expand(batch, *out, device),
+        emulator.vllm_v1_shrink(batch, *into, device=device, **slots),  # type: ignore[arg-type]  # mypy joins the values' types
+        emulator.vllm_v1_expand(batch, *out, device=device, **slots),  # type: ignore[arg-type]  # likewise
+        emulator.sglang_csgmv_shrink(batch, *into, device),
+        emulator.sglang_csgmv_expand(batch, *out, device),
+    ]
+
+
+def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
+    """One row per kernel; below, what is wrong with any."""
+    device = next(iter(facts.values()))["device"]
+    head = ("kernel", "grid", "threads", "idle", "waves", "zeros", "KiB", "barriers", "MB", "µs")
+    table = [
+        (
+            name,
+            f"{each['grid_x']}×{each['grid_y']}×{each['grid_z']}",
+            str(each["threads"]),
+            str(each["early_exits"]),
+            str(each["waves"]),
+            f"{each['wasted_lanes'] / each['lanes']:.0%}" if each["lanes"] else "-",
+            f"{each['shared_memory'] / KIB:g}",
+            str(each["barriers"]),
+            f"{(each['bytes_read'] + each['bytes_written']) / 1e6:.2f}",
+            f"{each['roofline_us']:.2f}",
+        )
+        for name, each in facts.items()
+    ]
+    lines = terminal.title(f"Launches: every kernel's on {device}")
+    lines += terminal.table(head, table)
+    lines += terminal.note(
+        "idle: blocks that find nothing to do. waves: times the device is filled. zeros: "
+        "multiply-adds of padding. KiB: shared memory per block. MB: what all blocks ask of "
+        "memory, before any cache. µs: the roofline's, every operand through memory once; no "
+        "launch is as fast."
+    )
+    for name, each in facts.items():
+        for fault in each["faults"]:
+            lines += terminal.note(f"{name}: {fault}", "  ")
+    return lines
+
+
+def _punica_shrink(question: Question, release: str) -> emulator.punica.SgmvShrink:
+    return emulator.punica_sgmv_shrink(
+        question.segments, question.h_in, question.rank, question.device, release
+    )
+
+
+def _filled(rows: int, most: int) -> list[int]:
+    """The rows of each of the pieces of a segment.
+
+    >>> _filled(132, 64)
+    [64, 64, 4]
+    """
+    return [min(most, rows - first) for first in range(0, rows, most)]
+
+
+def _bars(
+    facts: Facts, pieces: Sequence[Sequence[int]], most: int, piece: str, terminal: Terminal
+) -> list[str]:
+    """One line per segment: a bar for each piece of so many rows."""
+    lines = []
+    cells = 8
+    for s in abbreviated(len(pieces)):
+        if s is None:
+            lines.append("...")
+            continue
+        adapter_id, filled = facts["adapter_ids"][s], pieces[s]
+        label = terminal.adapter(f" {adapter_id} ", adapter_id)
+        shown = abbreviated(len(filled), max((terminal.width - 34) // (2 * cells + 2), 1))
+        drawn = [
+            "..." if i is None else terminal.bar(filled[i], most, cells, adapter_id) for i in shown
+        ]
+        tail = f"{sum(filled)} of {len(filled) * most} row slots"
+        lines.append(f"adapter {label} {' '.join(drawn)}  {tail}")
+    return lines or [f"no {piece}: no row has an adapter"]
+
+
+def _refused(facts: Facts, terminal: Terminal) -> list[str]:
+    """Why there is no such kernel, if so: the picture then shows what it would do."""
+    faults = [fault for fault in facts["faults"] if fault.startswith(("rank", "width"))]
+    if not faults:
+        return []
+    return [*terminal.note(f"No such kernel ({'; '.join(faults)}). If there were one:"), ""]
+
+
+def _waves(facts: Facts) -> str:
+    return _plural(facts["waves"], "wave")
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def _named(segments: Sequence[int], adapter_ids: Sequence[int], most: int = 4) -> str:
+    """Adapters by id, the first few of them."""
+    ids = [str(adapter_ids[s]) for s in segments[:most]]
+    more = ", ..." if len(segments) > most else ""
+    return f"{'adapter' if len(segments) == 1 else 'adapters'} {', '.join(ids)}{more}"

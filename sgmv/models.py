@@ -51,4 +51,3 @@ MODELS = {
     "Mistral-7B": Model(4096, 14336, heads=32, kv_heads=8, head_dim=128),
     "Gemma-2-9B": Model(3584, 14336, heads=16, kv_heads=8, head_dim=256),
 }
-

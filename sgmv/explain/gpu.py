@@ -17,7 +17,7 @@ from sgmv.emulator.punica import (
     WALKERS,
 )
 from sgmv.explain.question import Question
-from sgmv.explain.terminal import Terminal, abbreviated
+from sgmv.explain.terminal import FULL, Terminal, abbreviated
 
 Facts = dict[str, Any]
 KIB = 1024
@@ -129,30 +129,31 @@ def draw_barrier(facts: Facts, terminal: Terminal) -> list[str]:
 
 def _timeline(facts: Facts, figures: Facts, terminal: Terminal) -> list[str]:
     """One line for all segments of as many steps: work, barriers, and what comes after."""
-    steps, barriers = facts["steps"], figures["barriers_per_segment"]
-    most = max(steps)
-    stuck = figures["deadlock"]
-    stop = min(barriers) + 1 if stuck else most
-    shown = abbreviated(stop, max((terminal.width - 40) // 8, 1))
-    name_width = len("segments of 1,000 steps")
-    lines = []
+    steps, stuck = facts["steps"], figures["deadlock"]
+    # A grid that hangs gets as far as the first barrier that not all blocks come to.
+    last = min(steps) + 1 if stuck else max(steps)
+    shown = abbreviated(last, max(terminal.width // 12, 1))
+    label, line = {}, {}
     for count in sorted(set(steps)):
-        cells = []
-        for step in shown:
-            if step is None:
-                cells.append("...")
-            elif step < count:
-                cells.append("██" + BARRIER)
-            elif step < most and not stuck:
-                cells.append("  " + BARRIER)
-            else:
-                cells.append("")
         its = [s for s, each in enumerate(steps) if each == count]
-        end = "  waits for ever" if stuck and count >= stop else "  returns"
-        label = f"{_named(its, figures['adapter_ids'])}, {_plural(count, 'step')}"
-        lines += [label, f"  {' '.join(cells).rstrip()}{end}"]
-    del name_width
-    return [*lines, terminal.faint(f"██ {STEP_ROWS} rows, {BARRIER} barrier of the whole grid")]
+        label[count] = f"{_named(its, figures['adapter_ids'])}, {_plural(count, 'step')}"
+        waits = stuck and count >= last
+        line[count] = "".join(
+            "..." if step is None else _moment(step, count, takes_part=not stuck) for step in shown
+        ) + ("  waits for ever" if waits else "  returns")
+    width = max(map(len, label.values()))
+    beside = width + 2 + max(map(len, line.values())) <= terminal.width
+    lines = []
+    for count, drawn in line.items():
+        lines += [f"{label[count]:{width}}  {drawn}"] if beside else [label[count], f"  {drawn}"]
+    return [*lines, terminal.faint(f"{FULL * 2} {STEP_ROWS} rows  {BARRIER} barrier")]
+
+
+def _moment(step: int, count: int, takes_part: bool) -> str:
+    """What blocks of so many steps do before a barrier, and whether they come to it."""
+    if step < count:
+        return FULL * 2 + BARRIER
+    return "  " + BARRIER if takes_part else ""
 
 
 def expand(question: Question) -> Facts:

@@ -8,6 +8,7 @@ module here.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -34,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             its.set_defaults(run=import_module(module).command(its))
     given = parser.parse_args(arguments)
     try:
-        print(given.run(given))
+        print(given.run(given), flush=True)
     except SgmvError as error:
         parser.exit(2, f"{error}\n")
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

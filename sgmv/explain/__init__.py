@@ -9,6 +9,5 @@
     launches    every engine's kernels on one GPU, in figures
     popularity  the same number of rows as Punica's paper mixes them, on the roofline
 
-A view is two functions: its facts, numbers and texts fit for JSON, and a drawing made of nothing
-but these. docs/punica.md goes through them one by one.
+docs/punica.md goes through them step by step.
 """

@@ -22,7 +22,7 @@ from sgmv.workers import get_num_threads
 
 
 class View(NamedTuple):
-    """What is to be seen, as numbers and as a drawing of these."""
+    """Facts, numbers and texts fit for JSON, and a drawing made of nothing but these."""
 
     facts: Callable[[Question], dict[str, Any]]
     draw: Callable[[dict[str, Any], Terminal], list[str]]
@@ -54,7 +54,7 @@ def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
         "--ids",
         type=_integers,
         default=BATCH,
-        help="one adapter id per row, -1 = base only; write --ids=-1,0 if the first is (%(default)s)",
+        help="one adapter id per row, -1 = base only; --ids=-1,0 if the first is (%(default)s)",
     )
     batch.add_argument(
         "--lengths", type=_integers, help="rows of adapter 0, 1, ..., in this order, as in 1,132"
@@ -80,6 +80,12 @@ def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
         "--max-loras", type=int, help="slots of the server (as many as the batch has adapters)"
     )
     parser.add_argument("--threads", type=int, help="of this machine (those that sgmv uses)")
+    parser.add_argument(
+        "--engines",
+        type=_engines,
+        default=list(engines.ENGINES),
+        help=f"whose layouts, with commas ({', '.join(engines.ENGINES)})",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="the views' facts, view by view")
     form.add_argument("--html", metavar="FILE", help="write the explorer of this batch, a web page")
@@ -105,6 +111,8 @@ def run(given: Namespace) -> str:
         return _write_html(given.html, question)
     views = {name: VIEWS[name] for name in given.views or SHOWN}
     facts = {name: view.facts(question) for name, view in views.items()}
+    if "layout" in facts:
+        facts["layout"] = {name: facts["layout"][name] for name in given.engines}
     if given.json:
         return json.dumps(facts, indent=2)
     terminal = Terminal.of_stdout(question.slots)
@@ -142,6 +150,13 @@ def _view(text: str) -> str:
     if text not in VIEWS:
         raise ArgumentTypeError(f"{text!r} is none of {', '.join(VIEWS)}")
     return text
+
+
+def _engines(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in engines.ENGINES]:
+        raise ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(engines.ENGINES)}")
+    return names
 
 
 def _integers(text: str) -> list[int]:

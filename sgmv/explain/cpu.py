@@ -135,7 +135,7 @@ def draw_tasks(facts: Facts, terminal: Terminal) -> list[str]:
     """A table of the row blocks with their tasks, and the tiles of the largest."""
     blocks, threads = facts["blocks"], facts["threads"]
     shrink, expand = (len(blocks) * facts[f"{kind}_cuts"] for kind in ("shrink", "expand"))
-    lines = terminal.title(f"Tasks: what sgmv does here, on {threads} threads")
+    lines = terminal.title(f"Tasks: what sgmv does here, threads: {threads}")
     if not blocks:
         return [*lines, *terminal.note("No row has an adapter: nothing is done.")]
     table = []
@@ -152,8 +152,8 @@ def draw_tasks(facts: Facts, terminal: Terminal) -> list[str]:
     lines += terminal.note(
         f"{shrink} shrink tasks: {_each(facts, 'shrink')} ranks "
         f"{_spans(facts['shrink_ranks'])}. Then {expand} expand tasks: {_each(facts, 'expand')} "
-        f"columns {_spans(facts['expand_columns'])}. {threads} threads claim them one by one; "
-        "expand waits until all of shrink is done. No cut crosses a sum, so none changes a bit."
+        f"columns {_spans(facts['expand_columns'])}. Threads claim them one by one; expand "
+        "waits until all of shrink is done. No cut crosses a sum, so none changes a bit."
     )
     largest = max(blocks, key=lambda block: block["last"] - block["first"])
     if largest["tiles"]:
@@ -190,10 +190,14 @@ def _each(facts: Facts, kind: str) -> str:
     return "each block's" if count == 1 else f"each block in {count}, by"
 
 
-def _spans(parts: list[list[int]], most: int = 4) -> str:
-    """Ranges as text, the first few of them."""
-    shown = [f"{low}:{high}" for low, high in parts[:most]]
-    return ", ".join([*shown, "..."] if len(parts) > most else shown)
+def _spans(parts: list[list[int]]) -> str:
+    """Ranges as text; of many, the first three and the last.
+
+    >>> _spans([[0, 8], [8, 16]]), _spans([[i, i + 1] for i in range(9)])
+    ('0:8, 8:16', '0:1, 1:2, 2:3, ..., 8:9')
+    """
+    shown = [f"{low}:{high}" for low, high in parts]
+    return ", ".join([*shown[:3], "...", shown[-1]] if len(shown) > 4 else shown)
 
 
 def _counted(rows: list[int]) -> str:

@@ -49,7 +49,7 @@ ENGINES = {
         _punica,
         lambda layout: layout.rows,
         lambda layout: layout.s[:-1],
-        "sorted by the caller; base-only rows left out; weights by address, one rank per call",
+        "sorted by the caller, base-only rows left out; weights by address, one rank per call",
     ),
     "lorax": Engine(
         lambda question: layouts.lorax(question.segments, question.stack),
@@ -69,13 +69,13 @@ ENGINES = {
         _active,
         "sorted by slot; the base-only segment first; padded to max_loras + 1",
     ),
-    "sglang csgmv": Engine(
+    "sglang_csgmv": Engine(
         lambda question: layouts.sglang(question.segments, question.stack),
         lambda layout: layout.permutation,
         lambda layout: layout.seg_indptr[:-1],
         "sorted by slot, then cut into chunks; base-only rows have a slot of rank 0, the last",
     ),
-    "sglang triton": Engine(
+    "sglang_triton": Engine(
         lambda question: layouts.sglang(question.segments, question.stack, backend="triton"),
         lambda layout: None,
         lambda layout: layout.seg_indptr[:-1],
@@ -85,7 +85,7 @@ ENGINES = {
         lambda question: layouts.flashinfer(question.segments, question.stack),
         lambda layout: layout.rows,
         lambda layout: layout.seg_indptr[:-1],
-        "sorted by the caller; base-only rows left out",
+        "sorted by the caller, base-only rows left out; an index per segment",
     ),
     "peft": Engine(
         lambda question: layouts.peft(question.segments),
@@ -108,7 +108,6 @@ def layout(question: Question) -> Facts:
             "rows": rows,
             "starts": _plain(engine.starts(made)),
             "adapter_ids": [question.ids[row] for row in rows],
-            "left_out": question.segments.n - len(rows),
             "fields": _fields(made),
             "shown": str(made),
         }
@@ -119,7 +118,7 @@ def draw_layout(facts: Facts, terminal: Terminal) -> list[str]:
     """For each engine a strip of its rows, cut into its segments, above its fields."""
     lines = terminal.title("Layout: the same batch in every engine")
     for name, engine in facts.items():
-        lines += ["", *terminal.note(f"{terminal.bold(name)}: {engine['why']}", "  ")]
+        lines += ["", terminal.bold(name), *terminal.note(engine["why"])]
         names = {
             "rows": [str(row) for row in engine["rows"]],
             "adapter_ids": [str(adapter_id) for adapter_id in engine["adapter_ids"]],
@@ -127,8 +126,6 @@ def draw_layout(facts: Facts, terminal: Terminal) -> list[str]:
         lines += terminal.strip(names, engine["adapter_ids"], engine["starts"], most=2)
         for line in engine["shown"].splitlines():
             lines += _wrapped(line, terminal.width)
-        if engine["left_out"]:
-            lines.append(terminal.faint(f"rows left out: {engine['left_out']}"))
     return lines
 
 
@@ -155,8 +152,7 @@ def _plain(value: Any) -> Any:
 
 def _wrapped(line: str, width: int) -> list[str]:
     """A field's line, its value's later lines below its first."""
-    name, _, value = line.partition("  ")
-    start = len(line) - len(value.lstrip())
+    start = len(line) - len(line.partition("  ")[2].lstrip())
     if start > width // 2:
         start = 2
     return textwrap.wrap(line, width, subsequent_indent=" " * start, drop_whitespace=True)

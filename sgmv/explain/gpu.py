@@ -1,4 +1,4 @@
-"""Views of what a GPU would do with a batch: Punica's three launches, and every engine's figures."""
+"""Views of what a GPU would do with a batch: Punica's launches, and every engine's figures."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ def draw_shrink(facts: Facts, terminal: Terminal) -> list[str]:
         "there are multiplied all the same, as zeros."
     )
     lines += ["", *_bars(facts, facts["rows_per_step"], step, "step", terminal), ""]
-    share = facts["wasted_lanes"] / facts["lanes"] if facts["lanes"] else 0.0
     return [
         *lines,
         *terminal.note(
-            f"{facts['rows']:,} rows in {facts['row_slots']:,} row slots: {share:.0%} of the "
+            f"{facts['rows']:,} rows in {facts['row_slots']:,} row slots: {_wasted(facts)} of the "
             f"multiply-adds are of zeros. {facts['shared_memory'] // KIB} KiB of shared memory "
             f"per block, so {facts['resident_blocks']} blocks fit an SM and {facts['capacity']} "
             f"the device; {facts['blocks']} blocks are {_waves(facts)}."
@@ -71,7 +70,9 @@ def barrier(question: Question) -> Facts:
         "tmp_limit": TMP_LIMIT,
         "releases": {release: launch.figures() for release, launch in launches.items()},
         "waits": {
-            release: str(launch.deadlock) for release, launch in launches.items() if launch.deadlock
+            release: str(launch.deadlock).removeprefix("deadlock: ")
+            for release, launch in launches.items()
+            if launch.deadlock
         },
     }
 
@@ -113,7 +114,7 @@ def draw_barrier(facts: Facts, terminal: Terminal) -> list[str]:
     for release, figures in facts["releases"].items():
         lines += ["", terminal.bold(f"release {release}"), *_timeline(facts, figures, terminal)]
         if release in facts["waits"]:
-            lines += terminal.note(f"The call never returns. {facts['waits'][release]}.")
+            lines += terminal.note(f"The call never returns: {facts['waits'][release]}.")
         else:
             lines += terminal.note(f"All blocks pass {figures['barriers']} barriers.")
     if first["race"]:
@@ -182,7 +183,6 @@ def draw_expand(facts: Facts, terminal: Terminal) -> list[str]:
         f"{columns} of the {facts['h_out']} columns."
     )
     lines += ["", *_bars(facts, facts["rows_per_tile"], rows, "tile", terminal), ""]
-    share = facts["wasted_lanes"] / facts["lanes"] if facts["lanes"] else 0.0
     each = -(-facts["tiles"] // WALKERS)
     walk = (
         f"{facts['early_exits']} of the {WALKERS} blocks find none left"
@@ -193,7 +193,7 @@ def draw_expand(facts: Facts, terminal: Terminal) -> list[str]:
         *lines,
         *terminal.note(
             f"{facts['tiles']:,} tiles; block w takes tiles w, w + {WALKERS}, ...: {walk}. "
-            f"{share:.0%} of the multiply-adds are of zeros. Nobody waits for anybody: K is only "
+            f"{_wasted(facts)} of the multiply-adds are of zeros. Nobody waits for anybody: K is only "
             f"r = {facts['r']}, so no tile needs to share its sums."
         ),
     ]
@@ -208,14 +208,14 @@ def kernels(question: Question) -> list[Launch]:
     """Each engine's launches of this batch, shrink before expand."""
     batch, device = question.segments, question.device
     into, out = (question.h_in, question.rank), (question.rank, question.h_out)
-    slots = {"max_loras": question.max_loras, "slots": question.slots}
+    max_loras, slots = question.max_loras, question.slots
     return [
         emulator.punica_sgmv_shrink(batch, *into, device),
         emulator.punica_cutlass_expand(batch, *out, device),
         emulator.punica_bgmv_shrink(batch, *into, device),
         emulator.punica_bgmv_expand(batch, *out, device),
-        emulator.vllm_v1_shrink(batch, *into, device=device, **slots),  # type: ignore[arg-type]  # mypy joins the values' types
-        emulator.vllm_v1_expand(batch, *out, device=device, **slots),  # type: ignore[arg-type]  # likewise
+        emulator.vllm_v1_shrink(batch, *into, max_loras, device, slots=slots),
+        emulator.vllm_v1_expand(batch, *out, max_loras, device, slots=slots),
         emulator.sglang_csgmv_shrink(batch, *into, device),
         emulator.sglang_csgmv_expand(batch, *out, device),
     ]
@@ -223,8 +223,7 @@ def kernels(question: Question) -> list[Launch]:
 
 def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
     """One row per kernel; below, what is wrong with any."""
-    device = next(iter(facts.values()))["device"]
-    head = ("kernel", "grid", "threads", "idle", "waves", "zeros", "KiB", "barriers", "MB", "µs")
+    head = ("kernel", "grid", "threads", "exits", "waves", "wasted", "KiB", "MB")
     table = [
         (
             name,
@@ -232,21 +231,24 @@ def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
             str(each["threads"]),
             str(each["early_exits"]),
             str(each["waves"]),
-            f"{each['wasted_lanes'] / each['lanes']:.0%}" if each["lanes"] else "-",
-            f"{each['shared_memory'] / KIB:g}",
-            str(each["barriers"]),
+            _wasted(each),
+            f"{each['shared_memory'] / KIB:.1f}",
             f"{(each['bytes_read'] + each['bytes_written']) / 1e6:.2f}",
-            f"{each['roofline_us']:.2f}",
         )
         for name, each in facts.items()
     ]
-    lines = terminal.title(f"Launches: every kernel's on {device}")
+    into, out = (facts[name] for name in ("punica_sgmv_shrink", "punica_cutlass_expand"))
+    lines = terminal.title(f"Launches: every kernel on {into['device']}")
     lines += terminal.table(head, table)
     lines += terminal.note(
-        "idle: blocks that find nothing to do. waves: times the device is filled. zeros: "
-        "multiply-adds of padding. KiB: shared memory per block. MB: what all blocks ask of "
-        "memory, before any cache. µs: the roofline's, every operand through memory once; no "
-        "launch is as fast."
+        "exits: blocks that exit early, with nothing to do. waves: times the device is filled. "
+        "wasted: the part of the multiply-adds that is padding. KiB: shared memory per block. MB: what all blocks ask of "
+        "memory, before any cache."
+    )
+    lines += terminal.note(
+        f"Every operand through memory once would be {into['io_bytes'] / 1e6:.2f} MB and "
+        f"{into['roofline_us']:.2f} µs for a shrink, {out['io_bytes'] / 1e6:.2f} MB and "
+        f"{out['roofline_us']:.2f} µs for an expand: no launch is as fast."
     )
     for name, each in facts.items():
         for fault in each["faults"]:
@@ -296,6 +298,11 @@ def _refused(facts: Facts, terminal: Terminal) -> list[str]:
     if not faults:
         return []
     return [*terminal.note(f"No such kernel ({'; '.join(faults)}). If there were one:"), ""]
+
+
+def _wasted(figures: Facts) -> str:
+    """The part of a launch's multiply-adds that is padding."""
+    return f"{figures['wasted_lanes'] / figures['lanes']:.0%}" if figures["lanes"] else "none"
 
 
 def _waves(facts: Facts) -> str:

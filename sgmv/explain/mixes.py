@@ -8,7 +8,7 @@ from typing import Any
 from sgmv import emulator
 from sgmv.emulator import Launch
 from sgmv.explain.question import Question
-from sgmv.explain.terminal import EMPTY, FULL, Terminal
+from sgmv.explain.terminal import EDGE, EMPTY, FULL, Terminal
 from sgmv.popularity import POPULARITIES, popularity
 from sgmv.segment import segment
 
@@ -84,7 +84,7 @@ def draw_mixes(facts: Facts, terminal: Terminal) -> list[str]:
         *lines,
         *terminal.note(
             f"The FLOP are the same. Weights that no two rows share are read for one row each, so "
-            f"distinct adapters stay at 1 FLOP per byte; {device} needs {ridge:.0f} to be busy. "
+            f"distinct adapters stay below 1 FLOP per byte; {device} needs {ridge:.0f} to be busy. "
             "Rows that share an adapter share its bytes, and move up the slope."
         ),
     ]
@@ -137,15 +137,12 @@ def _roofline(facts: Facts, terminal: Terminal) -> list[str]:
     for c in range(columns):
         drawn[line(low * 2 ** (c / (columns - 1) * octaves))][c] = "·"
     for name, intensity in points.items():
-        c, row = column(intensity), drawn[line(intensity)]
-        while c + 1 < columns and row[c] not in " ·":
-            c += 1
-        row[c] = "*" if name == THIS else name[0].upper()
-    names = {0: "FLOP/s", 1: f"{peak / 1e12:.0f} T"}
-    lines = [
-        f"{names.get(i, ''):>{label - 1}}{chr(0x2502)}" + "".join(row)
-        for i, row in enumerate(drawn)
-    ]
+        c, i = column(intensity), line(intensity)
+        while i > 0 and drawn[i][c] not in " ·":  # another's point: stand on it
+            i -= 1
+        drawn[i][c] = "*" if name == THIS else name[0].upper()
+    names = {0: f"{peak / 1e12:.0f} T", 1: "FLOP/s"}
+    lines = [f"{names.get(i, ''):>{label - 1}}{EDGE}" + "".join(row) for i, row in enumerate(drawn)]
     ticks = [" "] * columns
     for exponent in range(math.ceil(math.log2(low)), math.floor(math.log2(low) + octaves) + 1):
         text = f"{2.0**exponent:g}"

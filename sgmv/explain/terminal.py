@@ -32,7 +32,8 @@ class Terminal:
 
     Semantics: `colour_of` gives an adapter's place in COLOURS; an id that is not in it has none.
 
-    >>> print("\\n".join(Terminal(24).table(("kernel", "blocks"), [("shrink", "32")])))
+    >>> for line in Terminal(24).table(("kernel", "blocks"), [("shrink", "32")]):
+    ...     print(line)
     kernel  blocks
     shrink      32
     """
@@ -50,7 +51,7 @@ class Terminal:
         """
         quiet = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         try:
-            "".join(map(chr, PLAIN)).encode(sys.stdout.encoding or "ascii")
+            "".join(map(chr, PLAIN)).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
             boxes = True
         except UnicodeEncodeError:
             boxes = False
@@ -99,11 +100,13 @@ class Terminal:
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         """Columns, all but the first to the right; where they are too wide, one row below another.
 
-        >>> print("\\n".join(Terminal(20).table(("kernel", "blocks", "waves"), [("shrink", "9", "1")])))
-        shrink
+        >>> head, row = ("kernel", "blocks", "waves"), ("shrink", "9", "1")
+        >>> for line in Terminal(20).table(head, [row]):
+        ...     print(line)
+        kernel shrink
           blocks  9
           waves   1
-        """  # noqa: E501
+        """
         columns = list(zip(head, *rows, strict=True))
         widths = [max(map(_length, column)) for column in columns]
         if sum(widths) + 2 * (len(widths) - 1) <= self.width:
@@ -112,7 +115,7 @@ class Terminal:
         name_width = max(map(len, head[1:]), default=0)
         lines = []
         for row in rows:
-            lines.append(self.bold(row[0]))
+            lines.append(f"{head[0]} {self.bold(row[0])}")
             named = zip(head[1:], row[1:], strict=True)
             lines += [f"  {name:{name_width}}  {cell}" for name, cell in named]
         return lines
@@ -131,8 +134,8 @@ class Terminal:
         starts       columns before which an edge stands
 
         >>> ids = {"adapter": ["0", "0", "2"]}
-        >>> print("\\n".join(Terminal().strip(ids, [0, 0, 2], [0, 2])))
-        adapter │0 0│2
+        >>> Terminal().strip(ids, [0, 0, 2], [0, 2])
+        ['adapter │0 0│2']
         """
         name_width = max(map(len, lines))
         cell_width = max((len(text) for texts in lines.values() for text in texts), default=1)

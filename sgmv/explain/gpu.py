@@ -28,6 +28,7 @@ def shrink(question: Question) -> Facts:
     """The figures of Punica's shrink, and the rows that each of its steps holds."""
     launch = _punica_shrink(question, RELEASES[-1])
     return launch.figures() | {
+        "unsupported": list(launch.unsupported),
         "step_rows": STEP_ROWS,
         "rows_per_step": [_filled(work.rows, STEP_ROWS) for work in launch.work],
     }
@@ -37,7 +38,7 @@ def draw_shrink(facts: Facts, terminal: Terminal) -> list[str]:
     """Each segment's steps of 64 rows: the part that rows fill, and the part that zeros fill."""
     step, chunks = facts["step_rows"], facts["split_k"]
     lines = terminal.title(f"Shrink: {facts['kernel']} on {facts['device']}")
-    lines += _refused(facts, terminal)
+    lines += _refused(facts["unsupported"], terminal)
     lines += terminal.note(
         f"Grid ({facts['grid_x']}, {facts['grid_y']}, {facts['grid_z']}): for each segment "
         + (
@@ -65,6 +66,7 @@ def barrier(question: Question) -> Facts:
     launches = {release: _punica_shrink(question, release) for release in RELEASES}
     newest = launches[RELEASES[-1]]
     return {
+        "unsupported": list(newest.unsupported),
         "chunks": -(-question.h_in // CHUNK),
         "steps": [work.row_slots // STEP_ROWS for work in newest.work],
         "tmp_limit": TMP_LIMIT,
@@ -81,7 +83,7 @@ def draw_barrier(facts: Facts, terminal: Terminal) -> list[str]:
     """Blocks over time in both releases, and how many segments fit before K is no longer split."""
     first = facts["releases"][RELEASES[0]]
     lines = terminal.title(f"Split K and the barrier: {first['kernel']} on {first['device']}")
-    lines += _refused(first, terminal)
+    lines += _refused(facts["unsupported"], terminal)
     wanted = facts["chunks"] * first["S"]
     lines += terminal.note(
         f"The blocks of a segment each sum {CHUNK} of its {first['h_in']} products and leave the "
@@ -165,6 +167,7 @@ def expand(question: Question) -> Facts:
     across = -(-question.h_out // TILE_COLUMNS)
     filled = [_filled(work.rows, TILE_ROWS) for work in launch.work]
     return launch.figures() | {
+        "unsupported": list(launch.unsupported),
         "tile": [TILE_ROWS, TILE_COLUMNS],
         "tiles_across": across,
         "tiles": across * sum(map(len, filled)),
@@ -176,7 +179,7 @@ def draw_expand(facts: Facts, terminal: Terminal) -> list[str]:
     """Each segment's tiles of 32 rows, and how 512 blocks share all tiles."""
     rows, columns = facts["tile"]
     lines = terminal.title(f"Expand: {facts['kernel']} on {facts['device']}")
-    lines += _refused(facts, terminal)
+    lines += _refused(facts["unsupported"], terminal)
     lines += terminal.note(
         f"CUTLASS cuts every segment of y into tiles of {rows} rows × {columns} columns. The bars "
         f"are tiles from top to bottom; each is there {facts['tiles_across']} times, once for each "
@@ -193,8 +196,8 @@ def draw_expand(facts: Facts, terminal: Terminal) -> list[str]:
         *lines,
         *terminal.note(
             f"{facts['tiles']:,} tiles; block w takes tiles w, w + {WALKERS}, ...: {walk}. "
-            f"{_wasted(facts)} of the multiply-adds are of zeros. Nobody waits for anybody: K is only "
-            f"r = {facts['r']}, so no tile needs to share its sums."
+            f"{_wasted(facts)} of the multiply-adds are of zeros. Nobody waits for anybody: K is "
+            f"only r = {facts['r']}, so no tile needs to share its sums."
         ),
     ]
 
@@ -242,8 +245,8 @@ def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
     lines += terminal.table(head, table)
     lines += terminal.note(
         "exits: blocks that exit early, with nothing to do. waves: times the device is filled. "
-        "wasted: the part of the multiply-adds that is padding. KiB: shared memory per block. MB: what all blocks ask of "
-        "memory, before any cache."
+        "wasted: the part of the multiply-adds that is padding. KiB: shared memory per block. "
+        "MB: what all blocks ask of memory, before any cache."
     )
     lines += terminal.note(
         f"Every operand through memory once would be {into['io_bytes'] / 1e6:.2f} MB and "
@@ -275,14 +278,14 @@ def _bars(
     facts: Facts, pieces: Sequence[Sequence[int]], most: int, piece: str, terminal: Terminal
 ) -> list[str]:
     """One line per segment: a bar for each piece of so many rows."""
-    lines = []
-    cells = 8
+    lines, cells = [], 8
+    width = max((len(str(adapter_id)) for adapter_id in facts["adapter_ids"]), default=1)
     for s in abbreviated(len(pieces)):
         if s is None:
             lines.append("...")
             continue
         adapter_id, filled = facts["adapter_ids"][s], pieces[s]
-        label = terminal.adapter(f" {adapter_id} ", adapter_id)
+        label = terminal.adapter(f"{adapter_id:>{width}}", adapter_id)
         shown = abbreviated(len(filled), max((terminal.width - 34) // (2 * cells + 2), 1))
         drawn = [
             "..." if i is None else terminal.bar(filled[i], most, cells, adapter_id) for i in shown
@@ -292,12 +295,11 @@ def _bars(
     return lines or [f"no {piece}: no row has an adapter"]
 
 
-def _refused(facts: Facts, terminal: Terminal) -> list[str]:
+def _refused(unsupported: Sequence[str], terminal: Terminal) -> list[str]:
     """Why there is no such kernel, if so: the picture then shows what it would do."""
-    faults = [fault for fault in facts["faults"] if fault.startswith(("rank", "width"))]
-    if not faults:
+    if not unsupported:
         return []
-    return [*terminal.note(f"No such kernel ({'; '.join(faults)}). If there were one:"), ""]
+    return [*terminal.note(f"No such kernel ({'; '.join(unsupported)}). If there were:"), ""]
 
 
 def _wasted(figures: Facts) -> str:

@@ -299,11 +299,8 @@ def test_the_page_asks_for_what_the_answers_answer(tmp_path: Path) -> None:
     for name, function in functions.items():
         answer = inspect.signature(getattr(exercises_answers, name))
         assert list(inspect.signature(function).parameters) == list(answer.parameters), name
-    numbers = [
-        int(number)
-        for number, _, _ in exercises_page.EXERCISE.findall(exercises_page.PAGE.read_text())
-    ]
-    assert numbers == list(CHECKS)
+    sections = exercises_page.EXERCISE.findall(exercises_page.PAGE.read_text())
+    assert [int(number) for number, _, _ in sections] == list(CHECKS)
     for check in CHECKS.values():
         with pytest.raises(NotImplementedError):
             check(asked)

@@ -56,7 +56,7 @@ def half_v_error(v: Array, B: Array, dtype: npt.DTypeLike = np.float16) -> Histo
     dtype  float16 or bfloat16
 
     Raises ShapeError and DtypeError for operands that do not fit.
-    Source: vLLM names Punica's half-precision v as its reason against SGMV.
+    Source: vLLM's pull request 1804, which names a half-precision v as its reason against SGMV.
 
     >>> third = np.full((1, 1), 1 / 3, np.float32)
     >>> histogram = half_v_error(third, np.ones((1, 1), np.float32))

@@ -1,4 +1,4 @@
-"""The GPUs that a launch is laid out for: how many blocks fit, how fast memory and tensor cores are.
+"""The GPUs that a launch is laid out for: how many blocks fit, how fast it can be at most.
 
 Sources, for all figures below:
     SMs, bandwidth, fp16   NVIDIA's data sheets of A100 (SXM4, 80 GB), H100 (SXM5), H200 (SXM) and
@@ -32,9 +32,9 @@ class Device:
     bandwidth                bytes per second of its memory
     fp16_peak                FLOP per second of its tensor cores, dense, sums in float32
 
-    Registers are left out. Compiled by NVRTC and ptxas 12.9 for 8.0, 8.9 and 9.0, Punica's shrink
-    loop takes 72 to 214 of them per thread, which allows at least as many blocks as its shared
-    memory does, at every rank on every device here.
+    Registers are left out. A transcription of Punica's cooperative shrink, compiled by NVRTC and
+    ptxas 12.9 for 8.0, 8.9 and 9.0, took 72 to 214 of them per thread: they allow at least as many
+    blocks as its shared memory does, at each of its ranks, on every device here.
     Source: this file's head.
 
     >>> toy = Device("toy", 2, 100 * 1024, 99 * 1024, 16, 1536, 10**11, 10**13)

@@ -114,6 +114,7 @@ class Launch(ABC):
     ATOMICS: ClassVar[bool] = False
     SINGLE_X: ClassVar[bool] = False  # whether x may be float32
     SINGLE_OUT: ClassVar[bool] = False
+    ESTIMATED: ClassVar[bool] = False  # whether shared memory is the compiler's to decide
 
     device: Device
     segments: Segments = field(repr=False, compare=False)
@@ -201,7 +202,7 @@ class Launch(ABC):
     def faults(self) -> tuple[str, ...]:
         """All that is wrong with this launch, in words."""
         found = [*self.unsupported]
-        if not self.capacity:
+        if not self.capacity and not self.ESTIMATED:
             found.append(f"no block of {self.shared_memory} bytes fits an SM of {self.device.name}")
         if self.deadlock:
             found.append(str(self.deadlock))
@@ -226,13 +227,14 @@ class Launch(ABC):
             "threads": self.threads,
             "early_exits": self.early_exits,
             "shared_memory": self.shared_memory,
+            "shared_memory_estimated": self.ESTIMATED,
             "resident_blocks": self.resident_blocks,
             "capacity": self.capacity,
             "waves": self.waves,
             "split_k": self.split_k,
             "cooperative": self.cooperative,
             "barriers": max((work.barriers for work in self.work), default=0),
-            "deterministic": not self.ATOMICS or self.split_k == 1,
+            "deterministic": not (self.race or (self.ATOMICS and self.split_k > 1)),
             "tmp_bytes": self.tmp,
             "rows": self.rows,
             "row_slots": row_slots,
@@ -246,6 +248,7 @@ class Launch(ABC):
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "roofline_us": seconds * 1e6,
+            **self.own_figures(),
             "adapter_ids": [work.adapter_id for work in self.work],
             "rows_per_segment": [work.rows for work in self.work],
             "row_slots_per_segment": [work.row_slots for work in self.work],
@@ -253,6 +256,10 @@ class Launch(ABC):
             "barriers_per_segment": [work.barriers for work in self.work],
             "faults": list(self.faults),
         }
+
+    def own_figures(self) -> dict[str, Any]:
+        """What only this kernel has."""
+        return {}
 
     def __str__(self) -> str:
         figures = self.figures()

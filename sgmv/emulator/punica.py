@@ -36,6 +36,7 @@ STAGE_K = 8 * 16  # products that one stage of shared memory holds per element
 STAGES = 2
 CHUNK = 256  # products that a block sums where K is split
 TMP_LIMIT = 8 << 20
+WITHOUT_OPT_IN = 48 << 10  # bytes that a block may take of shared memory unasked
 UINT32 = 1 << 32
 
 TILE_ROWS, TILE_COLUMNS, TILE_K, INSTRUCTION_K = 32, 128, 16, 8
@@ -90,9 +91,8 @@ class SgmvShrink(Launch):
             found.append("overflow: offsets in x wrap around at 2**32")
         return tuple(found)
 
-    def figures(self) -> dict[str, Any]:
+    def own_figures(self) -> dict[str, Any]:
         return {
-            **super().figures(),
             "release": self.release,
             "chunk": self.chunk,
             "split_k_segments": self.split_k_segments,
@@ -130,7 +130,13 @@ class SgmvShrink(Launch):
 
 
 def punica_sgmv_shrink(
-    batch: Batch, h_in: int, r: int, device: Device = A100, release: str = "1.1.0"
+    batch: Batch,
+    h_in: int,
+    r: int,
+    device: Device = A100,
+    release: str = "1.1.0",
+    *,
+    opted_in: bool = True,
 ) -> SgmvShrink:
     """Punica's hand-written shrink: v += x @ A.T, K cut into chunks of 256 where all blocks fit.
 
@@ -145,9 +151,12 @@ def punica_sgmv_shrink(
     device   the GPU
     release  "1.0.0": a segment's blocks pass one barrier per step, so that segments of different
              numbers of steps wait for each other for ever; "1.1.0": all pass the most of any
+    opted_in whether CUDA, asked how many blocks fit, counts those of more than 48 KiB
 
-    For ranks from 64 on, a block needs more than 48 KiB, which the launcher opts in to only after
-    it has asked how many blocks fit. Here the answer is taken to be right all the same.
+    From rank 64 on a block takes more than 48 KiB, and Punica opts in to that after it has asked.
+    NVIDIA's own calculator (cuda_occupancy.h of CUDA 12.9) answers 0 for a kernel that has not:
+    then K is never split at these ranks, and nothing hangs, races or overflows. opted_in=False is
+    that case; which one a GPU shows has not been tried here.
     Raises ValueRangeError for another release; DtypeError and ValueRangeError for widths that are
     no whole numbers >= 1, and as `segment` does. Source: this file's head.
 
@@ -163,7 +172,8 @@ which returned after 1
     segments, parts = laid_out(batch, h_in=h_in, r=r)
     S = len(parts)
     shared_memory = STAGES * HALF * STAGE_K * 16 * (WARPS + r // 16)
-    capacity = device.sms * device.resident_blocks(LANES * WARPS, shared_memory)
+    counted = opted_in or shared_memory <= WITHOUT_OPT_IN
+    capacity = device.sms * device.resident_blocks(LANES * WARPS, shared_memory) * counted
     chunks = ceil_div(h_in, CHUNK)
     cooperative = 0 < chunks * S <= capacity
     if not cooperative:

@@ -1,8 +1,8 @@
 """SGLang's csgmv: segments cut into chunks, a block per chunk and tile of columns.
 
 Source for all of this file: SGLang, python/sglang/srt/lora/triton_ops/chunked_sgmv_shrink.py,
-chunked_sgmv_expand.py and, for the default sizes, lora_tuning_config.py; tuned sizes, which a server
-may load, are not modelled. The chunks: lora/backend/chunked_backend.py.
+chunked_sgmv_expand.py and, for the default sizes, lora_tuning_config.py; tuned sizes, which a
+server may load, are not modelled. The chunks: lora/backend/chunked_backend.py.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class _Csgmv(Launch):
     starts     (chunks + 1,) where each chunk starts in the sorted batch
     """
 
+    ESTIMATED: ClassVar[bool] = True
+
     chunk: int
     chunk_ids: Integers = field(repr=False, compare=False)
     starts: Integers = field(repr=False, compare=False)
@@ -55,8 +57,8 @@ class _Csgmv(Launch):
         rows = self.segments.rows[self.starts[c] : self.starts[c + 1]]
         return int(self.chunk_ids[c]), rows
 
-    def figures(self) -> dict[str, Any]:
-        return {**super().figures(), "chunk": self.chunk}
+    def own_figures(self) -> dict[str, Any]:
+        return {"chunk": self.chunk}
 
 
 @dataclass(frozen=True, kw_only=True)

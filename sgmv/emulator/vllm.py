@@ -43,6 +43,8 @@ EXPAND_ROWS, EXPAND_K = 64, 16
 class _Triton(Launch):
     """What both kernels share: rows by the metadata, tails that repeat the tile's first rows."""
 
+    ESTIMATED: ClassVar[bool] = True
+
     meta: LoRAKernelMeta = field(repr=False, compare=False)
     entries: tuple[int, ...] = field(repr=False)  # the adapter of each entry, -1 for none
 
@@ -137,7 +139,7 @@ def vllm_v1_shrink(
     specialize_active_lora: bool = False,
     batch_invariant: bool = False,
 ) -> VllmShrink:
-    """vLLM V1's shrink: v = scale * x @ A.T in float32, partial sums added by atomics.
+    """The shrink of vLLM V1: v = scale * x @ A.T in float32, partial sums added by atomics.
 
     Semantics: grid (SPLIT_K * tiles of 32 rows * tiles of 16 ranks, slices, max_loras + 1), tiles
     counted for the whole batch, as if one adapter had all its rows. Blocks of the base-only
@@ -210,7 +212,7 @@ def vllm_v1_expand(
     slots: Slots = None,
     specialize_active_lora: bool = False,
 ) -> VllmExpand:
-    """vLLM V1's expand: y += v @ B.T, v in float32 rounded to the type of B as it is loaded.
+    """The expand of vLLM V1: y += v @ B.T, v in float32 rounded to B's type as it is loaded.
 
     Semantics: grid (tiles of 64 rows * tiles of columns, slices, max_loras + 1), tiles counted for
     the whole batch and the widest slice: 128 columns, or 64 with several slices. Blocks without

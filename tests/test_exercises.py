@@ -243,6 +243,11 @@ def _no_least_chunk(lengths: list[int], most: int = 16) -> list[tuple[int, int]]
     return [(s, min(most, m - i)) for s, m in enumerate(lengths) for i in range(0, m, most)]
 
 
+def _chunks_rounded_down(h_in: int, r: int, device: emulator.Device) -> int:
+    memory = exercises_answers.shared_memory(r)
+    return device.sms * device.resident_blocks(128, memory) // (h_in // 256)
+
+
 def _pairwise(x: Any, w: Any, chunk: int) -> Any:
     parts = [np.sum((x * w)[k : k + chunk]) for k in range(0, len(x), chunk)]
     return np.sum(np.array(parts, np.float32))
@@ -262,7 +267,7 @@ MISTAKES: list[tuple[int, dict[str, Any]]] = [
     (4, {"chunks": _no_least_chunk}),
     (5, {"wasted": lambda lengths, tile: -sum(lengths) % tile / max(sum(lengths), 1)}),
     (6, {"shared_memory": lambda r: 128 * (64 + r) * 2}),  # one stage
-    (7, {"split_k_segments": lambda h_in, r, d: d.sms * d.resident_blocks(128, 0) // (h_in // 256)}),
+    (7, {"split_k_segments": _chunks_rounded_down}),
     (7, {"split_k_segments": lambda h_in, r, d: d.sms // -(-h_in // 256)}),
     (8, {"hangs": lambda lengths, splits_k: splits_k and max(lengths) > 64}),
     (8, {"hangs": lambda lengths, splits_k: splits_k and max(lengths) - min(lengths) >= 65}),

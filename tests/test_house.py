@@ -31,6 +31,9 @@ FLOORS = [
     },
     {"emulator.launch"},
     {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
+    {"explain.question", "explain.terminal", "models", "popularity"},
+    {"explain.cpu", "explain.engines", "explain.gpu", "explain.mixes"},
+    {"explain.command"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

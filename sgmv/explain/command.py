@@ -138,7 +138,14 @@ def _write_html(path: str, question: Question) -> str:
     from sgmv.explorer import write_html
 
     try:
-        write_html(path, question)
+        write_html(
+            path,
+            question.segments,
+            h_in=question.h_in,
+            r=question.rank,
+            h_out=question.h_out,
+            device=question.device,
+        )
     except OSError as error:
         raise SgmvError(
             "--html", "a file that can be written", str(error), "name another place"

@@ -32,7 +32,8 @@ FLOORS = [
     {"emulator.launch"},
     {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
     {"explain.question", "explain.terminal", "models", "popularity"},
-    {"explain.cpu", "explain.engines", "explain.gpu", "explain.mixes"},
+    {"explain.cpu", "explain.engines", "explain.launches", "explain.mixes"},
+    {"explain.punica"},
     {"explain.command"},
     {"__init__", "__main__"},
 ]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sgmv import explain
 from sgmv.emulator import DEVICES, Device
 from sgmv.errors import SgmvError, ValueRangeError
-from sgmv.explain import cpu, engines, gpu, mixes
-from sgmv.explain.question import Question
+from sgmv.explain import cpu, engines, launches, mixes, punica
+from sgmv.explain.question import Facts, Question
 from sgmv.explain.terminal import Terminal
 from sgmv.models import LAYERS, MODELS
 from sgmv.popularity import POPULARITIES, popularity
@@ -24,18 +24,18 @@ from sgmv.workers import get_num_threads
 class View(NamedTuple):
     """Facts, numbers and texts fit for JSON, and a drawing made of nothing but these."""
 
-    facts: Callable[[Question], dict[str, Any]]
-    draw: Callable[[dict[str, Any], Terminal], list[str]]
+    facts: Callable[[Question], Facts]
+    draw: Callable[[Facts, Terminal], list[str]]
 
 
 VIEWS = {
     "group": View(cpu.group, cpu.draw_group),
     "layout": View(engines.layout, engines.draw_layout),
     "tasks": View(cpu.tasks, cpu.draw_tasks),
-    "shrink": View(gpu.shrink, gpu.draw_shrink),
-    "barrier": View(gpu.barrier, gpu.draw_barrier),
-    "expand": View(gpu.expand, gpu.draw_expand),
-    "launches": View(gpu.launches, gpu.draw_launches),
+    "shrink": View(punica.shrink, punica.draw_shrink),
+    "barrier": View(punica.barrier, punica.draw_barrier),
+    "expand": View(punica.expand, punica.draw_expand),
+    "launches": View(launches.launches, launches.draw_launches),
     "popularity": View(mixes.mixes, mixes.draw_mixes),
 }
 SHOWN = ("group", "tasks", "layout", "launches")
@@ -114,7 +114,7 @@ def run(given: Namespace) -> str:
     if "layout" in facts:
         facts["layout"] = {name: facts["layout"][name] for name in given.engines}
     if given.json:
-        return json.dumps(facts, indent=2)
+        return json.dumps(facts)
     terminal = Terminal.of_stdout(question.slots)
     drawn = [terminal.text(view.draw(facts[name], terminal)) for name, view in views.items()]
     return "\n\n".join(drawn)

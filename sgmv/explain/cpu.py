@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 
 from sgmv.adapters import columns_of
-from sgmv.explain.question import Question
+from sgmv.explain.question import Facts, Question
 from sgmv.explain.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated
 from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
 from sgmv.schedule import BASE_ONLY, NO_SLOT, cuts, most_blocks, row_blocks
-
-Facts = dict[str, Any]
 
 
 def group(question: Question) -> Facts:

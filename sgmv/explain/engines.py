@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sgmv import layouts
-from sgmv.explain.question import Question
+from sgmv.explain.question import Facts, Question
 from sgmv.explain.terminal import Terminal
 from sgmv.layouts.rows import Layout
-
-Facts = dict[str, Any]
 
 
 class Engine(NamedTuple):

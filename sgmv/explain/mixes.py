@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from sgmv import emulator
 from sgmv.emulator import Launch
-from sgmv.explain.question import Question
+from sgmv.explain.question import Facts, Question
 from sgmv.explain.terminal import EDGE, EMPTY, FULL, Terminal
 from sgmv.popularity import POPULARITIES, popularity
 from sgmv.segment import segment
 
-Facts = dict[str, Any]
 THIS = "this batch"
 HEIGHT = 9  # lines of the roofline
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from sgmv.errors import ValueRangeError
 from sgmv.layouts.rows import row_ids
 from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Segments, check_count
+
+Facts: TypeAlias = dict[str, Any]  # what a view tells: numbers, texts, lists, fit for JSON
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

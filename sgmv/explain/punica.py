@@ -1,12 +1,10 @@
-"""Views of what a GPU would do with a batch: Punica's launches, and every engine's figures."""
+"""Views of Punica's two SGMV launches: the shrink, its split of K and barrier, the expand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sgmv import emulator
-from sgmv.emulator import Launch
 from sgmv.emulator.punica import (
     CHUNK,
     RELEASES,
@@ -16,11 +14,10 @@ from sgmv.emulator.punica import (
     TMP_LIMIT,
     WALKERS,
 )
-from sgmv.explain.question import Question
+from sgmv.explain.launches import KIB, wasted
+from sgmv.explain.question import Facts, Question
 from sgmv.explain.terminal import FULL, Terminal, abbreviated
 
-Facts = dict[str, Any]
-KIB = 1024
 BARRIER = "┃"
 
 
@@ -53,7 +50,7 @@ def draw_shrink(facts: Facts, terminal: Terminal) -> list[str]:
     return [
         *lines,
         *terminal.note(
-            f"{facts['rows']:,} rows in {facts['row_slots']:,} row slots: {_wasted(facts)} of the "
+            f"{facts['rows']:,} rows in {facts['row_slots']:,} row slots: {wasted(facts)} of the "
             f"multiply-adds are of zeros. {facts['shared_memory'] // KIB} KiB of shared memory "
             f"per block, so {facts['resident_blocks']} blocks fit an SM and {facts['capacity']} "
             f"the device; {facts['blocks']} blocks are {_waves(facts)}."
@@ -196,67 +193,10 @@ def draw_expand(facts: Facts, terminal: Terminal) -> list[str]:
         *lines,
         *terminal.note(
             f"{facts['tiles']:,} tiles; block w takes tiles w, w + {WALKERS}, ...: {walk}. "
-            f"{_wasted(facts)} of the multiply-adds are of zeros. Nobody waits for anybody: K is "
+            f"{wasted(facts)} of the multiply-adds are of zeros. Nobody waits for anybody: K is "
             f"only r = {facts['r']}, so no tile needs to share its sums."
         ),
     ]
-
-
-def launches(question: Question) -> Facts:
-    """Every kernel's figures: `emulator`'s, one launch each."""
-    return {launch.NAME: launch.figures() for launch in kernels(question)}
-
-
-def kernels(question: Question) -> list[Launch]:
-    """Each engine's launches of this batch, shrink before expand."""
-    batch, device = question.segments, question.device
-    into, out = (question.h_in, question.rank), (question.rank, question.h_out)
-    max_loras, slots = question.max_loras, question.slots
-    return [
-        emulator.punica_sgmv_shrink(batch, *into, device),
-        emulator.punica_cutlass_expand(batch, *out, device),
-        emulator.punica_bgmv_shrink(batch, *into, device),
-        emulator.punica_bgmv_expand(batch, *out, device),
-        emulator.vllm_v1_shrink(batch, *into, max_loras, device, slots=slots),
-        emulator.vllm_v1_expand(batch, *out, max_loras, device, slots=slots),
-        emulator.sglang_csgmv_shrink(batch, *into, device),
-        emulator.sglang_csgmv_expand(batch, *out, device),
-    ]
-
-
-def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
-    """One row per kernel; below, what is wrong with any."""
-    head = ("kernel", "grid", "threads", "exits", "waves", "wasted", "KiB", "MB")
-    table = [
-        (
-            name,
-            f"{each['grid_x']}×{each['grid_y']}×{each['grid_z']}",
-            str(each["threads"]),
-            str(each["early_exits"]),
-            str(each["waves"]),
-            _wasted(each),
-            f"{each['shared_memory'] / KIB:.1f}",
-            f"{(each['bytes_read'] + each['bytes_written']) / 1e6:.2f}",
-        )
-        for name, each in facts.items()
-    ]
-    into, out = (facts[name] for name in ("punica_sgmv_shrink", "punica_cutlass_expand"))
-    lines = terminal.title(f"Launches: every kernel on {into['device']}")
-    lines += terminal.table(head, table)
-    lines += terminal.note(
-        "exits: blocks that exit early, with nothing to do. waves: times the device is filled. "
-        "wasted: the part of the multiply-adds that is padding. KiB: shared memory per block. "
-        "MB: what all blocks ask of memory, before any cache."
-    )
-    lines += terminal.note(
-        f"Every operand through memory once would be {into['io_bytes'] / 1e6:.2f} MB and "
-        f"{into['roofline_us']:.2f} µs for a shrink, {out['io_bytes'] / 1e6:.2f} MB and "
-        f"{out['roofline_us']:.2f} µs for an expand: no launch is as fast."
-    )
-    for name, each in facts.items():
-        for fault in each["faults"]:
-            lines += terminal.note(f"{name}: {fault}", "  ")
-    return lines
 
 
 def _punica_shrink(question: Question, release: str) -> emulator.punica.SgmvShrink:
@@ -300,11 +240,6 @@ def _refused(unsupported: Sequence[str], terminal: Terminal) -> list[str]:
     if not unsupported:
         return []
     return [*terminal.note(f"No such kernel ({'; '.join(unsupported)}). If there were:"), ""]
-
-
-def _wasted(figures: Facts) -> str:
-    """The part of a launch's multiply-adds that is padding."""
-    return f"{figures['wasted_lanes'] / figures['lanes']:.0%}" if figures["lanes"] else "none"
 
 
 def _waves(facts: Facts) -> str:

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,7 +22,8 @@ import pytest
 import sgmv
 from reference.workloads import corpus
 from sgmv import emulator, layouts
-from tests import exercises_answers, exercises_page
+from tests import exercises_answers, exercises_page, punica_page
+from tests.planting import run_python
 
 pytestmark = pytest.mark.once
 
@@ -324,9 +326,16 @@ def test_the_pages_examples_are_right(tmp_path: Path) -> None:
     assert examples > 5
 
 
-def test_answers_are_never_overwritten(tmp_path: Path) -> None:
-    from tests.planting import run_python
+def test_the_pages_pictures_can_be_drawn() -> None:
+    commands = re.findall(
+        r"^`python -m sgmv (explain [^`]+)`$", exercises_page.PAGE.read_text(), re.M
+    )
+    assert len(commands) == len(CHECKS)
+    for command in commands:
+        assert punica_page.printed(command), command
 
+
+def test_answers_are_never_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("mine")
     program = "import runpy; runpy.run_module('tests.exercises_page', run_name='__main__')"

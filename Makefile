@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: bench test check format readme clean
+.PHONY: explorer bench test check format readme clean
+
+explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch: written, and opened
+	$(RUN) -m sgmv explorer $(ARGS)
 
 bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="--full" for all)
 	$(RUN) -m benchmarks $(ARGS)

@@ -19,6 +19,7 @@ from sgmv.errors import SgmvError
 COMMANDS = {
     "info": ("sgmv.info", "CPU features, backend, tiles, threads, cache folder"),
     "explain": ("sgmv.explain.command", "a batch from rows to thread blocks, in every engine"),
+    "explorer": ("sgmv.explorer.write", "a page that shows what a GPU would do with a batch"),
 }
 
 

@@ -31,7 +31,7 @@ FLOORS = [
     },
     {"emulator.launch"},
     {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
-    {"explain.question", "explain.terminal", "models", "popularity"},
+    {"explain.question", "explain.terminal", "explorer.write", "models", "popularity"},
     {"explain.cpu", "explain.engines", "explain.launches", "explain.mixes"},
     {"explain.punica"},
     {"explain.command"},

@@ -84,8 +84,8 @@ def draw_barrier(facts: Facts, terminal: Terminal) -> list[str]:
     wanted = facts["chunks"] * first["S"]
     lines += terminal.note(
         f"The blocks of a segment each sum {CHUNK} of its {first['h_in']} products and leave the "
-        "sums in tmp; then all blocks of the grid wait for each other, and block 0 adds the "
-        "chunks in ascending order. So all of them must be on the device at once:"
+        "sums in tmp; then all blocks of the grid wait for each other, add the chunks in "
+        "ascending order, and block 0 stores. So all of them must be on the device at once:"
     )
     lines += [
         "",

@@ -23,7 +23,7 @@ NARROWEST = 20
 COLOURS = (214, 74, 36, 227, 68, 209, 175)
 FULL, EMPTY, EDGE = "█", "░", "│"
 # What stands for them where the output's encoding has no such characters.
-PLAIN = str.maketrans("█░│┃─×…→µ", "#.||-x~>u")
+PLAIN = str.maketrans("█░│┃─·×…µ", "#.||-.x~u")
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def check_layout(module: Any, question: Question, ids: list[int]) -> None:
         assert len(set(rows)) == len(rows), name
         assert {ids[row] for row in set(range(len(ids))) - set(rows)} <= {-1}, name
         if not starts:  # PEFT has no segments, and vLLM launches nothing for base-only rows
-            assert not rows or name == "peft" or name == "vllm_v1" and set(ids) == {-1}, name
+            assert not rows or name == "peft" or (name == "vllm_v1" and set(ids) == {-1}), name
             continue
         assert starts[0] == 0, name
         for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):

@@ -115,7 +115,7 @@ def draw_barrier(facts: Facts, terminal: Terminal) -> list[str]:
         if release in facts["waits"]:
             lines += terminal.note(f"The call never returns: {facts['waits'][release]}.")
         else:
-            lines += terminal.note(f"All blocks pass {figures['barriers']} barriers.")
+            lines += terminal.note(f"All blocks pass {_plural(figures['barriers'], 'barrier')}.")
     if first["race"]:
         lines += [
             "",

@@ -222,10 +222,10 @@ def test_mixes_are_the_papers() -> None:
 def test_the_barrier_is_drawn_for_both_releases() -> None:
     text = drawn("barrier", ask(lengths(1, 132)))
     before, after = text.split("release 1.1.0")
-    assert "adapter 0, 1 step   ██┃  returns" in before
-    assert "adapter 1, 3 steps  ██┃██┃  waits for ever" in before
+    assert "adapter 0: 1 step   ██┃  returns" in before
+    assert "adapter 1: 3 steps  ██┃██┃  waits for ever" in before
     assert "The call never returns" in before
-    assert "adapter 0, 1 step   ██┃  ┃  ┃  returns" in after
+    assert "adapter 0: 1 step   ██┃  ┃  ┃  returns" in after
     assert "never" not in after
     assert "race" in punica.barrier(ask(lengths(1, 132)))["releases"]["1.1.0"]
 

@@ -136,7 +136,7 @@ def _timeline(facts: Facts, figures: Facts, terminal: Terminal) -> list[str]:
     label, line = {}, {}
     for count in sorted(set(steps)):
         its = [s for s, each in enumerate(steps) if each == count]
-        label[count] = f"{_named(its, figures['adapter_ids'])}, {_plural(count, 'step')}"
+        label[count] = f"{_named(its, figures['adapter_ids'])}: {_plural(count, 'step')}"
         waits = stuck and count >= last
         line[count] = "".join(
             "..." if step is None else _moment(step, count, takes_part=not stuck) for step in shown

@@ -318,7 +318,7 @@ PLAIN: dict[str, Callable[[list[int], int, int], Iterator[Block | None]]] = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(0, 150), min_size=1, max_size=6),
     st.integers(0, 40),
@@ -462,6 +462,8 @@ def test_scalings_where_each_kernel_takes_them(rng: np.random.Generator) -> None
     out, one = by_adapter.run(v, B, scaling={0: 1.0, 1: 2.0}).out, by_adapter.run(v, B).out
     assert (out[0] == one[0]).all()
     assert (out[1] == 2 * one[1]).all()
+    with pytest.raises(sgmv.SgmvError, match=r"^scaling: expected an entry .* none for \[1\]"):
+        by_adapter.run(v, B, scaling={0: 1.0})
 
 
 def test_slices_are_computed_where_they_belong(rng: np.random.Generator) -> None:
@@ -635,11 +637,17 @@ def test_a_race_is_seen_whatever_the_order_of_its_accesses() -> None:
     for order in (("read", "write"), ("write", "read")):
         races = Races()
         for access in order:
-            getattr(races, access)(7, 1, (0, 0, 0) if access == "read" else (1, 0, 0))
-        races.read(7, 2, (0, 0, 0))  # after a barrier
-        races.write(8, 1, (0, 0, 0))
-        races.read(8, 1, (0, 0, 0))  # its own
+            getattr(races, access)(7, (0, 0, 0) if access == "read" else (1, 0, 0))
+        races.write(8, (0, 0, 0))
+        races.read(8, (0, 0, 0))  # its own
+        races.write(8, (0, 0, 0))
+        races.write(9, (1, 0, 0))
+        races.barrier()
+        races.read(9, (0, 0, 0))  # after it
         assert races.found == {7: (7, (1, 0, 0), (0, 0, 0))}
+        races.write(9, (0, 0, 0))
+        races.write(9, (1, 0, 0))
+        assert races.found[9] == (9, (1, 0, 0), (0, 0, 0))
 
 
 def test_tmp_overflows_on_the_h100_at_rank_128() -> None:

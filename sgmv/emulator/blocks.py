@@ -65,13 +65,19 @@ class DeadlockError(RuntimeError):
         self.deadlock = deadlock
 
 
-def execute(blocks: Mapping[Index, Block], order: str = "in order", seed: int = 0) -> int:
+def execute(
+    blocks: Mapping[Index, Block],
+    order: str = "in order",
+    seed: int = 0,
+    opened: Callable[[], None] = lambda: None,
+) -> int:
     """Run all blocks to their ends; returns how many grid barriers they passed.
 
     Semantics: of the blocks that can run, the first, the last or a random one runs to its next
     pause, until all have returned.
 
-    order  "in order", "reversed" or "random", which the seed draws
+    order   "in order", "reversed" or "random", which the seed draws
+    opened  called whenever a barrier lets the blocks go on
 
     Raises DeadlockError where blocks wait for one that has returned, ValueRangeError for another
     order. Source: CUDA C++ Programming Guide, "Grid Synchronization": all blocks must take part.
@@ -103,33 +109,39 @@ def execute(blocks: Mapping[Index, Block], order: str = "in order", seed: int = 
                 raise DeadlockError(Deadlock(passed + 1, tuple(waiting), tuple(returned)))
             ready, waiting = sorted(waiting, key=_place), []
             passed += 1
+            opened()
     return passed
 
 
 class Races:
     """Watches one buffer: a slot read and written by different blocks with no barrier between.
 
-    Semantics: accesses of one epoch, the time between two grid barriers, have no order; two of
-    them race if they are of different blocks and one of them writes. `found` holds (slot, writer,
-    other block) of the first race of each slot.
+    Semantics: accesses between two grid barriers have no order; two of them race if they are of
+    different blocks and one of them writes. `found` holds slot -> (slot, block that writes, other
+    block), the first race of each slot.
     """
 
     def __init__(self) -> None:
         self.found: dict[int, tuple[int, Index, Index]] = {}
-        self._writer: dict[tuple[int, int], Index] = {}
-        self._readers: dict[tuple[int, int], set[Index]] = {}
+        self._writer: dict[int, Index] = {}
+        self._readers: dict[int, set[Index]] = {}
 
-    def write(self, slot: int, epoch: int, block: Index) -> None:
-        self._writer[slot, epoch] = block
-        for reader in sorted(self._readers.get((slot, epoch), ())):
-            if reader != block:
-                self.found.setdefault(slot, (slot, block, reader))
+    def write(self, slot: int, block: Index) -> None:
+        others = {*self._readers.get(slot, ()), self._writer.get(slot, block)} - {block}
+        if others:
+            self.found.setdefault(slot, (slot, block, min(others)))
+        self._writer[slot] = block
 
-    def read(self, slot: int, epoch: int, block: Index) -> None:
-        self._readers.setdefault((slot, epoch), set()).add(block)
-        writer = self._writer.get((slot, epoch), block)
+    def read(self, slot: int, block: Index) -> None:
+        self._readers.setdefault(slot, set()).add(block)
+        writer = self._writer.get(slot, block)
         if writer != block:
             self.found.setdefault(slot, (slot, writer, block))
+
+    def barrier(self) -> None:
+        """What came before is before all that comes."""
+        self._writer.clear()
+        self._readers.clear()
 
 
 def _place(index: Index) -> Index:

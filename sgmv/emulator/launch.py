@@ -13,8 +13,9 @@ Each kernel is a subclass: its constructor function lays out the grid, `program`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -137,6 +138,10 @@ class Launch(ABC):
     @abstractmethod
     def program(self, index: Index, memory: Memory) -> Block:
         """One thread block, as a coroutine."""
+
+    def indices(self) -> Iterator[Index]:
+        """Every block's index."""
+        return product(*map(range, self.grid))  # type: ignore[return-value]  # three ranges
 
     def segment_rows(self, s: int) -> Integers:
         """Rows of the batch that have the adapter of `work[s]`."""
@@ -314,10 +319,9 @@ class Launch(ABC):
             self._scalings(scaling, used),
             dtype,
         )
-        indices = np.ndindex(*self.grid)
         with np.errstate(over="ignore", invalid="ignore"):
-            programs = {index: self.program(index, memory) for index in indices}
-            barriers = execute(programs, order, seed)  # type: ignore[arg-type]  # three indices
+            programs = {index: self.program(index, memory) for index in self.indices()}
+            barriers = execute(programs, order, seed, memory.races.barrier)
             out = memory.out.astype(np.float32 if self.SINGLE_OUT else dtype)
         return Result(out, barriers, tuple(memory.races.found.values()))
 
@@ -364,7 +368,10 @@ class Launch(ABC):
                 repr(scaling),
                 "multiply it into the weights",
             )
-        return scaling if isinstance(scaling, Mapping) else dict.fromkeys(used, scaling)
+        if not isinstance(scaling, Mapping):
+            return dict.fromkeys(used, scaling)
+        _check_held("scaling", scaling, used)
+        return scaling
 
 
 def laid_out(batch: Batch, **counts: int) -> tuple[Segments, list[tuple[int, Integers]]]:
@@ -402,14 +409,7 @@ def zero_filled(values: Floats, rows: int, columns: int) -> Floats:
 def _check_weights(
     weights: Mapping[int, Array], used: list[int], shape: tuple[int, int]
 ) -> dict[int, Array]:
-    missing = [i for i in used if i not in weights]
-    if missing:
-        raise UnknownAdapterError(
-            "weights",
-            "weights for every adapter of the batch",
-            f"none for {some(missing)}",
-            "add them to the mapping",
-        )
+    _check_held("weights", weights, used)
     held = {i: check_matrix(f"weights[{i}]", weights[i]) for i in used}
     for i, array in held.items():
         if array.shape != shape or array.dtype != held[used[0]].dtype:
@@ -420,6 +420,17 @@ def _check_weights(
                 "pass A (r, h_in) to a shrink, B (h_out, r) to an expand",
             )
     return held
+
+
+def _check_held(argument: str, mapping: Mapping[int, Any], used: list[int]) -> None:
+    missing = [i for i in used if i not in mapping]
+    if missing:
+        raise UnknownAdapterError(
+            argument,
+            "an entry for every adapter of the batch",
+            f"none for {some(missing)}",
+            "add them to the mapping",
+        )
 
 
 def _shown(value: Any) -> str:

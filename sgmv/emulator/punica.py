@@ -117,11 +117,11 @@ class SgmvShrink(Launch):
             multiply(sums, tile, w)
             if self.cooperative:
                 memory.tmp[s * self.split_k + c] = sums
-                memory.races.write(s * self.split_k + c, step, index)
+                memory.races.write(s * self.split_k + c, index)
                 yield BARRIER
                 sums = np.zeros_like(sums)
                 for slot in range(s * self.split_k, (s + 1) * self.split_k):
-                    memory.races.read(slot, step + 1, index)
+                    memory.races.read(slot, index)
                     sums += memory.tmp[slot]
             if c == 0:
                 memory.out[at] = memory.rounded(sums[: len(at)])

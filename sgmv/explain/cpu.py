@@ -123,7 +123,8 @@ def _parts(count: int, extent: int, unit: int) -> list[list[int]]:
 
 def _tile_rows(m: int) -> list[int]:
     """The rows of each tile of a block of m rows, as kernels/tiles.py takes them."""
-    groups, rows = -(-m // MOST_ROWS), []
+    groups = -(-m // MOST_ROWS)
+    rows: list[int] = []
     for g in range(groups):
         rows.append((m - sum(rows)) // (groups - g))
     return rows

@@ -39,7 +39,7 @@ VIEWS = {
     "popularity": View(mixes.mixes, mixes.draw_mixes),
 }
 SHOWN = ("group", "tasks", "layout", "launches")
-BATCH = "2,0,-1,2,0"
+BATCH = [2, 0, -1, 2, 0]
 
 
 def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
@@ -53,16 +53,16 @@ def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
     batch.add_argument(
         "--ids",
         type=_integers,
-        default=BATCH,
-        help="one adapter id per row, -1 = base only; --ids=-1,0 if the first is (%(default)s)",
+        help="one adapter id per row, -1 = base only; --ids=-1,0 if the first is "
+        f"({','.join(map(str, BATCH))})",
     )
     batch.add_argument(
         "--lengths", type=_integers, help="rows of adapter 0, 1, ..., in this order, as in 1,132"
     )
     batch.add_argument(
-        "--popularity", choices=POPULARITIES, help="as Punica's paper mixes --n rows"
+        "--popularity", choices=POPULARITIES, help="as Punica's paper mixes --n rows (skewed)"
     )
-    parser.add_argument("--n", type=int, default=64, help="rows for --popularity (%(default)s)")
+    parser.add_argument("--n", type=int, help="rows for --popularity (64)")
     parser.add_argument("--seed", type=int, default=0, help="of their shuffle (%(default)s)")
     parser.add_argument(
         "--layer",
@@ -117,15 +117,22 @@ def run(given: Namespace) -> str:
         return json.dumps(facts)
     terminal = Terminal.of_stdout(question.slots)
     drawn = [terminal.text(view.draw(facts[name], terminal)) for name, view in views.items()]
+    if not given.views:
+        others = ", ".join(name for name in VIEWS if name not in SHOWN)
+        drawn.append(terminal.text(terminal.note(f"Further views: {others}. All: --html FILE.")))
     return "\n\n".join(drawn)
 
 
 def _batch(given: Namespace) -> Integers:
     """(n,) the ids that one of the three ways to tell a batch means."""
-    if given.popularity:
-        return popularity(given.popularity, given.n, given.seed)
+    told = given.ids is not None or given.lengths is not None
+    if given.popularity or (given.n is not None and not told):
+        n = 64 if given.n is None else given.n
+        return popularity(given.popularity or "skewed", n, given.seed)
+    if given.n is not None:
+        raise SgmvError("--n", "--popularity beside it", "a batch", "leave one of them out")
     if given.lengths is None:
-        return np.array(given.ids, np.int64)
+        return np.array(given.ids if told else BATCH, np.int64)
     if min(given.lengths, default=0) < 0:
         raise ValueRangeError(
             "--lengths", "rows >= 0", str(min(given.lengths)), "give each adapter its rows"

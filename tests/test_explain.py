@@ -396,6 +396,15 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def test_what_is_not_shown_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys)
+    for title in ("Group:", "Tasks:", "Layout:", "Launches:"):
+        assert title in text
+    for view in set(VIEWS) - set(SHOWN):
+        assert view in text.splitlines()[-1]
+    assert "Further views" not in said(capsys, "group")
+
+
 def test_json_is_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     ids = [0, 1, 0, -1, 2]
     found = json.loads(said(capsys, "--ids", "0,1,0,-1,2", "--threads", "2", "--json"))
@@ -412,6 +421,8 @@ def test_json_is_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lengths", "1,3"], [0, 1, 1, 1]),
         (["--popularity", "identical", "--n", "3"], [0, 0, 0]),
         ([], [2, 0, -1, 2, 0]),
+        (["--n", "9"], popularity("skewed", 9).tolist()),
+        (["--popularity", "uniform"], popularity("uniform", 64).tolist()),
         (
             ["--popularity", "skewed", "--n", "9", "--seed", "4"],
             popularity("skewed", 9, 4).tolist(),
@@ -455,6 +466,7 @@ def test_engines_by_name(capsys: pytest.CaptureFixture[str]) -> None:
         (["--popularity", "zipf"], "invalid choice"),
         (["--popularity", "skewed", "--n=-1"], "n: expected at least 0"),
         (["--ids", "0", "--lengths", "1"], "not allowed with"),
+        (["--ids", "0", "--n", "1"], "--n: expected --popularity beside it"),
         (["--rank", "0"], "rank: expected at least 1"),
         (["--h-in", "0"], "h_in: expected at least 1"),
         (["--threads", "0"], "threads: expected at least 1"),

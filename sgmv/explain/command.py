@@ -119,11 +119,8 @@ def run(given: Namespace) -> str:
     drawn = [terminal.text(view.draw(facts[name], terminal)) for name, view in views.items()]
     if not given.views:
         others = ", ".join(name for name in VIEWS if name not in SHOWN)
-        drawn.append(
-            terminal.text(
-                terminal.note(f"Further views: {others}. All of it as a page: --html FILE.")
-            )
-        )
+        further = f"Further views: {others}. All of it as a page: --html FILE."
+        drawn.append(terminal.text(terminal.note(further)))
     return "\n\n".join(drawn)
 
 

@@ -404,9 +404,9 @@ def test_an_expand_lies_within_the_bound(
 ) -> None:
     ids = popularity(kind, n)
     ids[3] = -1
-    launch = made(name, ids, 768, 32)
+    launch = made(name, ids, 768 if "bgmv" in name else 200, 32)  # its narrowest; half a tile
     v, weights = operands(rng, launch, dtype)
-    y = rng.standard_normal((n, 768)).astype(dtype)
+    y = rng.standard_normal((n, launch.width)).astype(dtype)
     before = y.copy()
     out = launch.run(v, weights, y, order="random").out
     expected, bound = product(v, weights, ids, y, 1.0, dtype)
@@ -871,10 +871,11 @@ def test_a_planted_fault_is_found(
 ) -> None:
     fault, sign = FAULTS[name]
     planted = imported(plant(tmp_path, fault), monkeypatch, "sgmv.emulator")["sgmv.emulator"]
-    ids = ids_of([1, 70])
-    x = rng.standard_normal((71, 512)).astype(np.float16)
+    # Equal steps where barriers are doubled: else the last ones, not doubled, would hang.
+    ids = ids_of([66, 70] if sign == "no race" else [1, 70])
+    x = rng.standard_normal((len(ids), 512)).astype(np.float16)
     A = {i: rng.standard_normal((16, 512)).astype(np.float16) for i in (0, 1)}
-    y = rng.standard_normal((71, 16)).astype(np.float16)
+    y = rng.standard_normal((len(ids), 16)).astype(np.float16)
     assert sign in signs(planted, ids, x, A, y)
     assert sign not in signs(emulator, ids, x, A, y)
 

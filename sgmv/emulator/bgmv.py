@@ -166,15 +166,15 @@ def _work(segments: Segments, blocks_per_row: int) -> tuple[Work, ...]:
 
 
 def _unsupported(width: int, r: int) -> tuple[str, ...]:
-    found = () if r in RANKS else (f"rank {r}: there are kernels for {RANKS}",)
+    found = [] if r in RANKS else [f"rank {r}: there are kernels for {RANKS}"]
     if width not in WIDTHS:
-        found += (f"width {width}: there are kernels for {len(WIDTHS)} others",)
-    return found
+        found.append(f"width {width}: there are kernels for {len(WIDTHS)} others")
+    return tuple(found)
 
 
 def _in_order(values: Floats) -> Floats:
     """Sums over the last axis, first to last."""
-    sums = values[..., 0].copy()
+    sums: Floats = values[..., 0].copy()
     for i in range(1, values.shape[-1]):
         sums += values[..., i]
     return sums

@@ -342,7 +342,8 @@ class Launch(ABC):
             self.run(x, weights, y, scaling=scaling, order="random", seed=seed).out
             for seed in seeds
         ]
-        return np.ptp(np.stack(runs).astype(np.float64), axis=0)
+        between: npt.NDArray[np.float64] = np.ptp(np.stack(runs).astype(np.float64), axis=0)
+        return between
 
     def _first_out(self, y: Array | None, dtype: np.dtype[Any]) -> Floats:
         shape = (self.segments.n, self.width)

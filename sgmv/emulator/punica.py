@@ -146,12 +146,12 @@ def punica_sgmv_shrink(
     chunks in ascending order; block 0 rounds and stores. Where chunks * S blocks are more than
     fit the device at once, K is not split and there are no barriers: another order of summation.
 
-    batch    (n,) adapter ids, or Segments; base-only rows are left out, as Punica knows none
-    h_in, r  widths of x and v
-    device   the GPU
-    release  "1.0.0": a segment's blocks pass one barrier per step, so that segments of different
-             numbers of steps wait for each other for ever; "1.1.0": all pass the most of any
-    opted_in whether CUDA, asked how many blocks fit, counts those of more than 48 KiB
+    batch     (n,) adapter ids, or Segments; base-only rows are left out, as Punica knows none
+    h_in, r   widths of x and v
+    device    the GPU
+    release   "1.0.0": a segment's blocks pass one barrier per step, so that segments of different
+              numbers of steps wait for each other for ever; "1.1.0": all pass the most of any
+    opted_in  whether CUDA, asked how many blocks fit, counts those of more than 48 KiB
 
     From rank 64 on a block takes more than 48 KiB, and Punica opts in to that after it has asked.
     NVIDIA's own calculator (cuda_occupancy.h of CUDA 12.9) answers 0 for a kernel that has not:
@@ -193,9 +193,9 @@ which returned after 1
     )
     n, partial = sum(len(rows) for _, rows in parts), STEP_ROWS * r * SINGLE
     reduced = sum(steps) * chunks * partial if cooperative else 0
-    unsupported = () if r in RANKS else (f"rank {r}: there are kernels for {RANKS}",)
+    unsupported = [] if r in RANKS else [f"rank {r}: there are kernels for {RANKS}"]
     if h_in % ALIGNMENT:
-        unsupported += (f"width {h_in}: loads of 16 bytes need a multiple of {ALIGNMENT}",)
+        unsupported.append(f"width {h_in}: loads of 16 bytes need a multiple of {ALIGNMENT}")
     return SgmvShrink(
         device=device,
         segments=segments,
@@ -213,7 +213,7 @@ which returned after 1
         split_k=chunks,
         cooperative=cooperative,
         tmp=chunks * S * partial if cooperative else 0,
-        unsupported=unsupported,
+        unsupported=tuple(unsupported),
         release=release,
         chunk=chunk,
         split_k_segments=capacity // ceil_div(h_in, CHUNK),

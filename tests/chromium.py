@@ -35,7 +35,7 @@ class Page:
         self._numbers = itertools.count(1)
         self._buffer = b""
         self._session: str | None = None
-        self._loaded = 0
+        self._loaded: set[str] = set()
         self.errors: list[str] = []
         self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -43,6 +43,7 @@ class Page:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "Accessibility"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def call(self, method: str, **parameters: Any) -> Any:
         """One command of the protocol, and its result."""
@@ -78,15 +79,15 @@ class Page:
             self.errors.append(told["entry"]["text"])
         elif method == "Network.requestWillBeSent":
             self.requests.append(told["request"]["url"])
-        elif method == "Page.loadEventFired":
-            self._loaded += 1
+        elif method == "Page.lifecycleEvent" and told["name"] == "load":
+            self._loaded.add(told["loaderId"])
 
     def open(self, url: str) -> None:
-        before = self._loaded
-        self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=url)
-        while self._loaded < before + 2:
-            self._next()
+        """Load the page anew, even where only the part after # differs."""
+        for each in ("about:blank", url):
+            loader = self.call("Page.navigate", url=each)["loaderId"]
+            while loader not in self._loaded:
+                self._next()
 
     def evaluate(self, expression: str) -> Any:
         """The value of JavaScript, as JSON would bring it here."""

@@ -269,7 +269,10 @@ def test_shrinks_bars_are_its_steps() -> None:
 def test_a_kernel_that_there_is_not_is_named() -> None:
     assert "No such kernel (rank 8" in drawn("shrink", ask([0], rank=8), 500)
     assert "No such kernel" not in drawn("shrink", ask([0]), 500)
-    assert "punica_bgmv_shrink: width 3424" in drawn("launches", ask([0], h_in=3424), 500)
+    text = drawn("launches", ask([0], h_in=3424), 500)
+    assert "punica_bgmv_shrink ! " in text
+    assert "punica_bgmv_shrink: width 3424" in text
+    assert "!" not in drawn("launches", ask([0]), 500)
 
 
 widths = st.integers(NARROWEST, 40) | st.integers(41, 220)

@@ -11,8 +11,11 @@ KIB = 1024
 
 
 def launches(question: Question) -> Facts:
-    """Every kernel's figures: `emulator`'s, one launch each."""
-    return {launch.NAME: launch.figures() for launch in kernels(question)}
+    """Every kernel's figures, one launch each, and why there is no such kernel, if so."""
+    return {
+        launch.NAME: launch.figures() | {"unsupported": list(launch.unsupported)}
+        for launch in kernels(question)
+    }
 
 
 def kernels(question: Question) -> list[Launch]:
@@ -37,7 +40,7 @@ def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
     head = ("kernel", "grid", "threads", "exits", "waves", "wasted", "KiB", "MB")
     table = [
         (
-            name,
+            f"{name} !" if each["unsupported"] else name,
             f"{each['grid_x']}×{each['grid_y']}×{each['grid_z']}",
             str(each["threads"]),
             str(each["early_exits"]),
@@ -48,6 +51,7 @@ def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
         )
         for name, each in facts.items()
     ]
+    refused = [each["unsupported"] for each in facts.values()]
     into, out = (facts[name] for name in ("punica_sgmv_shrink", "punica_cutlass_expand"))
     lines = terminal.title(f"Launches: every kernel on {into['device']}")
     lines += terminal.table(head, table)
@@ -55,6 +59,7 @@ def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
         "exits: blocks that exit early, with nothing to do. waves: times the device is filled. "
         "wasted: the part of the multiply-adds that is padding. KiB: shared memory per block. "
         "MB: what all blocks ask of memory, before any cache."
+        + (" !: there is no such kernel, see below." if any(refused) else "")
     )
     lines += terminal.note(
         f"Every operand through memory once would be {into['io_bytes'] / 1e6:.2f} MB and "

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.once
 
 Ids = Sequence[int]
 ids_lists = st.lists(st.integers(-1, 12), max_size=40) | st.lists(
-    st.sampled_from([-1, 3, 10**9]), min_size=60, max_size=300
+    st.sampled_from([-1, 3, 2**40]), min_size=60, max_size=300
 )
 few = settings(max_examples=40, deadline=None)
 
@@ -155,7 +155,7 @@ def check_tasks(module: Any, question: Question, ids: list[int]) -> None:
 
 
 @few
-@given(ids_lists.filter(lambda ids: max(ids, default=0) < 10**9))
+@given(ids_lists)
 def test_layouts_mean_the_batch(ids: list[int]) -> None:
     check_layout(engines, ask(ids), ids)
 

@@ -153,4 +153,4 @@ def _wrapped(line: str, width: int) -> list[str]:
     start = len(line) - len(line.partition("  ")[2].lstrip())
     if start > width // 2:
         start = 2
-    return textwrap.wrap(line, width, subsequent_indent=" " * start, drop_whitespace=True)
+    return textwrap.wrap(line, width, subsequent_indent=" " * start)

@@ -252,11 +252,10 @@ function draw(moving) {
   draw_figures();
 }
 
-// A panel's sentence on this batch, and on the one before where it read otherwise.
-function now(id, tell) {
-  const text = tell(shown);
-  const last = before ? tell(before) : text;
-  $(id).replaceChildren(text, ...(last === text ? [] : [node("span", { class: "before" }, ` Before: ${last}`)]));
+// A panel's sentence on this batch; the gist of it for the batch before, where that was another.
+function now(id, gist, rest = () => "") {
+  const last = before && gist(before) !== gist(shown) ? ` Before: ${gist(before)}.` : "";
+  $(id).replaceChildren(`${gist(shown)}${rest(shown)}.`, node("span", { class: "before" }, last));
 }
 
 // --- verdict ----------------------------------------------------------------------------------
@@ -317,7 +316,7 @@ function why_it_hangs(launch) {
     node("p", {}, "After each step the blocks meet at a barrier of the whole grid, to add up their chunks of K. It opens when ",
       node("b", {}, `all ${blocks_of(launch)} blocks`), " stand at it."),
     node("ul", {}, ...reasons),
-    node("p", {}, "At barrier ", node("b", {}, stuck.barrier), ` ${count(stuck.waiting.length, "block")} wait for ` +
+    node("p", {}, "At barrier ", node("b", {}, stuck.barrier), `, ${count(stuck.waiting.length, "block")} wait for ` +
       `${count(stuck.returned.length, "block")} that returned after barrier ${stuck.barrier - 1}. These never come, nothing on the GPU notices, and the call never ends.`),
     node("p", {}, node("code", {}, told(stuck))),
     node("p", {}, node("button", { type: "button", click: () => { controls_write({ release: "1.1.0" }); update(); $("release").focus(); } },
@@ -334,7 +333,8 @@ function draw_segments(moving) {
   const { n, S, rows, seq_start, adapter_ids } = segments;
   const base = segments.S - shown.launch.work.length;
   const of_segment = (s) => (s < base ? null : s - base);
-  now("segments-now", ({ segments: at }) => `${count(at.n, "row")} in ${count(at.S, "segment")}.`);
+  now("segments-now", ({ segments: at }) => `${count(at.n, "row")} in ${count(at.S, "segment")}`,
+    ({ segments: at }) => `: seq_start = [${written_some(at.seq_start)}]`);
   const figure = $("segments");
   const width = figure.clientWidth;
   const cell = width / n;
@@ -365,15 +365,16 @@ function draw_segments(moving) {
     }
     links.push(shape("path", { d: threads, fill: "none", stroke: fill, "stroke-width": Math.max(0.6, Math.min(2.5, cell / 4)), opacity: 0.65 }));
   }
-  let free = -Infinity;
+  let free = 0;
   for (let s = 0; s <= S; s += 1) {
     const x = seq_start[s] * cell;
-    const wide = 8 * String(seq_start[s]).length + 4;
+    const wide = 8 * String(seq_start[s]).length + 6;
     under.push(line(x, low + tall, x, low + tall + 7, "axis"));
-    if (s === S || (x >= free && x + wide < width - 8 * String(n).length)) {
-      under.push(label(Math.min(Math.max(x, 0), width), low + tall + 20, seq_start[s],
-        { "text-anchor": s === 0 ? "start" : s === S ? "end" : "middle" }));
-      free = x + wide + 4;
+    const from = Math.max(free, x - wide / 2); // a little aside, rather than not at all
+    if (s === S) under.push(label(width, low + tall + 20, n, { "text-anchor": "end" }));
+    else if (from - x < 12 && from + wide < width - 8 * String(n).length) {
+      under.push(label(from, low + tall + 20, seq_start[s]));
+      free = from + wide;
     }
     if (s === S) break;
     const span = (seq_start[s + 1] - seq_start[s]) * cell;
@@ -382,11 +383,11 @@ function draw_segments(moving) {
     if (name) under.push(label(x + span / 2, low + tall + 38, name, { "text-anchor": "middle", class: "strong" }));
   }
   const told_rows = `${n} rows sorted into ${S} segments. seq_start: ${written_some(seq_start)}.`;
-  picture(figure, low + tall + 46, told_rows,
+  picture(figure, low + tall + 66, told_rows,
     label(0, 12, cell >= 18 ? "x, rows as they came: adapter id of each" : "x, rows as they came", { class: "quiet" }),
     ...came, ...links,
-    label(0, low - 5, cell >= 24 ? "sorted: row of x at each position" : "sorted", { class: "quiet halo" }),
-    ...sorted, ...under);
+    ...sorted, ...under,
+    label(0, low + tall + 58, `sorted${cell >= 24 ? ": row of x at each position" : ""}; below it seq_start, and the segments`, { class: "quiet" }));
   $("segments-table").replaceChildren(table(["segment", "adapter", "rows", "offsets"], range(S).map((s) => [
     node("span", {}, chip(of_segment(s)), String(s)), adapter(adapter_ids[s]),
     seq_start[s + 1] - seq_start[s], `${seq_start[s]}:${seq_start[s + 1]}`])));
@@ -400,9 +401,9 @@ const written_some = (values, largest = 16) =>
 function draw_tiles() {
   const { launch, figures: f } = shown;
   const { tile } = launch;
-  now("tiles-now", ({ figures: at, launch: of }) =>
-    `${share(at.useful_lanes, at.lanes)} of the lanes are useful: ${number(at.rows)} of ${number(at.row_slots)} rows × ` +
-    `${number(of.width)} of ${number(of.tile.column_slots)} columns × ${number(of.k)} of ${number(of.tile.k_slots)} products.`);
+  now("tiles-now", ({ figures: at }) => `${share(at.useful_lanes, at.lanes)} of the lanes are useful`,
+    ({ figures: at, launch: of }) => `: ${number(at.rows)} of ${number(at.row_slots)} rows × ` +
+      `${number(of.width)} of ${number(of.tile.column_slots)} columns × ${number(of.k)} of ${number(of.tile.k_slots)} products`);
   const figure = $("tiles");
   const width = figure.clientWidth;
   const children = [];
@@ -423,7 +424,7 @@ function draw_tiles() {
       box(x, at, wide, filled_to, { fill: colour(each.s)[0] }));
     if (!small) {
       children.push(label(x + wide / 2, at + tall + 14, `id ${each.id}`, { "text-anchor": "middle", class: "strong" }),
-        label(x + wide / 2, at + tall + 28, `${each.used} of ${tile.rows}`, { "text-anchor": "middle", class: "quiet" }));
+        label(x + wide / 2, at + tall + 28, `${each.used}/${tile.rows}`, { "text-anchor": "middle", class: "quiet" }));
     }
   });
   y += Math.ceil(drawn.length / per_line) * step + (small ? 6 : 0);
@@ -431,17 +432,17 @@ function draw_tiles() {
     children.push(label(0, y + 10, `… and ${count(tiles.length - drawn.length, "more tile", "more tiles")}`, { class: "quiet" }));
     y += 24;
   }
-  const splits = tile.splits > 1 ? ` in ${tile.splits} splits of K` : "";
+  const splits = tile.splits > 1 ? `, ${tile.splits} splits` : "";
   for (const [name, used, slots, pieces] of [
     [`Columns of ${launch.shrinks ? "v" : "y"}: ${number(launch.width)} of ${number(tile.column_slots)}, ${count(tile.columns, "tile")}`, launch.width, tile.column_slots, tile.columns],
-    [`Products of each sum (K): ${number(launch.k)} of ${number(tile.k_slots)}${splits}`, launch.k, tile.k_slots, tile.splits],
+    [`Products per sum (K): ${number(launch.k)} of ${number(tile.k_slots)}${splits}`, launch.k, tile.k_slots, tile.splits],
   ]) {
     children.push(label(0, y + 16, name, { class: "strong" }), box(0, y + 24, width, 18, { class: "room" }),
       box(0, y + 24, width, 18, { class: "waste" }),
-      box(0, y + 24, (width * used) / slots, 18, { class: "read" }));
+      box(0, y + 24, (width * used) / slots, 18, { class: "used" }));
     const pitch_of = width / pieces;
     if (pieces > 1 && pitch_of >= 4) {
-      for (let i = 1; i < pieces; i += 1) children.push(line(i * pitch_of, y + 24, i * pitch_of, y + 42, "axis"));
+      for (let i = 1; i < pieces; i += 1) children.push(line(i * pitch_of, y + 24, i * pitch_of, y + 42, "cut"));
     }
     y += 54;
   }
@@ -468,10 +469,9 @@ function draw_time() {
     ? "Each line is one thread block on its SM. An upright line is a grid barrier: it opens when every block of the grid stands at it."
     : "Each line is a place for one block on an SM. Blocks that find no place wait for the next wave.";
   now("time-now", ({ figures: of, timeline: line_of }) => (line_of.stuck
-    ? `${count(of.blocks, "block")}; stuck at barrier ${line_of.stuck.barrier} of ${of.barriers}.`
-    : `${count(of.blocks, "block")} in ${count(of.waves, "wave")}` +
-      (of.cooperative ? `, ${count(of.barriers, "barrier")}` : "") +
-      `; ${Math.min(of.blocks, DEVICES[of.device].sms)} of ${DEVICES[of.device].sms} SMs at work.`));
+    ? `${count(of.blocks, "block")}, stuck at barrier ${line_of.stuck.barrier} of ${of.barriers}`
+    : `${count(of.blocks, "block")} in ${count(of.waves, "wave")}${of.cooperative ? `, ${count(of.barriers, "barrier")}` : ""}`),
+  ({ figures: of, launch: { device } }) => `, on ${Math.min(of.blocks, device.sms)} of ${device.sms} SMs`);
   const figure = $("time");
   const slider = $("moment");
   slider.max = Math.max(at.moments.length - 1, 0);
@@ -484,9 +484,9 @@ function draw_time() {
   }
   const used_sms = Math.min(launch.device.sms, f.blocks);
   const per_sm = Math.ceil(Math.min(at.places, f.blocks) / launch.device.sms);
-  const sms = Math.min(used_sms, Math.max(4, Math.floor(132 / per_sm)));
+  const sms = Math.min(used_sms, Math.max(4, Math.floor(108 / per_sm)));
   const tall = Math.max(3, Math.min(14, Math.floor(400 / (sms * per_sm))));
-  const gap = tall > 4 ? 1 : 0;
+  const gap = tall > 3 ? 1 : 0;
   const [left, top] = [52, 22];
   const right = figure.clientWidth - 8;
   const x = (time) => left + ((right - left) * time) / at.end;
@@ -514,7 +514,7 @@ function draw_time() {
   }
   if (at.stuck) children.push(label(right, 12, "∞", { "text-anchor": "end", class: "alarm" }));
   const rest = launch.device.sms - sms;
-  const others = sms < used_sms ? `SMs ${sms} to ${used_sms - 1} are not drawn: they look alike.`
+  const others = sms < used_sms ? `SMs ${sms} to ${used_sms - 1} are not drawn: they fare alike.`
     : rest ? `SMs ${sms} to ${launch.device.sms - 1} are idle.` : "All SMs are drawn.";
   if (!at.stuck) children.push(label(right, low + 18, `${number(Math.round(at.end))} steps`, { "text-anchor": "end", class: "quiet" }));
   children.push(label(left, low + 18, others, { class: "quiet" }),
@@ -564,6 +564,7 @@ function moment_told(here) {
     return `Nothing moves any more. ${count(here.waiting, "block")} wait at barrier ${here.barrier} for ${number(here.returned)} that will not come.`;
   }
   const { running, ended, to_come } = progress(at, f.blocks, here.time);
+  if (ended === f.blocks) return `All ${number(ended)} blocks are done.`;
   return `${count(running, "block")} in ${count(at.places, "place")}, ${number(ended)} done, ${number(to_come)} yet to find a place.` +
     (launch.kernel === "punica_cutlass_expand" ? ` ${f.early_exits ? `${f.early_exits} blocks had no tile to take.` : "Each walks from tile to tile."}` : "");
 }
@@ -594,16 +595,14 @@ function play() {
 
 // --- roofline ---------------------------------------------------------------------------------
 
-const ridge_of = (device) => device.fp16_peak / device.bandwidth;
-
 function draw_roof() {
   const { launch, figures: f } = shown;
   const { device, x_width, k, width: out } = launch;
   const at = (rows, segments) => traffic(rows, segments, x_width, k, out).intensity;
-  const ridge = ridge_of(device);
-  now("roof-now", ({ figures: of, launch: { device: its } }) =>
-    `${significant(of.intensity)} FLOP per byte: at best ${share(Math.min(of.intensity, ridge_of(its)), ridge_of(its))} ` +
-    `of the peak of ${its.name}, and ${significant(of.roofline_us)} µs.`);
+  const ridge = device.fp16_peak / device.bandwidth;
+  now("roof-now", ({ figures: of }) => `${significant(of.intensity)} FLOP per byte`,
+    ({ figures: of, launch: { device: its } }) => `: at best ${share(Math.min(of.intensity, ridge), ridge)} ` +
+      `of the peak of ${its.name}, and at least ${significant(of.roofline_us)} µs`);
   const figure = $("roof");
   const wide = figure.clientWidth;
   const [left, top, tall, lane] = [78, 12, 220, 24];
@@ -614,22 +613,22 @@ function draw_roof() {
   const roof = (intensity) => Math.min(device.fp16_peak, intensity * device.bandwidth);
   const children = [];
   for (let power = x0; power <= x1; power += 1) {
-    children.push(line(x(10 ** power), top, x(10 ** power), top + tall + 4 * lane + 8, "grid"),
-      label(x(10 ** power), top + tall + 4 * lane + 24, 10 ** power, { "text-anchor": power === x1 ? "end" : "middle", class: "quiet" }));
+    children.push(line(x(10 ** power), top, x(10 ** power), top + tall + 4 * lane + 16, "grid"),
+      label(x(10 ** power), top + tall + 4 * lane + 32, 10 ** power, { "text-anchor": power === x1 ? "end" : "middle", class: "quiet" }));
   }
   for (const [power, name] of [[10, "10 G"], [12, "1 T"], [14, "100 T"]]) {
     children.push(line(left, y(10 ** power), right, y(10 ** power), "grid"),
       label(left - 6, y(10 ** power) + 4, name, { "text-anchor": "end", class: "quiet" }));
   }
   children.push(
-    label(right, top + tall + 4 * lane + 40, "FLOP per byte", { "text-anchor": "end", class: "quiet" }),
+    label(right, top + tall + 4 * lane + 48, "FLOP per byte", { "text-anchor": "end", class: "quiet" }),
     label(left + 6, top + 10, "FLOP/s", { class: "quiet" }),
     line(x(ridge), y(device.fp16_peak), x(ridge), top + tall, "ridge"),
     label(x(ridge) - 4, top + tall - 6, wide > 500 ? `ridge at ${significant(ridge)}` : significant(ridge), { "text-anchor": "end", class: "quiet" }),
     shape("path", { class: "roofline", d: `M${x(0.1)} ${y(roof(0.1))}L${x(ridge)} ${y(device.fp16_peak)}H${right}` }),
     label(right, y(device.fp16_peak) - 6, `${device.name}: ${significant(device.fp16_peak / 1e12)} TFLOP/s`, { "text-anchor": "end", class: "quiet" }));
   POPULARITIES.forEach((kind, i) => {
-    const level = top + tall + lane * (i + 0.75);
+    const level = top + tall + 8 + lane * (i + 0.75);
     children.push(label(left - 6, level + 4, kind, { "text-anchor": "end", class: state.popularity === kind ? "strong" : "quiet" }));
     const sizes = [1, 2, 4, 8, 16, 32, 64];
     const points = sizes.map((n) => x(at(n, popularity(kind, n).length)));
@@ -642,11 +641,11 @@ function draw_roof() {
   if (f.rows) {
     const [cx, cy] = [x(f.intensity), y(roof(f.intensity))];
     const side = cx > (left + right) / 2 ? ["end", -12] : ["start", 12];
-    children.push(line(cx, cy, cx, top + tall + 4 * lane + 8, "drop"),
+    children.push(line(cx, cy, cx, top + tall + 4 * lane + 16, "drop"),
       shape("circle", { cx: 0, cy: 0, r: 8, class: "here moves", transform: `translate(${cx} ${cy})` }),
       label(cx + side[1], cy + (side[0] === "end" ? -6 : 18), `this batch: ${significant(f.intensity)}`, { "text-anchor": side[0], class: "strong" }));
   }
-  picture(figure, top + tall + 4 * lane + 48, `Roofline of ${device.name}, ridge at ${significant(ridge)} FLOP per byte. This batch: ${significant(f.intensity)}. ` +
+  picture(figure, top + tall + 4 * lane + 56, `Roofline of ${device.name}, ridge at ${significant(ridge)} FLOP per byte. This batch: ${significant(f.intensity)}. ` +
     POPULARITIES.map((kind) => `${kind} with as many rows: ${significant(at(f.rows || 1, popularity(kind, f.rows || 1).length))}`).join(", ") + ".", ...children);
 }
 
@@ -656,9 +655,8 @@ function draw_bytes() {
   const { segments, values, launch, figures: f } = shown;
   const all = Object.keys(KERNELS).map((kernel) => KERNELS[kernel](segments, values))
     .filter((each) => each.shrinks === launch.shrinks);
-  now("bytes-now", ({ figures: of }) =>
-    `${kernel_name(of.kernel)} asks for ${bytes(of.bytes_read)} and writes ${bytes(of.bytes_written)}: ` +
-    `${significant((of.bytes_read + of.bytes_written) / of.io_bytes || 0)} times every operand once.`);
+  now("bytes-now", ({ figures: of }) => `${kernel_name(of.kernel)}: ${bytes(of.bytes_read)} read, ${bytes(of.bytes_written)} written`,
+    ({ figures: of }) => `, ${significant((of.bytes_read + of.bytes_written) / of.io_bytes || 0)} times every operand once`);
   const figure = $("bytes");
   const width = figure.clientWidth;
   const largest = most([f.io_bytes, ...all.map((each) => each.bytes_read + each.bytes_written)]);
@@ -672,11 +670,11 @@ function draw_bytes() {
       label(0, y, `${kernel_name(each.kernel)}${missing}`, { class: each.kernel === launch.kernel ? "strong" : "" }),
       label(width, y, `${bytes(moved)}, ${significant(moved / f.io_bytes || 0)}×`, { "text-anchor": "end", class: each.kernel === launch.kernel ? "strong" : "quiet" }),
       box(0, y + 6, x(each.bytes_read), 16, { class: "read" }),
-      box(x(each.bytes_read), y + 6, x(each.bytes_written), 16, { class: "written" }));
+      box(x(each.bytes_read), y + 6, x(each.bytes_written), 16, { class: "written" }),
+      line(x(f.io_bytes), y + 3, x(f.io_bytes), y + 25, "once"));
   });
   const low = 20 + 46 * all.length;
-  children.push(line(x(f.io_bytes), 22, x(f.io_bytes), low - 14, "once"),
-    label(Math.min(x(f.io_bytes), width - 150), low, `once: ${bytes(f.io_bytes)}`, { class: "quiet" }),
+  children.push(label(Math.min(x(f.io_bytes), width - 260), low, `once: ${bytes(f.io_bytes)}`, { class: "quiet" }),
     box(width - 128, low - 9, 12, 10, { class: "read" }), label(width - 112, low, "read", { class: "quiet" }),
     box(width - 72, low - 9, 12, 10, { class: "written" }), label(width - 56, low, "written", { class: "quiet" }));
   picture(figure, low + 8, all.map((each) => `${kernel_name(each.kernel)}: ${bytes(each.bytes_read)} read, ${bytes(each.bytes_written)} written`).join("; ") +

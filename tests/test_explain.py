@@ -116,17 +116,20 @@ def plan_of_a_call(ids: list[int], rank: int, h_out: int, threads: int) -> dict[
 @pytest.mark.skipif(not JITTED, reason="the plain loops would take long")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_tasks_are_those_of_a_real_call(threads: int, rng: np.random.Generator) -> None:
+    shared = set()
     for rank, h_out in ((16, 200), (17, 70), (64, 4096)):
         for n in (1, 5, 60, 400):
             ids = rng.integers(-1, rng.integers(1, 6), n).tolist()
             if max(ids) == -1:
                 continue
-            told = cpu.tasks(ask(ids, rank=rank, h_out=h_out, threads=threads))
+            told = cpu.tasks(ask(ids, rank=rank, h_in=8, h_out=h_out, threads=threads))
             real = plan_of_a_call(ids, rank, h_out, threads)
             blocks = [(each["adapter_id"], each["first"], each["last"]) for each in told["blocks"]]
             assert blocks == real["blocks"]
             assert told["shrink_cuts"] == real["shrink_cuts"]
             assert told["expand_cuts"] == real["expand_cuts"]
+            shared.add(told["shared"])
+    assert shared == {False, True}
 
 
 @few

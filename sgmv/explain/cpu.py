@@ -14,7 +14,8 @@ from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
-from sgmv.schedule import BASE_ONLY, NO_SLOT, cuts, most_blocks, row_blocks
+from sgmv.launch import PRODUCTS_PER_NS, WEIGHTS_PER_NS, WORTH_SHARING_NS
+from sgmv.schedule import BASE_ONLY, NO_SLOT, costs, cuts, most_blocks, row_blocks
 
 
 def group(question: Question) -> Facts:
@@ -86,13 +87,17 @@ def tasks(question: Question) -> Facts:
     slot = np.where(has_adapter, np.cumsum(has_adapter) - 1, NO_SLOT)
     rank = np.where(has_adapter, question.rank, 0)
     room = np.empty((most_blocks(segments.most), 4), np.int64)
-    blocks = room[: row_blocks(segments.seq_start, slot, rank, threads, room)].tolist()
+    blocks = room[: row_blocks(segments.seq_start, slot, rank, threads, room)]
+    products, weights, _ = costs(blocks, question.h_in + question.h_out)
+    shared = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS > WORTH_SHARING_NS
+    threads = threads if shared else 1
     panel = columns_of(np.dtype(np.float32))
     shrink_cuts = cuts(len(blocks), -(-question.rank // RANK_UNIT), threads)
     expand_cuts = cuts(len(blocks), -(-question.h_out // panel), threads)
     ids = list(question.slots)
     return {
-        "threads": threads,
+        "threads": question.threads,
+        "shared": bool(shared),
         "rank": question.rank,
         "h_out": question.h_out,
         "rank_unit": RANK_UNIT,
@@ -111,7 +116,7 @@ def tasks(question: Question) -> Facts:
                 "last": last,
                 "tiles": _tile_rows(last - first) if VECTOR_BITS else [],
             }
-            for slot, _, first, last in blocks
+            for slot, _, first, last in blocks.tolist()
         ],
     }
 
@@ -148,11 +153,13 @@ def draw_tasks(facts: Facts, terminal: Terminal) -> list[str]:
         rows = block["last"] - block["first"]
         table.append((str(b), adapter, positions, str(rows), _counted(block["tiles"])))
     lines += terminal.table(("row block", "adapter", "positions", "rows", "rows of tiles"), table)
+    alone = "So little work is not worth sharing: one thread does it all."
+    who = "Threads claim them one by one; expand waits until all of shrink is done."
     lines += terminal.note(
         f"{shrink} shrink tasks: {_each(facts, 'shrink')} ranks "
         f"{_spans(facts['shrink_ranks'])}. Then {expand} expand tasks: {_each(facts, 'expand')} "
-        f"columns {_spans(facts['expand_columns'])}. Threads claim them one by one; expand "
-        "waits until all of shrink is done. No cut crosses a sum, so none changes a bit."
+        f"columns {_spans(facts['expand_columns'])}. {who if facts['shared'] else alone} "
+        "No cut crosses a sum, so none changes a bit."
     )
     largest = max(blocks, key=lambda block: block["last"] - block["first"])
     if largest["tiles"]:

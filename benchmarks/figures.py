@@ -241,18 +241,14 @@ def paper(record: PaperRecord) -> Any:
             look = colour, marker, style
             _over_rows(panels[1], record, (kind, rank), look, f"r = {rank}, {kind}")
         _hollow(panels[1], [(n, us[rank]) for (_, n), us in RANK_US.items()], colour, marker)
-    roof.set(
-        xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s",
-        title="One SGMV 16 → 4096, B = 1..64, on the A100's roofline",
-    )  # fmt: skip
+    roof.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    roof.set_title("One SGMV 16 → 4096, B = 1..64, on the A100's roofline", fontsize=9)
     for panel, title in zip(panels, ("rank 16", "by rank"), strict=False):
-        panel.set(
-            xscale="log", yscale="log", xlabel="rows B", ylabel="time of one call (µs)",
-            title=f"4096 → r → 11008 float16, {title}; hollow: A100, paper",
-        )  # fmt: skip
+        panel.set(xscale="log", yscale="log", xlabel="rows B", ylabel="time of one call (µs)")
+        panel.set_title(f"4096 → r → 11008 float16, {title}; hollow: A100, paper", fontsize=9)
     for panel in (roof, *panels):
         panel.grid(True, color="#dddddd", linewidth=0.6)
-        panel.legend(fontsize=7, framealpha=0.9)
+        panel.legend(fontsize=6, framealpha=0.6, loc="upper left")
     return figure
 
 

@@ -31,7 +31,7 @@ from benchmarks.batch import popularity_ids
 from benchmarks.console import Console
 from benchmarks.growth import check
 from benchmarks.machine import Commit, Machine
-from benchmarks.record import Times, check_schema, significant
+from benchmarks.record import Times, check_schema, is_quiet, significant
 from reference.workloads import POPULARITIES
 from sgmv import emulator
 from sgmv.workers import cores
@@ -72,7 +72,8 @@ class AxisPoint(TypedDict):
 class Point(TypedDict):
     """One case of the microbenchmark: both launches' counts, and this machine's time of the two.
 
-    `roofline_us`: what the A100 needs at least. `times` is None where nothing was timed.
+    `roofline_us`: what the A100 needs at least. `times` is None where nothing was timed,
+    `foreign_cores` then and where the system does not say what other processes used meanwhile.
     """
 
     popularity: str
@@ -84,6 +85,7 @@ class Point(TypedDict):
     intensity: float
     roofline_us: float
     times: Times | None
+    foreign_cores: float | None
 
 
 class PaperRecord(TypedDict):
@@ -149,6 +151,7 @@ def counted(popularity: str, n: int, rank: int) -> Point:
         "intensity": flops / moved,
         "roofline_us": sum(each.figures()["roofline_us"] for each in launches),
         "times": None,
+        "foreign_cores": None,
     }
 
 
@@ -171,7 +174,10 @@ def measure(
         check(y, x, stack, ids)
         segments = sgmv.segment(ids)
         call = partial(sgmv.add_lora, y, x, stack, segments)
-        found.append({**point, "times": cold(call, partial(flushed.fill, 0.0), repeats)})
+        before = machine.cpu_use()
+        times = cold(call, partial(flushed.fill, 0.0), repeats)
+        foreign = machine.foreign_cores(before, machine.cpu_use())
+        found.append({**point, "times": times, "foreign_cores": foreign})
         step(f"{point['popularity']} B = {point['n']}, r = {rank}")
     return found
 
@@ -222,7 +228,10 @@ def axis_table(record: PaperRecord) -> list[list[str]]:
 
 
 def point_table(record: PaperRecord) -> list[list[str]]:
-    """The microbenchmark: one line per case, ours beside the paper's where it prints a number."""
+    """The microbenchmark: one line per case, ours beside the paper's where it prints a number.
+
+    A ? marks a time during which other processes ran.
+    """
     lines = [
         [
             "r", "popularity", "B", "S", "FLOP/byte", "A100 at least us", "A100, paper us",
@@ -241,7 +250,8 @@ def point_table(record: PaperRecord) -> list[list[str]]:
             [
                 str(point["rank"]), point["popularity"], str(point["n"]), str(point["S"]),
                 f"{point['intensity']:.2f}", f"{point['roofline_us']:.1f}", printed(point),
-                f"{times['q50']:.0f}" if times else "-",
+                f"{'' if is_quiet(point['foreign_cores']) else '?'}{times['q50']:.0f}"
+                if times else "-",
                 f"{times['q20']:.0f}-{times['q80']:.0f}" if times else "-",
                 f"{times['q50'] / first:.1f}x" if times and first else "-",
             ]
@@ -322,6 +332,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "figures, the first is of one operator by popularity, the second by rank.",
         "dim",
     )
+    noisy = sum(not is_quiet(point["foreign_cores"]) for point in points)
+    if noisy:
+        console.print(
+            f"WARNING: other processes ran during {noisy} of {len(points)} cases; theirs are no "
+            "times of this machine",
+            "bold red",
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     written = [args.output / "paper.json"]
     written[0].write_text(json.dumps(record, indent=1) + "\n")

@@ -157,7 +157,7 @@ def launch(
         else:
             place(space.address, x, X, v, V)
         whose = space.address, gate, kernels.shrink, kernels.expand
-        outcome = start(*whose, table.address, segments, ids, n, threads)
+        outcome = start(*whose, table.address, segments, ids, n, threads, WORTH_SHARING_NS)
         while outcome == MORE:  # between two bytecodes Python hears signals
             outcome = resume(space.address, gate)
     except BaseException:
@@ -230,6 +230,7 @@ def start(
     ids: int,
     n: int,
     threads: int,
+    worth_sharing_ns: int,
 ) -> Any:
     """Plan the call, open the gate to helpers, if any, where it pays, and run tasks."""
     fields, layer = vector(call, FIELDS, INTEGER), vector(table, TABLE_FIELDS, INTEGER)
@@ -246,7 +247,7 @@ def start(
     block = vector(fields[BLOCKS], blocks * 4, INTEGER).reshape((blocks, 4))
     products, weights, rank = costs(block, widths)
     cost = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS
-    if cost <= WORTH_SHARING_NS:
+    if cost < worth_sharing_ns:
         threads, gate = 1, 0
     fields[BLOCK_COUNT] = blocks
     fields[SHRINK_CUTS] = cuts(blocks, -(-rank // RANK_UNIT), threads)

@@ -72,13 +72,6 @@ def test_popularities_are_those_of_the_reference(kind: str) -> None:
             )
 
 
-def test_popularities_refuse_what_they_do_not_know() -> None:
-    with pytest.raises(sgmv.SgmvError, match="kind: expected one of"):
-        popularity("zipf", 8)
-    with pytest.raises(sgmv.SgmvError, match="n: expected at least 0"):
-        popularity("skewed", -1)
-
-
 @few
 @given(ids_lists)
 def test_group_tells_every_row_once(ids: list[int]) -> None:

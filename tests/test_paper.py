@@ -98,6 +98,18 @@ def test_counts_alone_are_printed_beside_the_paper(
 
 
 @pytest.mark.usefixtures("narrow")
+def test_times_beside_other_processes_are_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "foreign_cores", lambda *_: 0.7)
+    options = ["--rows", "1", "--ranks", "16", "--repeats", "1", "--threads", "1"]
+    assert paper.main([*options, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "WARNING: other processes ran during 4 of 4 cases" in shown
+    assert re.search(r"^16 +distinct .* \?\d+ ", shown, re.M)
+
+
+@pytest.mark.usefixtures("narrow")
 def test_a_timed_run_draws_all_panels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rows", "1", "--ranks", "16", "--repeats", "2", "--threads", "1"]
     assert paper.main([*options, "--output", str(tmp_path)]) == 0

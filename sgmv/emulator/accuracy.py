@@ -19,7 +19,7 @@ SIGNIFICAND = {"float16": (11, -14), "bfloat16": (8, -126), "float32": (24, -126
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many elements err by how many ulps: `counts[i]` by more than edges[i], up to edges[i+1].
+    """How many elements err by how many ulps: `counts[i]` from edges[i] to below edges[i+1].
 
     exact    elements without an error
     largest  the largest error, in ulps

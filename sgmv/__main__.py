@@ -1,4 +1,4 @@
-"""`python -m sgmv`: what this machine has, what becomes of a batch, and what of many requests.
+"""`python -m sgmv`: what this machine has, and what a GPU or a server would do with many adapters.
 
 A command's module is imported only when it is asked for. To add one, write a `command(parser)` that
 adds its arguments and returns the function from what was given to the text to print, and name its
@@ -19,8 +19,8 @@ from sgmv.errors import SgmvError
 COMMANDS = {
     "info": ("sgmv.info", "CPU features, backend, tiles, threads, cache folder"),
     "explain": ("sgmv.explain.command", "a batch from rows to thread blocks, in every engine"),
-    "explorer": ("sgmv.explorer.write", "a page that shows what a GPU would do with a batch"),
     "simulate": ("sgmv.serving.command", "many adapters served: hits, waiting times, bytes"),
+    "explorer": ("sgmv.explorer.write", "a page that shows what a GPU would do with a batch"),
 }
 
 

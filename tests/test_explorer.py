@@ -31,7 +31,9 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "sgmv" / "explorer"
-SCRIPT = (FOLDER / "emulator.js").read_text()
+SCRIPT = "".join(
+    (FOLDER / f"{name}.js").read_text() for name in ("emulator", "timeline", "layouts")
+)
 NODE = shutil.which("node")
 NO_CHROMIUM = "no Chromium on the path: apt-get install chromium"
 needs_chromium = pytest.mark.skipif(FOUND is None, reason=NO_CHROMIUM)
@@ -205,7 +207,7 @@ TIMELINE = """(() => { const t = timeline(launch); const placed = new Map(); let
 
 
 def test_timelines_hold_every_block_once(javascript: Javascript) -> None:
-    chosen = CASES[::7]  # 7 and 8 kernels have no common factor
+    chosen = CASES[::11]  # 11 and 8 kernels have no common factor
     for case, line in zip(chosen, javascript(SCRIPT, of_each(TIMELINE, chosen)), strict=True):
         launch = case.launch()
         if not launch.capacity:
@@ -351,6 +353,14 @@ def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
     assert path.read_text() == write_html(tmp_path / "again.html").read_text()
 
 
+def test_the_command_refuses_a_place_it_cannot_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["explorer", str(tmp_path / "nowhere" / "explorer.html"), "--no-open"])
+    assert "path: expected a file that can be written" in capsys.readouterr().err
+
+
 def test_a_wheel_takes_the_page_along() -> None:
     declared = (ROOT / "pyproject.toml").read_text()
     [globs] = re.findall(r'"sgmv.explorer" = \[(.*)\]', declared)
@@ -389,6 +399,8 @@ def choose(page: Page, name: str, value: object) -> None:
 @needs_chromium
 def test_the_page_opens_on_the_hang_and_says_why(explorer: Page) -> None:
     told = text(explorer, "verdict")
+    pressed = "document.querySelector('#stories [aria-pressed=true]').innerText"
+    assert explorer.evaluate(pressed) == "Why [1, 132] hung"
     assert "This launch hangs." in told
     assert "adapter 0, 1 row: 1 step of 64 rows, so its blocks come to the barrier once" in told
     assert (
@@ -430,6 +442,22 @@ def test_every_story_runs_and_says_what_it_promises(explorer: Page) -> None:
 
 
 @needs_chromium
+def test_no_kernel_no_block_no_adapter_are_told(explorer: Page) -> None:
+    choose(explorer, "r", 17)
+    assert "There is no such kernel." in text(explorer, "verdict")
+    assert "rank 17: there are kernels for (16, 32, 64, 96, 128)" in text(explorer, "verdict")
+    choose(explorer, "r", 16)
+    choose(explorer, "ids", "-1*4")
+    assert "Nothing is launched" in text(explorer, "verdict")
+    assert "nothing to draw" in text(explorer, "moment-text")
+    choose(explorer, "ids", "0*300")
+    choose(explorer, "kernel", "sglang_csgmv_shrink")
+    choose(explorer, "max_lora_chunk_size", 128)
+    choose(explorer, "device", "L4")
+    assert "do not fit an SM of L4" in text(explorer, "verdict")
+
+
+@needs_chromium
 def test_what_is_typed_wrong_is_told_and_changes_nothing(explorer: Page) -> None:
     before = explorer.evaluate("shown.figures")
     for name, value, told in (
@@ -447,6 +475,23 @@ def test_what_is_typed_wrong_is_told_and_changes_nothing(explorer: Page) -> None
         choose(explorer, "h_in", "4096")
         assert text(explorer, "problem") == ""
         choose(explorer, "ids", "1*50, 0, 1*82")
+
+
+@needs_chromium
+@pytest.mark.parametrize("still", [False, True])
+def test_rows_move_unless_the_reader_wants_no_motion(explorer: Page, still: bool) -> None:
+    explorer.view(1280, still=still)
+    choose(explorer, "ids", "2, 0, -1, 2, 0")
+    moving = explorer.evaluate("document.getAnimations().length")
+    assert moving == (0 if still else 5 + 1)  # the rows, and the point under the roof
+
+
+@needs_chromium
+def test_every_panel_tells_what_changed(explorer: Page) -> None:
+    choose(explorer, "popularity", "distinct")
+    panels = explorer.evaluate("[...document.querySelectorAll('.now')].map((p) => p.innerText)")
+    assert len(panels) == 5
+    assert all("Before: " in panel for panel in panels)
 
 
 @needs_chromium

@@ -1,9 +1,12 @@
 """One HTML page that shows what a GPU would do with a batch: no network, no server, no build.
 
-    write_html ──> page.html with, inlined,  style.css
-                                             emulator.js   sgmv/emulator again, the same figures
-                                             panels.js     controls, drawings, words
-                                             devices and the batch to start with, as JSON
+    write_html ──> page.html, in which stand
+                     style.css
+                     emulator.js, timeline.js, layouts.js   what a batch becomes: the same figures
+                                                            as sgmv.emulator and sgmv.layouts
+                     nodes.js, panels.js, player.js         drawings and sentences
+                     controls.js                            what is asked for; starts the page
+                     devices and the batch to start with, as JSON
 
 `python -m sgmv explorer` writes the page and opens it.
 """

@@ -85,8 +85,13 @@ function traffic(rows, segments, x_width, k, width) {
 function figures(launch) {
   const { device, work } = launch;
   const rows = sum(work.map((w) => w.rows));
-  const { flops, io_bytes, intensity } =
-    traffic(rows, work.length, launch.x_width, launch.k, launch.width);
+  const { flops, io_bytes, intensity } = traffic(
+    rows,
+    work.length,
+    launch.x_width,
+    launch.k,
+    launch.width,
+  );
   const useful = flops / 2;
   const row_slots = sum(work.map((w) => w.row_slots));
   const resident = resident_blocks(device, threads_of(launch), launch.shared_memory);
@@ -99,8 +104,12 @@ function figures(launch) {
     S: work.length,
     [inner]: launch.k,
     [outer]: launch.width,
-    grid_x: launch.grid[0], grid_y: launch.grid[1], grid_z: launch.grid[2],
-    block_x: launch.block[0], block_y: launch.block[1], block_z: launch.block[2],
+    grid_x: launch.grid[0],
+    grid_y: launch.grid[1],
+    grid_z: launch.grid[2],
+    block_x: launch.block[0],
+    block_y: launch.block[1],
+    block_z: launch.block[2],
     blocks: blocks_of(launch),
     threads: threads_of(launch),
     early_exits: launch.early_exits,
@@ -169,8 +178,15 @@ function faults(launch, capacity) {
 
 // Launches differ from this only in what they name.
 const LAUNCH = {
-  shrinks: false, early_exits: 0, shared_memory: 0, split_k: 1, cooperative: false, tmp: 0,
-  unsupported: [], atomics: false, estimated: false,
+  shrinks: false,
+  early_exits: 0,
+  shared_memory: 0,
+  split_k: 1,
+  cooperative: false,
+  tmp: 0,
+  unsupported: [],
+  atomics: false,
+  estimated: false,
 };
 
 // --- punica.py --------------------------------------------------------------------------------
@@ -209,8 +225,14 @@ function punica_sgmv_shrink(segments, { h_in, r, device, release }) {
   }
   const k_slots = chunks * ceil_div(chunk, STAGE_K) * STAGE_K;
   return {
-    ...LAUNCH, kernel: "punica_sgmv_shrink", shrinks: true, device, segments,
-    x_width: h_in, k: h_in, width: r,
+    ...LAUNCH,
+    kernel: "punica_sgmv_shrink",
+    shrinks: true,
+    device,
+    segments,
+    x_width: h_in,
+    k: h_in,
+    width: r,
     grid: [chunks, S, 1],
     block: [LANES, WARPS, 1],
     work: parts.map((part, s) => ({
@@ -254,8 +276,10 @@ function race(launch) {
 }
 
 function told({ barrier, waiting, returned }) {
-  return `deadlock: blocks ${ranges(waiting)} wait at grid barrier ${barrier} for ` +
-    `blocks ${ranges(returned)}, which returned after ${barrier - 1}`;
+  return (
+    `deadlock: blocks ${ranges(waiting)} wait at grid barrier ${barrier} for ` +
+    `blocks ${ranges(returned)}, which returned after ${barrier - 1}`
+  );
 }
 
 // Blocks of one y and z as a range of x; the first four of these.
@@ -266,8 +290,9 @@ function ranges(indices) {
     if (group && group.y === y && group.z === z) group.last = x;
     else groups.push({ x, last: x, y, z });
   }
-  const shown = groups.slice(0, 4).map(({ x, last, y, z }) =>
-    `(${last > x ? `${x}..${last}` : x}, ${y}, ${z})`);
+  const shown = groups
+    .slice(0, 4)
+    .map(({ x, last, y, z }) => `(${last > x ? `${x}..${last}` : x}, ${y}, ${z})`);
   return [...shown, ...(groups.length > 4 ? ["..."] : [])].join(", ");
 }
 
@@ -282,15 +307,23 @@ function punica_cutlass_expand(segments, { r, h_out, device }) {
   const down = parts.map((part) => ceil_div(part.rows, TILE_ROWS));
   const tiles = sum(down) * across;
   const n = sum(parts.map((part) => part.rows));
-  const unsupported = [["rank", r], ["width", h_out]]
+  const unsupported = [
+    ["rank", r],
+    ["width", h_out],
+  ]
     .filter(([, width]) => width % ALIGNMENT)
     .map(([name, width]) => `${name} ${width}: loads of 16 bytes need a multiple of ${ALIGNMENT}`);
   if (r >= h_out) unsupported.push(`rank ${r} and width ${h_out}: that is a shrink`);
   const k_slots = ceil_div(r, TILE_K) * TILE_K;
   const segment_of_tile = down.flatMap((count, s) => Array(count * across).fill(s));
   return {
-    ...LAUNCH, kernel: "punica_cutlass_expand", device, segments,
-    x_width: r, k: r, width: h_out,
+    ...LAUNCH,
+    kernel: "punica_cutlass_expand",
+    device,
+    segments,
+    x_width: r,
+    k: r,
+    width: h_out,
     grid: [WALKERS, 1, 1],
     block: [64, 1, 1],
     work: parts.map((part, s) => ({
@@ -306,7 +339,11 @@ function punica_cutlass_expand(segments, { r, h_out, device }) {
     bytes_written: HALF * n * h_out,
     unsupported,
     tile: {
-      rows: TILE_ROWS, column_slots: across * TILE_COLUMNS, columns: across, k_slots, splits: 1,
+      rows: TILE_ROWS,
+      column_slots: across * TILE_COLUMNS,
+      columns: across,
+      k_slots,
+      splits: 1,
     },
     pieces: ([walker]) => {
       const walked = range(Math.max(0, ceil_div(tiles - walker, WALKERS)));
@@ -336,8 +373,13 @@ function bgmv_unsupported(width, r) {
   return found;
 }
 
-const bgmv_work = (parts, blocks_per_row) => parts.map((part) => (
-  { ...part, row_slots: part.rows, blocks: part.rows * blocks_per_row, barriers: 0 }));
+const bgmv_work = (parts, blocks_per_row) =>
+  parts.map((part) => ({
+    ...part,
+    row_slots: part.rows,
+    blocks: part.rows * blocks_per_row,
+    barriers: 0,
+  }));
 const segment_of_row = (parts) => parts.flatMap((part, s) => Array(part.rows).fill(s));
 
 function punica_bgmv_shrink(segments, { h_in, r, device }) {
@@ -346,8 +388,14 @@ function punica_bgmv_shrink(segments, { h_in, r, device }) {
   const n = of_row.length;
   const k_slots = ceil_div(h_in, BGMV_TILE_K) * BGMV_TILE_K;
   return {
-    ...LAUNCH, kernel: "punica_bgmv_shrink", shrinks: true, device, segments,
-    x_width: h_in, k: h_in, width: r,
+    ...LAUNCH,
+    kernel: "punica_bgmv_shrink",
+    shrinks: true,
+    device,
+    segments,
+    x_width: h_in,
+    k: h_in,
+    width: r,
     grid: [r, n, 1],
     block: [LANES, WARPS, 1],
     work: bgmv_work(parts, r),
@@ -369,8 +417,13 @@ function punica_bgmv_expand(segments, { r, h_out, device }) {
   const block = [tx, Math.max(Math.floor(LANES / tx), 1), WARPS];
   const tiles = Math.floor(h_out / (block[1] * block[2]));
   return {
-    ...LAUNCH, kernel: "punica_bgmv_expand", device, segments,
-    x_width: r, k: r, width: h_out,
+    ...LAUNCH,
+    kernel: "punica_bgmv_expand",
+    device,
+    segments,
+    x_width: r,
+    k: r,
+    width: h_out,
     grid: [tiles, n, 1],
     block,
     work: bgmv_work(parts, tiles),
@@ -417,9 +470,16 @@ function vllm_v1_shrink(segments, { h_in, r, max_loras, device }) {
   const deep = ceil_div(h_in, block_k * split_k) * block_k;
   const added = SINGLE * n * r * split_k;
   return {
-    ...LAUNCH, kernel: "vllm_v1_shrink", shrinks: true, atomics: true, estimated: true,
-    device, segments,
-    x_width: h_in, k: h_in, width: r,
+    ...LAUNCH,
+    kernel: "vllm_v1_shrink",
+    shrinks: true,
+    atomics: true,
+    estimated: true,
+    device,
+    segments,
+    x_width: h_in,
+    k: h_in,
+    width: r,
     grid: depth ? [split_k * row_tiles * column_tiles, 1, depth] : [0, 0, 0],
     block: [128, 1, 1],
     work: parts.map((part, s) => ({
@@ -435,8 +495,11 @@ function vllm_v1_shrink(segments, { h_in, r, max_loras, device }) {
     bytes_written: added + (depth ? SINGLE * segments.n * r : 0),
     split_k,
     tile: {
-      rows: SHRINK_ROWS, column_slots: column_tiles * SHRINK_COLUMNS, columns: column_tiles,
-      k_slots: split_k * deep, splits: split_k,
+      rows: SHRINK_ROWS,
+      column_slots: column_tiles * SHRINK_COLUMNS,
+      columns: column_tiles,
+      k_slots: split_k * deep,
+      splits: split_k,
     },
     pieces: ([x, , z]) => {
       const s = segment_of(z, (Math.floor(x / split_k) % row_tiles) * SHRINK_ROWS);
@@ -453,12 +516,21 @@ function vllm_v1_expand(segments, { r, h_out, max_loras, device }) {
   const n = sum(parts.map((part) => part.rows));
   const k_slots = ceil_div(r, EXPAND_K) * EXPAND_K;
   return {
-    ...LAUNCH, kernel: "vllm_v1_expand", estimated: true, device, segments,
-    x_width: r, k: r, width: h_out,
+    ...LAUNCH,
+    kernel: "vllm_v1_expand",
+    estimated: true,
+    device,
+    segments,
+    x_width: r,
+    k: r,
+    width: h_out,
     grid: depth ? [row_tiles * across, 1, depth] : [0, 0, 0],
     block: [128, 1, 1],
     work: parts.map((part, s) => ({
-      ...part, row_slots: down[s] * EXPAND_ROWS, blocks: down[s] * across, barriers: 0,
+      ...part,
+      row_slots: down[s] * EXPAND_ROWS,
+      blocks: down[s] * across,
+      barriers: 0,
     })),
     early_exits: row_tiles * across * depth - sum(down) * across,
     lanes: sum(down) * across * EXPAND_ROWS * EXPAND_COLUMNS * k_slots,
@@ -466,7 +538,10 @@ function vllm_v1_expand(segments, { r, h_out, max_loras, device }) {
     bytes_read: SINGLE * n * across * r + HALF * (sum(down) * r * h_out + n * h_out),
     bytes_written: HALF * n * h_out,
     tile: {
-      rows: EXPAND_ROWS, column_slots: across * EXPAND_COLUMNS, columns: across, k_slots,
+      rows: EXPAND_ROWS,
+      column_slots: across * EXPAND_COLUMNS,
+      columns: across,
+      k_slots,
       splits: 1,
     },
     pieces: ([x, , z]) => {
@@ -508,12 +583,22 @@ function sglang_csgmv_shrink(segments, { h_in, r, max_lora_chunk_size, device })
   const chunks = sum(pieces);
   const k_slots = ceil_div(h_in, CSGMV_SHRINK_K) * CSGMV_SHRINK_K;
   return {
-    ...LAUNCH, kernel: "sglang_csgmv_shrink", shrinks: true, estimated: true, device, segments,
-    x_width: h_in, k: h_in, width: r,
+    ...LAUNCH,
+    kernel: "sglang_csgmv_shrink",
+    shrinks: true,
+    estimated: true,
+    device,
+    segments,
+    x_width: h_in,
+    k: h_in,
+    width: r,
     grid: [across, chunk_ids.length, 1],
     block: [128, 1, 1],
     work: parts.map((part, s) => ({
-      ...part, row_slots: pieces[s] * chunk, blocks: pieces[s] * across, barriers: 0,
+      ...part,
+      row_slots: pieces[s] * chunk,
+      blocks: pieces[s] * across,
+      barriers: 0,
     })),
     early_exits: across * (chunk_ids.length - chunks),
     lanes: chunks * across * chunk * CSGMV_SHRINK_COLUMNS * k_slots,
@@ -523,7 +608,10 @@ function sglang_csgmv_shrink(segments, { h_in, r, max_lora_chunk_size, device })
     chunk,
     chunk_ids,
     tile: {
-      rows: chunk, column_slots: across * CSGMV_SHRINK_COLUMNS, columns: across, k_slots,
+      rows: chunk,
+      column_slots: across * CSGMV_SHRINK_COLUMNS,
+      columns: across,
+      k_slots,
       splits: 1,
     },
     pieces: ([, c]) => (chunk_ids[c] === null ? [] : [[chunk_ids[c], k_slots / CSGMV_SHRINK_K]]),
@@ -537,12 +625,21 @@ function sglang_csgmv_expand(segments, { r, h_out, max_lora_chunk_size, device }
   const chunks = sum(pieces);
   const k_slots = ceil_div(r, CSGMV_EXPAND_K) * CSGMV_EXPAND_K;
   return {
-    ...LAUNCH, kernel: "sglang_csgmv_expand", estimated: true, device, segments,
-    x_width: r, k: r, width: h_out,
+    ...LAUNCH,
+    kernel: "sglang_csgmv_expand",
+    estimated: true,
+    device,
+    segments,
+    x_width: r,
+    k: r,
+    width: h_out,
     grid: [across, 1, chunk_ids.length],
     block: [128, 1, 1],
     work: parts.map((part, s) => ({
-      ...part, row_slots: pieces[s] * chunk, blocks: pieces[s] * across, barriers: 0,
+      ...part,
+      row_slots: pieces[s] * chunk,
+      blocks: pieces[s] * across,
+      barriers: 0,
     })),
     early_exits: across * (chunk_ids.length - chunks),
     lanes: chunks * across * chunk * CSGMV_EXPAND_COLUMNS * k_slots,
@@ -552,7 +649,10 @@ function sglang_csgmv_expand(segments, { r, h_out, max_lora_chunk_size, device }
     chunk,
     chunk_ids,
     tile: {
-      rows: chunk, column_slots: across * CSGMV_EXPAND_COLUMNS, columns: across, k_slots,
+      rows: chunk,
+      column_slots: across * CSGMV_EXPAND_COLUMNS,
+      columns: across,
+      k_slots,
       splits: 1,
     },
     pieces: ([, , c]) => (chunk_ids[c] === null ? [] : [[chunk_ids[c], k_slots / CSGMV_EXPAND_K]]),
@@ -560,175 +660,12 @@ function sglang_csgmv_expand(segments, { r, h_out, max_lora_chunk_size, device }
 }
 
 const KERNELS = {
-  punica_sgmv_shrink, punica_bgmv_shrink, vllm_v1_shrink, sglang_csgmv_shrink,
-  punica_cutlass_expand, punica_bgmv_expand, vllm_v1_expand, sglang_csgmv_expand,
+  punica_sgmv_shrink,
+  punica_bgmv_shrink,
+  vllm_v1_shrink,
+  sglang_csgmv_shrink,
+  punica_cutlass_expand,
+  punica_bgmv_expand,
+  vllm_v1_expand,
+  sglang_csgmv_expand,
 };
-
-// --- the rows' way in time: a model, one unit being one step of a kernel's main loop -----------
-//
-// Blocks are dispatched in their order, x running fastest, each to the place that is free first;
-// neighbouring places are on different SMs. Where the grid has barriers all blocks are resident.
-
-const EXIT = 0.2; // how long a block is drawn that finds nothing to do
-
-function timeline(launch) {
-  const resident = resident_blocks(launch.device, threads_of(launch), launch.shared_memory);
-  const places = launch.device.sms * resident;
-  const blocks = blocks_of(launch);
-  if (!places || !blocks) return { bars: [], moments: [], end: 0, places, stuck: null };
-  return launch.cooperative ? with_barriers(launch, blocks, places) : in_waves(launch, blocks, places);
-}
-
-const index_of = ([gx, gy], i) => [i % gx, Math.floor(i / gx) % gy, Math.floor(i / gx / gy)];
-
-function in_waves(launch, blocks, places) {
-  const bars = [];
-  const free = heap(Math.min(places, blocks));
-  for (let i = 0; i < blocks; i += 1) {
-    const [at, place] = free.first();
-    let time = at;
-    const pieces = launch.pieces(index_of(launch.grid, i));
-    for (const [s, length] of pieces) {
-      bars.push({ place, block: i, s, kind: "work", start: time, end: time + length });
-      time += length;
-    }
-    if (!pieces.length) {
-      bars.push({ place, block: i, s: null, kind: "exit", start: time, end: time + EXIT });
-      time += EXIT;
-    }
-    free.replace_first(time);
-  }
-  const end = bars.reduce((last, bar) => Math.max(last, bar.end), 0);
-  const times = [...new Set(bars.flatMap((bar) => [bar.start, bar.end]))].sort((a, b) => a - b);
-  return { bars, end, places, stuck: null, moments: times.map((time) => ({ time })) };
-}
-
-// Places by the time at which they are free, then by number.
-function heap(count) {
-  const items = range(count).map((place) => [0, place]);
-  const before = (a, b) => a[0] < b[0] || (a[0] === b[0] && a[1] < b[1]);
-  return {
-    first: () => items[0],
-    replace_first: (time) => {
-      items[0] = [time, items[0][1]];
-      let i = 0;
-      for (;;) {
-        let least = i;
-        for (const child of [2 * i + 1, 2 * i + 2]) {
-          if (child < count && before(items[child], items[least])) least = child;
-        }
-        if (least === i) return;
-        [items[i], items[least]] = [items[least], items[i]];
-        i = least;
-      }
-    },
-  };
-}
-
-// Per step: sum own chunk, write it to tmp, wait at the barrier, add all chunks.
-function with_barriers(launch, blocks, places) {
-  const ADD = 1;
-  const stages = ceil_div(launch.chunk, STAGE_K);
-  const steps = launch.work.map((w) => w.row_slots / STEP_ROWS);
-  const own = launch.work.map((w) => w.barriers);
-  const every = range(blocks).map((i) => ({ i, s: index_of(launch.grid, i)[1] }));
-  const bars = [];
-  const moments = [{ time: 0, kind: "start", blocks }];
-  let stuck = null;
-  let time = 0;
-  for (let barrier = 1; barrier <= most(own); barrier += 1) {
-    const here = every.filter(({ s }) => own[s] >= barrier);
-    const ended = blocks - here.length;
-    const arrived = time + stages;
-    const add = (kind, i, s, start, end) => bars.push({ place: i, block: i, s, kind, start, end });
-    let busy = 0;
-    for (const { i, s } of here) {
-      if (steps[s] >= barrier) {
-        add("work", i, s, time, arrived);
-        busy += 1;
-      } else {
-        add("wait", i, s, time, arrived);
-      }
-    }
-    moments.push({ time: arrived, kind: "arrive", barrier, here: here.length, ended, busy, blocks });
-    if (ended) {
-      stuck = { barrier, waiting: here.length, returned: ended };
-      for (const { i, s } of here) add("stuck", i, s, arrived, arrived + 2 * stages);
-      moments.push({ time: arrived + 2 * stages, kind: "stuck", ...stuck });
-      time = arrived + 2 * stages;
-      break;
-    }
-    time = arrived + ADD;
-    for (const { i, s } of here) if (steps[s] >= barrier) add("add", i, s, arrived, time);
-    const returning = here.filter(({ s }) => own[s] === barrier).length;
-    moments.push({ time, kind: "open", barrier, blocks, returning });
-  }
-  return { bars, moments, end: time, places, stuck };
-}
-
-// How many blocks run, have ended and have not begun at a time; of launches without barriers.
-function progress(line, blocks, time) {
-  const ended = new Set();
-  const begun = new Set();
-  for (const bar of line.bars) {
-    if (bar.start <= time) begun.add(bar.block);
-    if (bar.end <= time) ended.add(bar.block);
-    else ended.delete(bar.block); // a walker's next tile
-  }
-  return { running: begun.size - ended.size, ended: ended.size, to_come: blocks - begun.size };
-}
-
-// --- layouts: the metadata that each engine's kernels read, slots as above --------------------
-
-const BYTES = { int32: 4, int64: 8, float32: 4 };
-const offsets = (lengths) =>
-  lengths.reduce((starts, length) => [...starts, starts[starts.length - 1] + length], [0]);
-
-function layouts(segments, adapter_ids, { max_loras, max_lora_chunk_size }) {
-  const parts = laid_out(segments);
-  const S = parts.length;
-  const slot_of = new Map(parts.map((part, s) => [part.adapter_id, s]));
-  const slot = adapter_ids.map((id) => (id === BASE_ONLY ? BASE_ONLY : slot_of.get(id)));
-  const lengths = range(segments.S).map((s) => segments.seq_start[s + 1] - segments.seq_start[s]);
-  const filled = (values, count, value) => [...values, ...Array(count - values.length).fill(value)];
-  const active = S ? segments.adapter_ids.map((id) => (id === BASE_ONLY ? id : slot_of.get(id))) : [];
-  const counts = S ? lengths : [];
-  // SGLang's base model has the slot after all others, so its rows come last.
-  const chunk = chunk_rows(segments.n, max_lora_chunk_size);
-  const own = parts.map((part, s) => ({ slot: s, length: part.rows }));
-  const base = { slot: S, length: segments.n - sum(parts.map((part) => part.rows)) };
-  const chunks = [...own, base].flatMap(({ slot: index, length }) =>
-    range(ceil_div(length, chunk)).map((i) => [index, Math.min(chunk, length - i * chunk)]));
-  const starts = adapter_ids.flatMap((id, row) =>
-    (row === 0 || id !== adapter_ids[row - 1] ? [row] : []));
-  const ends = [...starts.slice(1), segments.n];
-  const launched = range(starts.length).filter((i) => adapter_ids[starts[i]] !== BASE_ONLY);
-  return {
-    sgmv: {
-      rows: ["int64", segments.rows],
-      seq_start: ["int64", segments.seq_start],
-      adapter_ids: ["int64", segments.adapter_ids],
-    },
-    punica: {
-      s: ["int32", offsets(parts.map((part) => part.rows))],
-      wa_ptr: ["int64", parts.map((part) => `wa of ${part.adapter_id}`)],
-      wb_ptr: ["int64", parts.map((part) => `wb of ${part.adapter_id}`)],
-    },
-    vllm_v1: {
-      token_lora_mapping: ["int32", slot],
-      token_indices_sorted_by_lora_ids: ["int32", segments.rows],
-      active_lora_ids: ["int32", filled(active, max_loras + 1, BASE_ONLY)],
-      num_tokens_per_lora: ["int32", filled(counts, max_loras + 1, 0)],
-      lora_token_start_loc: ["int32", filled(S ? offsets(counts) : [], max_loras + 2, 0)],
-    },
-    sglang: {
-      seg_indptr: ["int32", offsets(chunks.map(([, length]) => length))],
-      weight_indices: ["int32", chunks.map(([index]) => index)],
-      permutation: ["int32", [...segments.rows.slice(base.length), ...segments.rows.slice(0, base.length)]],
-    },
-    lorax: {
-      s_start: ["int32", launched.map((i) => starts[i])],
-      s_end: ["int32", launched.map((i) => ends[i])],
-    },
-  };
-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import webbrowser
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 from sgmv import emulator
 from sgmv.emulator import A100, DEVICES, Device
 from sgmv.emulator.punica import RELEASES
-from sgmv.errors import DtypeError, ValueRangeError
+from sgmv.errors import DtypeError, SgmvError, ValueRangeError
 from sgmv.layouts.rows import Batch, as_segments, row_ids
 from sgmv.segment import check_count
 
@@ -82,7 +83,7 @@ def write_html(
     devices = {**DEVICES, device.name: device}
     data = {
         "devices": [asdict(each) for each in devices.values()],
-        "most_rows": MOST_ROWS,
+        "most": {"n": MOST_ROWS, **MOST},
         "start": {
             "ids": _runs(ids), "popularity": "", **widths,
             "device": device.name, "kernel": kernel, "release": release,
@@ -101,7 +102,12 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
 
 
 def _run(given: argparse.Namespace) -> str:
-    path = write_html(given.path).resolve()
+    try:
+        path = write_html(given.path).resolve()
+    except OSError as error:
+        raise SgmvError(
+            "path", "a file that can be written", str(error), "name another place"
+        ) from error
     screen = sys.platform in ("darwin", "win32") or os.environ.get(
         "DISPLAY", os.environ.get("WAYLAND_DISPLAY")
     )
@@ -112,21 +118,20 @@ def _run(given: argparse.Namespace) -> str:
 def _page(data: dict[str, Any]) -> str:
     """The template with all that it names put in its place."""
     folder = files("sgmv.explorer")
-    page = (folder / "page.html").read_text(encoding="utf-8")
-    style, *scripts = (
-        (folder / name).read_text(encoding="utf-8")
-        for name in ("style.css", "emulator.js", "panels.js")
-    )
-    script = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
-    for place, content in (
-        ('<link rel="stylesheet" href="style.css">', f"<style>\n{style}</style>"),
-        ('<script type="application/json" id="data"></script>',
-         f'<script type="application/json" id="data">{script}</script>'),
-        ('<script src="emulator.js"></script>', f"<script>\n{scripts[0]}</script>"),
-        ('<script src="panels.js"></script>', f"<script>\n{scripts[1]}</script>"),
-    ):  # fmt: skip
-        page = page.replace(place, content)
-    return page
+
+    def read(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    def style(found: re.Match[str]) -> str:
+        return f"<style>\n{read(found[1])}</style>"
+
+    def script(found: re.Match[str]) -> str:
+        return f"<script>\n{read(found[1])}</script>"
+
+    page = re.sub(r'<link rel="stylesheet" href="(.+?)">', style, read("page.html"))
+    page = re.sub(r'<script src="(.+?)"></script>', script, page)
+    told = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
+    return page.replace(' id="data">', f' id="data">{told}', 1)
 
 
 def _runs(ids: list[int]) -> str:

@@ -108,7 +108,11 @@ def plan_of_a_call(ids: list[int], rank: int, h_out: int, threads: int) -> dict[
 
 @pytest.mark.skipif(not JITTED, reason="the plain loops would take long")
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_tasks_are_those_of_a_real_call(threads: int, rng: np.random.Generator) -> None:
+def test_tasks_are_those_of_a_real_call(
+    threads: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of small work, which one thread does alone, and of more."""
+    monkeypatch.setattr(sys.modules["sgmv.launch"], "WORTH_SHARING_NS", 20_000)
     shared = set()
     for rank, h_out in ((16, 200), (17, 70), (64, 4096)):
         for n in (1, 5, 60, 400):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sgmv import launch
 from sgmv.adapters import columns_of
 from sgmv.explain.question import Facts, Question
 from sgmv.explain.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated
@@ -14,7 +15,6 @@ from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
-from sgmv.launch import PRODUCTS_PER_NS, WEIGHTS_PER_NS, WORTH_SHARING_NS
 from sgmv.schedule import BASE_ONLY, NO_SLOT, costs, cuts, most_blocks, row_blocks
 
 
@@ -89,7 +89,8 @@ def tasks(question: Question) -> Facts:
     room = np.empty((most_blocks(segments.most), 4), np.int64)
     blocks = room[: row_blocks(segments.seq_start, slot, rank, threads, room)]
     products, weights, _ = costs(blocks, question.h_in + question.h_out)
-    shared = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS > WORTH_SHARING_NS
+    cost = products // launch.PRODUCTS_PER_NS + weights // launch.WEIGHTS_PER_NS
+    shared = cost >= launch.WORTH_SHARING_NS
     threads = threads if shared else 1
     panel = columns_of(np.dtype(np.float32))
     shrink_cuts = cuts(len(blocks), -(-question.rank // RANK_UNIT), threads)

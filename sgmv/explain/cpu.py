@@ -172,7 +172,8 @@ def _tile_map(facts: Facts, block: Facts, terminal: Terminal) -> list[str]:
     """Every tile of one block in shrink, one character per rank."""
     lines = terminal.note(
         f"The shrink tiles of row block {block['first']}:{block['last']}: sums that stay in vector "
-        f"registers of {facts['vector_bits']} bits, over all of K. {EDGE} is a cut between tasks."
+        f"registers of {facts['vector_bits']} bits, over all of K."
+        + (f" {EDGE} is a cut between tasks." if facts["shrink_cuts"] > 1 else "")
     )
     first = block["first"]
     width = len(f"rows {block['last']}:{block['last']}")

@@ -33,7 +33,10 @@ FLOORS = [
     },
     {"emulator.launch", "serving.command", "serving.step"},
     {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
-    {"explorer.write"},
+    {"explain.question", "explain.terminal", "explorer.write", "models", "popularity"},
+    {"explain.cpu", "explain.engines", "explain.launches", "explain.mixes"},
+    {"explain.punica"},
+    {"explain.command"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

@@ -38,7 +38,7 @@ Ids = Sequence[int]
 ids_lists = st.lists(st.integers(-1, 12), max_size=40) | st.lists(
     st.sampled_from([-1, 3, 2**40]), min_size=60, max_size=300
 )
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 def ask(ids: Ids, **changed: Any) -> Question:
@@ -278,7 +278,7 @@ def test_a_kernel_that_there_is_not_is_named() -> None:
 widths = st.integers(NARROWEST, 40) | st.integers(41, 220)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ids_lists,
     widths,

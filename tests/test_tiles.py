@@ -115,7 +115,7 @@ def test_lopsided_batches(name: str) -> None:
         check_case(case)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_batch(data: st.DataObject) -> None:
     """Random shapes, ranks, ids, strides, types and threads: exact."""

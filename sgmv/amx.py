@@ -49,6 +49,13 @@ def is_on() -> bool:
     return True
 
 
+def told() -> str:
+    """In words, for `info`."""
+    if not is_on():
+        return "off" if unit() is None else "off, it gave wrong sums"
+    return "on" if isinstance(unit(), type(CPU)) else "emulated"
+
+
 def unit() -> Any:
     """Who computes tile products, as compiled code is told; None where nobody does."""
     asked = os.environ.get("SGMV_AMX")

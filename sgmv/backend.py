@@ -55,7 +55,8 @@ def kernels(
         operands = [dtype for dtype in (x, weights) if dtype is not None]
         chosen = choose(backend, v, all(dtype.name == "bfloat16" for dtype in operands))
         shrink = 0 if x is None else _shrink_kernel(chosen, x, weights, v)
-        expand = 0 if y is None else _expand_kernel(chosen, v, weights, y)
+        also = "tiles" if chosen == "amx" else chosen
+        expand = 0 if y is None else _expand_kernel(also, v, weights, y)
         found = _kernels[key] = Kernels(shrink, expand, v.itemsize)
     return found
 
@@ -72,21 +73,20 @@ def choose(backend: str | None, v: Dtype, bfloat16: bool = False) -> str:
     able = ["loops"]
     if VECTOR_BITS and v != FLOAT64:
         able.insert(0, "tiles")
-        if bfloat16 and amx.is_on():
+        if bfloat16 and asked == "amx" and amx.is_on():
             able.insert(0, "amx")
     if backend and backend not in able:
-        raise ValueRangeError("backend", _instead(backend, able, v), backend, "leave it out")
+        raise ValueRangeError("backend", _instead(v), backend, "leave it out")
     return next(name for name in BACKENDS[BACKENDS.index(asked) :] if name in able)
 
 
-def _instead(backend: str, able: list[str], v: Dtype) -> str:
+def _instead(v: Dtype) -> str:
     """What could run in the place of a backend that cannot, and why."""
     if not VECTOR_BITS:
         return "loops on a CPU without 256-bit vectors"
     if v == FLOAT64:
         return "loops for float64"
-    why = "for other types than bfloat16" if amx.is_on() else "where there is no AMX"
-    return f"{' or '.join(able)} {why}"
+    return f"tiles or loops {'but for bfloat16' if amx.is_on() else 'where AMX is not on'}"
 
 
 def _shrink_kernel(backend: str, x: Dtype, weights: Dtype, v: Dtype) -> int:
@@ -106,10 +106,10 @@ def _expand_kernel(backend: str, v: Dtype, weights: Dtype, y: Dtype) -> int:
     key = (backend, v, weights, y)
     if key not in _expand:
         v_like, w_like, y_like = (BITS[dtype.name].type(0) for dtype in (v, weights, y))
-        if backend == "loops":
-            _expand[key] = _loops_expand(v_like, w_like, y_like)
-        else:
+        if backend == "tiles":
             _expand[key] = _tiles_expand(w_like, y_like)
+        else:
+            _expand[key] = _loops_expand(v_like, w_like, y_like)
     return _expand[key]
 
 

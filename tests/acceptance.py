@@ -12,6 +12,7 @@ import numpy as np
 
 import sgmv
 from reference.workloads import Workload, corpus
+from sgmv import amx
 from sgmv.backend import BACKENDS
 from sgmv.kernels.jit import VECTOR_BITS
 
@@ -19,7 +20,9 @@ from sgmv.kernels.jit import VECTOR_BITS
 def backends(*dtypes: Any) -> list[str]:
     """The backends that can run on this machine for these types of x, weights and y."""
     tiles = VECTOR_BITS > 0 and np.dtype(np.float64) not in [np.dtype(d) for d in dtypes]
-    return [name for name in BACKENDS if name != "tiles" or tiles]
+    bfloat16 = all(np.dtype(dtype).name == "bfloat16" for dtype in dtypes[:2])
+    can = {"amx": tiles and bfloat16 and amx.is_on(), "tiles": tiles, "loops": True}
+    return [name for name in BACKENDS if can[name]]
 
 
 def backends_of(case: Workload) -> list[str]:

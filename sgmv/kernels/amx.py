@@ -68,6 +68,10 @@ LAST = PANEL + K_BLOCK * SIDE * 2
 SUMS = LAST + SIDE * TURN * 2
 MEMORY_BYTES = SUMS + CHAINS * SIDE * SIDE * 4
 
+# Lanes of two vectors in turn: of their lower halves, and of their upper ones.
+LOWER, UPPER = (
+    [lane + of for lane in half for of in (0, SIDE)] for half in (range(8), range(8, 16))
+)
 BYTE = np.uint8(0)
 
 
@@ -88,9 +92,7 @@ def _turn(e, vectors, times):
         vectors = [
             e.builder.shuffle_vector(vectors[i], vectors[i + half], numbers(chosen))
             for i in range(half)
-            for chosen in (
-                [lane for l in range(start, start + 8) for lane in (l, SIDE + l)] for start in (0, 8)
-            )
+            for chosen in (LOWER, UPPER)
         ]
     return vectors
 

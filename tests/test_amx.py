@@ -5,7 +5,6 @@ No CPU with AMX has run these tests: what its compiler makes of the kernel is re
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from reference.workloads import integer, popularity, real
 from sgmv import amx, backend
 from sgmv.errors import SgmvError
 from sgmv.kernels.amx_instructions import CPU, EMULATION
-from sgmv.kernels.jit import JITTED, VECTOR_BITS
+from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
 from tests import acceptance, test_tiles
 from tests.acceptance import assert_same_bits, check_case, check_rows_keep_their_bits, stack_of
 from tests.planting import Fault, plant, run_python
@@ -129,7 +128,8 @@ def test_every_bit_is_foretold(h_in: int, name: str) -> None:
         v = sgmv.shrink(x, stack, segments, backend="amx")
         np.testing.assert_array_equal(v, expected[segments.rows])
         number = ~np.isnan(v)
-        np.testing.assert_array_equal(np.signbit(v[number]), np.signbit(v[number]))
+        signs = np.signbit(expected[segments.rows])
+        np.testing.assert_array_equal(np.signbit(v[number]), signs[number])
 
 
 @pytest.mark.parametrize(
@@ -253,3 +253,71 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_system_permits_only_what_the_cpu_has() -> None:
     flags = Path("/proc/cpuinfo")
     assert not amx._is_permitted() or "amx_tile" in flags.read_text()
+
+
+# what the compiler makes of it for a CPU that has it
+
+SAPPHIRE_RAPIDS = {
+    "NUMBA_CPU_NAME": "sapphirerapids",
+    "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,"
+    "+amx-tile,+amx-bf16",
+}
+COMPILE = """
+from sgmv import amx
+from sgmv.kernels import jit
+amx.unit = lambda: amx.CPU
+amx.shrink_kernel()
+(kernel,) = jit._entries.values()
+print(*kernel.inspect_asm().values())
+"""
+TURN = [
+    line
+    for q, a, b in ((0, 4, 6), (1, 5, 7), (2, 4, 6), (3, 5, 7))
+    for line in (f"tileloadd {a}", f"tileloadd {b}", f"tdpbf16ps {b} {a} {q}")
+]
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not X86, reason="another processor's assembly")
+def test_assembly_of_sapphire_rapids(tmp_path: Path) -> None:
+    """Registers as meant, turn by turn, and no tile that goes through the stack."""
+    done = run_python(COMPILE, NUMBA_CACHE_DIR=str(tmp_path), SGMV_AMX=None, **SAPPHIRE_RAPIDS)
+    assert done.returncode == 0, done.stderr
+    found = [
+        " ".join([word, *re.findall(r"%tmm(\d)", operands)])
+        for word, operands in re.findall(r"^\t(ldtile\w+|tile\w+|tdp\w+)(.*)", done.stdout, re.M)
+    ]
+    assert found.count("ldtilecfg") == found.count("tilerelease") == 1
+    tiles = [line for line in found if line not in ("ldtilecfg", "tilerelease")]
+    assert tiles[:4] == [f"tilezero {q}" for q in range(4)]
+    stores = [f"tilestored {q}" for q in range(4)]
+    assert [line for line in tiles if line in stores] == stores
+    turns = [line for line in tiles[4:] if line not in stores]
+    assert len(turns) >= 2 * len(TURN)
+    assert turns == TURN * (len(turns) // len(TURN))
+
+
+# planted faults
+
+FAULTS = {
+    "a tile of x that no product reads": Fault(
+        "kernels.amx", "e.load_tile(COLUMNS[q % 2]", "e.load_tile(COLUMNS[0]"
+    ),
+    "K blocks overwrite instead of adding": Fault(
+        "kernels.amx", 'fresh = builder.icmp_signed("=="', 'fresh = builder.icmp_signed(">="'
+    ),
+    "ranks of two tiles are added twice": Fault(
+        "kernels.amx", "builder.and_(e.below(ranks, SIDE), stand)", "e.below(ranks, SIDE)"
+    ),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_the_trial_finds_faults(fault: str | None, tmp_path: Path) -> None:
+    """Before it is used, wherever that is: a warning, and the float32 tiles."""
+    folder = plant(tmp_path, *([FAULTS[fault]] if fault else []))
+    program = "from sgmv import amx; print(amx.is_on())"
+    done = run_python(program, folder, SGMV_AMX="emulate", NUMBA_CACHE_DIR=None)
+    assert done.stdout.strip() == str(fault is None), done.stderr
+    assert ("AMX gave wrong sums" in done.stderr) == (fault is not None)

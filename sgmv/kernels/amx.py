@@ -70,7 +70,7 @@ MEMORY_BYTES = SUMS + CHAINS * SIDE * SIDE * 4
 
 # Lanes of two vectors in turn: of their lower halves, and of their upper ones.
 LOWER, UPPER = (
-    [lane + of for lane in half for of in (0, SIDE)] for half in (range(8), range(8, 16))
+    [lane + vector for lane in half for vector in (0, SIDE)] for half in (range(8), range(8, 16))
 )
 BYTE = np.uint8(0)
 

@@ -69,8 +69,9 @@ class Emit:
         return self.builder.mul(value, factor)
 
     def at_most(self, value, limit):
-        """min(value, limit) of a Python int and an int64 of the machine."""
-        value = ir.Constant(INT64, value)
+        """min(value, limit); limit is an int64 of the machine."""
+        if isinstance(value, int):
+            value = ir.Constant(INT64, value)
         return self.builder.select(self.builder.icmp_signed("<", value, limit), value, limit)
 
     def integer(self, address):

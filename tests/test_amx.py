@@ -296,24 +296,17 @@ def test_assembly_of_sapphire_rapids(tmp_path: Path) -> None:
 # planted faults
 
 FAULTS = {
-    "a tile of x that no product reads": Fault(
-        "kernels.amx", "e.load_tile(COLUMNS[q % 2]", "e.load_tile(COLUMNS[0]"
-    ),
-    "K blocks overwrite instead of adding": Fault(
-        "kernels.amx", 'fresh = builder.icmp_signed("=="', 'fresh = builder.icmp_signed(">="'
-    ),
-    "ranks of two tiles are added twice": Fault(
-        "kernels.amx", "builder.and_(e.below(ranks, SIDE), stand)", "e.below(ranks, SIDE)"
-    ),
+    "a tile of x that no product reads": ("e.load_tile(b,", "e.load_tile(COLUMNS[0],"),
+    "K blocks overwrite instead of adding": ('icmp_signed("==", k', 'icmp_signed(">=", k'),
+    "ranks are added twice": ("builder.and_(e.below(ranks, SIDE), new)", "e.below(ranks, SIDE)"),
 }
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_the_trial_finds_faults(fault: str | None, tmp_path: Path) -> None:
-    """Before it is used, wherever that is: a warning, and the float32 tiles."""
-    folder = plant(tmp_path, *([FAULTS[fault]] if fault else []))
-    program = "from sgmv import amx; print(amx.is_on())"
-    done = run_python(program, folder, SGMV_AMX="emulate", NUMBA_CACHE_DIR=None)
-    assert done.stdout.strip() == str(fault is None), done.stderr
-    assert ("AMX gave wrong sums" in done.stderr) == (fault is not None)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_trial_finds_faults(fault: str, tmp_path: Path) -> None:
+    """Before the first use, wherever that is: a warning, and the float32 tiles."""
+    folder = plant(tmp_path, Fault("kernels.amx", *FAULTS[fault]))
+    done = run_python("from sgmv import amx; print(amx.is_on())", folder, SGMV_AMX="emulate")
+    assert done.stdout.strip() == "False", done.stderr
+    assert "AMX gave wrong sums" in done.stderr

@@ -100,6 +100,4 @@ def _is_right() -> bool:
     take_part(int(call.ctypes.data), EVERY_TASK)
     x64, wa64 = ((bits & 0xFFFF0000).view(np.float32).astype(np.float64) for bits in wide)
     bound = h_in * 2.0**-23 * (np.abs(x64) @ np.abs(wa64).T)
-    right = bool((np.abs(v - x64 @ wa64.T) <= bound).all())
-    del x, wa, rows, block, slots  # not before the call's end: it only knows where they stand
-    return right
+    return bool((np.abs(v - x64 @ wa64.T) <= bound).all())

@@ -307,6 +307,7 @@ FAULTS = {
 def test_the_trial_finds_faults(fault: str, tmp_path: Path) -> None:
     """Before the first use, wherever that is: a warning, and the float32 tiles."""
     folder = plant(tmp_path, Fault("kernels.amx", *FAULTS[fault]))
-    done = run_python("from sgmv import amx; print(amx.is_on())", folder, SGMV_AMX="emulate")
+    program = "from sgmv import amx; print(amx.is_on())"
+    done = run_python(program, folder, SGMV_AMX="emulate", NUMBA_OPT="0")  # compiles faster
     assert done.stdout.strip() == "False", done.stderr
     assert "AMX gave wrong sums" in done.stderr

@@ -39,6 +39,7 @@ def _emulated() -> Iterator[None]:
         patch.setattr(backend, "_shrink", {})
         patch.setattr(backend, "_kernels", {})
         amx.is_on.cache_clear()
+        assert amx.is_on()
         yield
     amx.is_on.cache_clear()
 
@@ -109,6 +110,7 @@ def operands(name: str, h_in: int) -> tuple[Matrix, list[Matrix], np.ndarray]:
     return x, was, ids
 
 
+@pytest.mark.once
 @np.errstate(all="ignore")
 @pytest.mark.parametrize("name", ["normal", "near underflow", "overflowing"])
 @pytest.mark.parametrize("h_in", [1, 2, 31, 33, 128, 129, 200, 1024, 1057])
@@ -128,6 +130,7 @@ def test_every_bit_is_foretold(h_in: int, name: str) -> None:
         np.testing.assert_array_equal(np.signbit(v[number]), signs[number])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "other", [{"chains": 2}, {"chains": 8}, {"block": 512}, {"step": 16}, {"step": 64}], ids=str
 )
@@ -136,7 +139,8 @@ def test_another_order_would_be_noticed(other: dict[str, int]) -> None:
     assert (foretold(x, was[0]) != foretold(x, was[0], **other)).mean() > 0.1
 
 
-def test_subnormal_numbers_are_0(rng: np.random.Generator) -> None:
+@pytest.mark.once
+def test_subnormal_numbers_are_0() -> None:
     """As x, as a weight, as a product, as a sum; each float32 below 2**-126 is lost, no other."""
     every = np.arange(2**16).astype(np.uint16).view(BF16)[:, None]
     one = np.ones((1, 1), BF16)
@@ -157,6 +161,7 @@ def test_subnormal_numbers_are_0(rng: np.random.Generator) -> None:
 # right, and the same bits
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", range(0, 27, 4))
 def test_shapes(number: int) -> None:
     test_tiles.check_shapes([number], BF16)
@@ -172,10 +177,12 @@ def test_the_whole_corpus() -> None:
         check_case(case)
 
 
+@pytest.mark.once
 def test_nan_all_around_is_not_read_or_written() -> None:
     test_tiles.check_guards([("bfloat16", "bfloat16", "float32")], test_tiles.EDGES)
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("at_end", [True, False], ids=["fence after", "fence before"])
 def test_no_byte_outside_is_touched(at_end: bool) -> None:
@@ -192,6 +199,7 @@ def test_same_row_same_bits(rng: np.random.Generator) -> None:
         check_rows_keep_their_bits(rng, y, x, stack, ids, (1, 2, 5), "amx")
 
 
+@pytest.mark.once
 def test_long_segments_cut_for_threads_and_ranks() -> None:
     ids = popularity("skewed", 300, seed=1)
     ranks = dict(enumerate([33, 16, 8, 64, 7, 1, 128, 20] * 8))
@@ -207,6 +215,7 @@ def test_long_segments_cut_for_threads_and_ranks() -> None:
 # where it is used
 
 
+@pytest.mark.once
 def test_bfloat16_alone_has_tile_products() -> None:
     single = np.dtype(np.float32)
     assert backend.choose(None, single, bfloat16=True) == "amx"
@@ -221,6 +230,7 @@ def test_bfloat16_alone_has_tile_products() -> None:
     assert acceptance.backends_of(mixed) == []
 
 
+@pytest.mark.once
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the environment, by a CPU or a system without it, or by a trial that went wrong."""
     features = {"amx-tile": True, "amx-bf16": True}
@@ -246,6 +256,7 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.choose("amx", np.dtype(np.float32), bfloat16=True)
 
 
+@pytest.mark.once
 def test_the_system_permits_only_what_the_cpu_has() -> None:
     flags = Path("/proc/cpuinfo")
     assert not amx._is_permitted() or "amx_tile" in flags.read_text()

@@ -23,7 +23,15 @@ FLOORS = [
     {"adapters", "backend", "workers"},
     {"checks", "launch", "layouts.rows", "peft"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
-    {"layouts.findings", "layouts.grouped"},
+    {
+        "emulator.accuracy",
+        "emulator.blocks",
+        "emulator.device",
+        "layouts.findings",
+        "layouts.grouped",
+    },
+    {"emulator.launch"},
+    {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info tells their versions, and amx asks for the CPU's features.

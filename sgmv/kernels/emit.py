@@ -69,8 +69,9 @@ class Emit:
         return self.builder.mul(value, factor)
 
     def at_most(self, value, limit):
-        """min(value, limit) of a Python int and an int64 of the machine."""
-        value = ir.Constant(INT64, value)
+        """min(value, limit); limit is an int64 of the machine."""
+        if isinstance(value, int):
+            value = ir.Constant(INT64, value)
         return self.builder.select(self.builder.icmp_signed("<", value, limit), value, limit)
 
     def integer(self, address):
@@ -86,21 +87,22 @@ class Emit:
     def load(self, address, stored=types.float32, mask=None, vector=None):
         """The stored elements at this address as float32."""
         element = STORED[stored]
-        vector = vector or lanes(element)
-        pointer = self._pointer(address, vector)
-        if mask is None:
-            found = self.builder.load(pointer, align=size(stored))
-        else:
-            zero = ir.Constant(vector, None)
-            name = f"llvm.masked.load.{self._name(vector)}.{self._name(pointer.type)}"
-            align = ir.Constant(I32, size(stored))
-            found = self._call(name, vector, [pointer, align, mask, zero])
+        found = self.read(address, vector or lanes(element), size(stored), mask)
         if element is F16:
             return self.builder.fpext(found, VECTOR)
         if element is I16:
             bits = self.builder.shl(self.builder.zext(found, lanes(I32)), numbers(16))
             return self.builder.bitcast(bits, VECTOR)
         return found
+
+    def read(self, address, vector, align, mask=None):
+        """The elements of a vector as they stand at this address."""
+        pointer = self._pointer(address, vector)
+        if mask is None:
+            return self.builder.load(pointer, align=align)
+        zero = ir.Constant(vector, None)
+        name = f"llvm.masked.load.{self._name(vector)}.{self._name(pointer.type)}"
+        return self._call(name, vector, [pointer, ir.Constant(I32, align), mask, zero])
 
     def store(self, value, address, stored=types.float32, mask=None):
         """Round float32 to the stored type, to nearest even, and store it at this address."""

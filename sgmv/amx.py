@@ -1,6 +1,7 @@
 """Whether tile products of bfloat16 (AMX) may be used: CPU, system, environment, and one trial.
 
-SGMV_AMX=0 turns them off; SGMV_AMX=emulate computes the same bits without AMX, slowly, for tests.
+SGMV_AMX=1 turns them on: no CPU with AMX has run them yet, so they wait to be asked for.
+SGMV_AMX=emulate computes the same bits without AMX, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def told() -> str:
 def unit() -> Any:
     """Who computes tile products, as compiled code is told; None where nobody does."""
     asked = os.environ.get("SGMV_AMX")
-    if asked == "0" or not VECTOR_BITS or not JITTED:
+    if asked not in ("1", "emulate") or not VECTOR_BITS or not JITTED:
         return None
     if asked == "emulate":
         return EMULATION

@@ -239,7 +239,8 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     features = {"amx-tile": True, "amx-bf16": True}
     monkeypatch.setattr(amx.llvmlite.binding, "get_host_cpu_features", lambda: features)
     for asked, permitted, expected in (
-        ("0", True, None), ("", True, None), ("1", True, CPU), ("1", False, None), ("emulate", False, EMULATION),
+        ("0", True, None), ("", True, None), ("1", True, CPU), ("1", False, None),
+        ("emulate", False, EMULATION),
     ):  # fmt: skip
         monkeypatch.setenv("SGMV_AMX", asked)
         monkeypatch.setattr(amx, "_is_permitted", lambda permitted=permitted: permitted)

@@ -151,7 +151,7 @@ class Accelerated:
     def _find(self) -> None:
         """Find the adapted layers, and load what is new there, or gone."""
         lora = sys.modules["peft"].tuners.lora
-        self._configs = dict(self._tuner.peft_config)
+        configs = dict(self._tuner.peft_config)
         before, self._layers, self._others, self._wrappers = self._layers, {}, {}, []
         for path, module in self._tuner.named_modules():
             name = path.removeprefix("model.")
@@ -161,11 +161,13 @@ class Accelerated:
             if type(module) is lora.Linear:
                 layer = before.pop(module, None) or _Layer(name, module, self._batches)
                 self._layers[module] = layer
-                layer.refresh({*layer.sources, *layer.odd, *self._configs})
             elif is_lora:
                 self._others[name] = f"a LoRA layer of type {type(module).__qualname__}"
         for layer in before.values():
             layer.restore()
+        for layer in self._layers.values():
+            layer.refresh({*layer.sources, *layer.odd, *configs})
+        self._configs = configs
 
     def _is_current(self) -> bool:
         """Whether no adapter, and with it perhaps a layer, has come or gone since `_find`."""
@@ -233,7 +235,7 @@ class _Batch:
 
 
 class _Layer:
-    """One `lora.Linear`: its plain adapters in a stack, and its mixed batches through `add_lora`."""
+    """One `lora.Linear`: its plain adapters in a stack, its mixed batches through `add_lora`."""
 
     def __init__(self, name: str, module: Any, batches: _Batches) -> None:
         self.name, self.module = name, module

@@ -21,8 +21,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -190,8 +191,18 @@ def one_at_a_time(model: Any, tokens: Any, names: Sequence[str], options: Any) -
         model(tokens[[i for i, its in enumerate(names) if its == name]], **options)
 
 
-def check(model: Any, forward: Callable[[], object], names: Sequence[str], label: str) -> None:
-    """Hold rows of every adapted layer to the reference: wrong results are not timed."""
+def check(
+    model: Any,
+    forward: Callable[[], object],
+    names: Sequence[str],
+    label: str,
+    most: int = CHECKED_ROWS,
+) -> None:
+    """Hold so many rows of every adapted layer to the reference: wrong results are not timed.
+
+    Semantics: each layer's x and base output, as they are in the last step of `forward`, make what
+    is expected of its result; weights are read where PEFT keeps them.
+    """
     before: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
     after: dict[str, NDArray[Any]] = {}
 
@@ -213,9 +224,10 @@ def check(model: Any, forward: Callable[[], object], names: Sequence[str], label
             handle.remove()
     for name, module in modules.items():
         x, y = before[name]
-        n = x.shape[0] * x.shape[1]
-        rows = np.unique(np.linspace(0, n - 1, CHECKED_ROWS).astype(np.int64))
-        ids = [names.index(names[row // x.shape[1]]) for row in rows]
+        tokens = math.prod(x.shape[1:-1])
+        n = len(names) * tokens
+        rows = np.unique(np.linspace(0, n - 1, most).astype(np.int64))
+        ids = [names.index(names[row // tokens]) for row in rows]
         adapters = {i: adapter_of(module, names[i]) for i in ids}
         x, y, result = (array.reshape(n, -1)[rows] for array in (x, y, after[name]))
         expected = by_row.add_lora(y, x, adapters, ids)
@@ -223,8 +235,10 @@ def check(model: Any, forward: Callable[[], object], names: Sequence[str], label
         compare.check(result, expected, bound, f"{label}, {name}")
 
 
-def adapter_of(module: Any, name: str) -> sgmv.Adapter:
-    """A layer's adapter, over PEFT's own memory."""
+def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
+    """A layer's adapter, over PEFT's own memory; None if it has none of this name."""
+    if name not in module.lora_A:
+        return None
     A, B = as_array("A", module.lora_A[name].weight), as_array("B", module.lora_B[name].weight)
     return sgmv.Adapter(A, B, module.scaling[name])
 

@@ -22,12 +22,12 @@ FLOORS = [
     {"adapters", "backend", "workers"},
     {"checks", "launch", "layouts.rows", "peft"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
-    {"layouts.findings", "layouts.grouped"},
+    {"compat.peft", "layouts.findings", "layouts.grouped"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.
 COMPILERS = {"kernels.jit", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.tiles"}
-EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft"}
+EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
 
 
 # Adapter.from_peft is a way to make an Adapter, and reading one needs Adapter.

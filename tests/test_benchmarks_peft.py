@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():  # what the packages warn of when imported is theirs
         warnings.simplefilter("ignore")
-        import peft as _
-        import transformers as _  # noqa: F811
+        for name in ("peft", "transformers"):
+            import_module(name)
     monkeypatch.setattr(peft, "LLAMA", Model(32, 80, heads=4, kv_heads=2, head_dim=8))
     monkeypatch.setattr(peft, "LAYERS", 1)
     monkeypatch.setattr(peft, "BUDGET", ONE_CALL)
@@ -121,7 +122,8 @@ def test_variants_are_the_same_weights() -> None:
     addresses = {getattr(layer, "base_layer", layer).weight.data_ptr() for layer in layers}
     assert len(addresses) == 1
     ours, theirs = (peft.adapter_of(layer, "2") for layer in layers[1:])
-    assert ours is not None and theirs is not None
+    assert ours is not None
+    assert theirs is not None
     assert ours.B.ctypes.data == theirs.B.ctypes.data
     assert (ours.dtype.name, ours.r) == ("float32", peft.RANK)
 

@@ -32,7 +32,7 @@ MISSING = [name for name in WANTED if find_spec(name) is None]
 needs_peft = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install -e '.[torch]')"
 )
-NAMES = ["a", "b", "__base__", "a", "c", "b", "a"]
+NAMES = ["de", "en", "__base__", "de", "fr", "en", "de"]
 TOKENS = 3
 ALL_ROWS = 10_000
 
@@ -93,9 +93,9 @@ def model(lib: SimpleNamespace) -> Any:
     """Adapters of unequal ranks and scalings; none adapts every layer."""
     lib.torch.manual_seed(0)
     configs = {
-        "a": lora(lib, "gate", "up", r=4, lora_alpha=8),
-        "b": lora(lib, "up", "down", r=7, lora_alpha=5, use_rslora=True),
-        "c": lora(lib, "gate", "down", r=1, rank_pattern={"down": 9}, alpha_pattern={"down": -3}),
+        "de": lora(lib, "gate", "up", r=4, lora_alpha=8),
+        "en": lora(lib, "up", "down", r=7, lora_alpha=5, use_rslora=True),
+        "fr": lora(lib, "gate", "down", r=1, rank_pattern={"down": 9}, alpha_pattern={"down": -3}),
     }
     return adapted(lib, net(lib.torch), configs)
 
@@ -162,7 +162,7 @@ def test_every_layer_is_right(model: Any, x: Any) -> None:
         assert taken.fallbacks == {}
         check(model, x)
         check(model, x[:, 0])
-        check(model, x[:1], ["b"])
+        check(model, x[:1], ["en"])
         check(model, x[:2], ["__base__", "__base__"])
 
 
@@ -174,10 +174,10 @@ def test_every_layer_is_right(model: Any, x: Any) -> None:
 def test_a_layer_equals_pefts(dtype: str, adapters_as_base: bool, lib: SimpleNamespace) -> None:
     lib.torch.manual_seed(2)
     base = net(lib.torch).to(getattr(lib.torch, dtype))
-    configs = {"a": lora(lib, "down", r=5, lora_alpha=4), "b": lora(lib, "down", r=16)}
+    configs = {"de": lora(lib, "down", r=5, lora_alpha=4), "en": lora(lib, "down", r=16)}
     model = adapted(lib, base, configs, adapters_as_base)
     layer = model.base_model.model.down
-    names = ["b", "a", "__base__", "b"]
+    names = ["en", "de", "__base__", "en"]
     x = lib.torch.randn(len(names), 9, 33).to(getattr(lib.torch, dtype))
     theirs = layer(x, adapter_names=names)
     with accelerate(model):
@@ -252,9 +252,9 @@ def must_not_run(*_args: object) -> None:
 
 
 def halves(model: Any) -> tuple[Any, Any]:
-    """A and B of adapter a in layer up."""
+    """A and B of adapter de in layer up."""
     layer = model.base_model.model.up
-    return layer.lora_A["a"], layer.lora_B["a"]
+    return layer.lora_A["de"], layer.lora_B["de"]
 
 
 def in_place(_lib: SimpleNamespace, model: Any) -> None:
@@ -282,9 +282,9 @@ def written_through_data(lib: SimpleNamespace, model: Any) -> None:
 def hotswapped(lib: SimpleNamespace, model: Any) -> None:
     from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
-    found = lib.peft.get_peft_model_state_dict(model, adapter_name="a")
+    found = lib.peft.get_peft_model_state_dict(model, adapter_name="de")
     state = {name: lib.torch.randn(weight.shape) for name, weight in found.items()}
-    hotswap_adapter_from_state_dict(model, state, "a", model.peft_config["a"])
+    hotswap_adapter_from_state_dict(model, state, "de", model.peft_config["de"])
 
 
 def another_parameter(lib: SimpleNamespace, model: Any) -> None:
@@ -298,7 +298,7 @@ def another_parameter(lib: SimpleNamespace, model: Any) -> None:
 
 
 def rescaled(_lib: SimpleNamespace, model: Any) -> None:
-    model.base_model.model.up.set_scale("a", 3.0)
+    model.base_model.model.up.set_scale("de", 3.0)
 
 
 def cast(lib: SimpleNamespace, model: Any) -> None:
@@ -308,19 +308,19 @@ def cast(lib: SimpleNamespace, model: Any) -> None:
 
 def longer(lib: SimpleNamespace, model: Any) -> None:
     """A higher rank under the same name, which the stack has no room for."""
-    model.delete_adapter("a")
-    model.add_adapter("a", lora(lib, "gate", "up", r=12))
+    model.delete_adapter("de")
+    model.add_adapter("de", lora(lib, "gate", "up", r=12))
     randomise(lib, model)
 
 
 def fewer_layers(lib: SimpleNamespace, model: Any) -> None:
-    model.delete_adapter("a")
-    model.add_adapter("a", lora(lib, "down", r=2))
+    model.delete_adapter("de")
+    model.add_adapter("de", lora(lib, "down", r=2))
     randomise(lib, model)
 
 
 def deleted_from_a_layer(_lib: SimpleNamespace, model: Any) -> None:
-    model.base_model.model.up.delete_adapter("a")
+    model.base_model.model.up.delete_adapter("de")
 
 
 CHANGES = [
@@ -361,18 +361,18 @@ def test_stale_weights_would_be_found(
 
 @needs_peft
 def test_new_adapters_and_their_layers_are_found(lib: SimpleNamespace, x: Any) -> None:
-    model = adapted(lib, net(lib.torch), {"a": lora(lib, "up")})
+    model = adapted(lib, net(lib.torch), {"de": lora(lib, "up")})
     with accelerate(model) as taken:
-        check(model, x[:3], ["a", "__base__", "a"])
+        check(model, x[:3], ["de", "__base__", "de"])
         assert taken.layers == ["up"]
         for i in range(5):
             model.add_adapter(f"n{i}", lora(lib, "down", "up", r=2 + i))
             randomise(lib, model)
-            check(model, x[:3], ["a", f"n{i}", "n0"])
+            check(model, x[:3], ["de", f"n{i}", "n0"])
         assert taken.layers == ["up", "down"]
         stacks = [layer.stack for layer in taken._layers.values()]
         model.delete_adapter("n3")
-        check(model, x[:3], ["a", "n4", "n0"])
+        check(model, x[:3], ["de", "n4", "n0"])
         assert all(len([i for i in stack if stack[i]]) < 6 for stack in stacks)
 
 
@@ -418,11 +418,11 @@ def test_layers_that_are_gone_are_restored(lib: SimpleNamespace, model: Any) -> 
 def test_all_but_mixed_batches_is_as_ever(model: Any, x: Any) -> None:
     def others() -> list[Any]:
         outputs = [model(x)]
-        model.set_adapter("b")
+        model.set_adapter("en")
         outputs.append(model(x))
         with model.disable_adapter():
             outputs += [model(x), model(x, adapter_names=NAMES)]
-        model.set_adapter("a")
+        model.set_adapter("de")
         return outputs
 
     theirs = others()
@@ -435,14 +435,14 @@ def test_odd_adapters_take_pefts_path(lib: SimpleNamespace, model: Any, x: Any) 
     model.add_adapter("biased", lora(lib, "up", r=3, lora_bias=True))
     randomise(lib, model)
     model.requires_grad_(False).eval()
-    names = ["biased", "a"]
+    names = ["biased", "de"]
     layer = model.base_model.model.up
     theirs = layer(x[:2], adapter_names=names)
     with accelerate(model) as taken:
         assert taken.fallbacks == {"up, biased": "lora_bias adds a bias to B"}
         assert str(taken) == "3 layers through add_lora\nup, biased: lora_bias adds a bias to B"
         assert layer(x[:2], adapter_names=names).equal(theirs)
-        check(model, x[:2], ["a", "b"])
+        check(model, x[:2], ["de", "en"])
 
 
 @needs_peft
@@ -460,8 +460,8 @@ def test_other_layers_take_pefts_path(lib: SimpleNamespace) -> None:
             return self.linear(self.conv(self.embed(tokens).mT).mT)
 
     config = lora(lib, "embed", "conv", "linear", r=2)
-    model = adapted(lib, Net(), {"a": config, "b": config})
-    tokens, names = torch.arange(8).reshape(4, 2), ["b", "a", "__base__", "b"]
+    model = adapted(lib, Net(), {"de": config, "en": config})
+    tokens, names = torch.arange(8).reshape(4, 2), ["en", "de", "__base__", "en"]
     inner: list[Any] = []
     model.base_model.model.conv.register_forward_hook(lambda *its: inner.append(its[-1].clone()))
     model(tokens, adapter_names=names)
@@ -507,7 +507,7 @@ def test_pefts_refusals_stay(lib: SimpleNamespace, model: Any, x: Any) -> None:
         with pytest.raises(ValueError, match="non-existing adapter"):
             model(x, adapter_names=["nobody"] * len(x))
         with pytest.raises(ValueError, match="Length of `adapter_names`"):
-            model.base_model.model.up(x, adapter_names=["a"])
+            model.base_model.model.up(x, adapter_names=["de"])
         model.train()
         with pytest.raises(ValueError, match="training mode"):
             model(x, adapter_names=NAMES)
@@ -531,8 +531,8 @@ def test_accelerate_refuses(lib: SimpleNamespace, model: Any, x: Any) -> None:
     with accelerate(model):
         refused(model, "one accelerate at a time")
         check(model, x)
-    odd = adapted(lib, net(lib.torch), {"a": lora(lib, "up", lora_bias=True)})
-    refused(odd, "up, a: lora_bias")
+    odd = adapted(lib, net(lib.torch), {"de": lora(lib, "up", lora_bias=True)})
+    refused(odd, "up, de: lora_bias")
     assert compat.HOOKS not in vars(odd.base_model)
     assert compat.MIXED not in vars(odd.base_model.model.up)
 
@@ -572,7 +572,7 @@ def llama(lib: SimpleNamespace) -> Any:
     base = lib.transformers.LlamaForCausalLM(config)
     configs = {
         name: lib.peft.LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
-        for name, r in (("a", 3), ("b", 16))
+        for name, r in (("de", 3), ("en", 16))
     }
     return adapted(lib, base, configs)
 
@@ -580,7 +580,7 @@ def llama(lib: SimpleNamespace) -> Any:
 @needs_peft
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_writes_what_peft_writes(beams: int, lib: SimpleNamespace, llama: Any) -> None:
-    names = ["b", "__base__", "a"]
+    names = ["en", "__base__", "de"]
     tokens = lib.torch.randint(
         1, 64, (len(names), 5), generator=lib.torch.Generator().manual_seed(4)
     )

@@ -360,7 +360,8 @@ class _Source:
 
 def _tensors(module: Any, name: str) -> tuple[Any, Any, float]:
     """A, B and scaling of a layer's adapter, as they are now."""
-    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    scaling = float(module.scaling[name])  # a tensor, where PEFT has prepared for hotswap
+    return module.lora_A[name].weight, module.lora_B[name].weight, scaling
 
 
 def _why_odd(module: Any, name: str) -> str:

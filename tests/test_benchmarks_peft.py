@@ -20,7 +20,10 @@ from benchmarks.timing import Budget
 from sgmv.compat import peft as compat
 from tests.test_benchmarks import must_not_run
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT's use of transformers
+]
 
 MISSING = [name for name in ("torch", "peft", "transformers") if find_spec(name) is None]
 needs_peft = pytest.mark.skipif(

@@ -25,7 +25,10 @@ from sgmv.compat.arrays import as_array
 from sgmv.compat.peft import accelerate
 from sgmv.errors import PeftError
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT's use of transformers
+]
 
 WANTED = ("torch", "peft", "transformers")
 MISSING = [name for name in WANTED if find_spec(name) is None]

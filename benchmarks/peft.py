@@ -8,12 +8,13 @@ Each sample names another adapter, or shares it with a few. The variants hold th
 take turns:
 
     base           the model before PEFT wrapped it
-    peft           model(..., adapter_names=names)
+    peft           PEFT's mixed batch: adapter_names=names
     sgmv           the same under sgmv.compat.peft.accelerate
-    one_at_a_time  for each adapter: set_adapter, then a forward pass of its samples alone
+    one_at_a_time  for each adapter: set_adapter, then its samples alone
 
-What LoRA adds is a variant's time less that of base. Decode steps have no cached past, and the
-output layer is small, as neither is LoRA's: base is a little faster than in a full model.
+A decode step is one of STEPS that `generate` makes from one token per sample; a prefill step is one
+forward pass. What LoRA adds is a variant's time less that of base. The past is short and the output
+layer small, as neither is LoRA's: base is faster than in a full model.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from sgmv.workers import cores
 SCHEMA = 1
 PREFIX = "peft-"
 LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's config.json
-LAYERS, VOCABULARY, RANK = 2, 1024, 16
+LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 8
 GOAL = 0.25  # of what PEFT's own mixed batch adds
 CHECKED_ROWS = 6
 BUDGET = Budget(rounds=8, turn_s=0.3, max_calls=20)
@@ -73,17 +74,18 @@ class Case:
     tokens: int
 
     @property
-    def step(self) -> str:
-        return "decode" if self.tokens == 1 else "prefill"
+    def steps(self) -> int:
+        """The forward passes of one timed call."""
+        return STEPS if self.tokens == 1 else 1
 
     def label(self) -> str:
         """Its name in messages.
 
         >>> Case("float32", "float32", 16, 64, 1).label()
-        'decode float32/float32, 16 adapters, 64 x 1 tokens'
+        'float32/float32, 16 adapters, 64 x 1 tokens'
         """
         sizes = f"{self.adapters} adapters, {self.samples} x {self.tokens} tokens"
-        return f"{self.step} {self.dtype}/{self.adapter_dtype}, {sizes}"
+        return f"{self.dtype}/{self.adapter_dtype}, {sizes}"
 
 
 BATCHES = ((16, 16, 1), (16, 64, 1), (64, 64, 1), (16, 16, 32), (32, 32, 32))
@@ -92,13 +94,17 @@ CASES = [Case(*types, *batch) for types in TYPES for batch in BATCHES]
 
 
 class CaseRecord(TypedDict):
-    """One case as it was measured; `times` by variant, `foreign_cores` as in the other record."""
+    """One case as it was measured; `times` by variant, `foreign_cores` as in the other record.
+
+    `steps`: the forward passes of one timed call.
+    """
 
     dtype: str
     adapter_dtype: str
     adapters: int
     samples: int
     tokens: int
+    steps: int
     times: dict[str, Times]
     foreign_cores: float | None
 
@@ -143,7 +149,9 @@ def make_models(dtype: str, adapter_dtype: str, adapters: int, layers: int = LAY
     )  # fmt: skip
     base = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
     alone = _sharing(base)
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    lora = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     widen = adapter_dtype != dtype
     model = get_peft_model(base, lora, adapter_name="0", autocast_adapter_dtype=widen)
     for index in range(1, adapters):
@@ -168,27 +176,43 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (case.samples, case.tokens), generator=generator)
     names = [str(i % case.adapters) for i in range(case.samples)]
-    few = {"use_cache": False, "logits_to_keep": 1}
-    mixed = {**few, "adapter_names": names}
+    run = generate if case.steps > 1 else forward
+    mixed = partial(run, models.sgmv, tokens, adapter_names=names)
     with torch.inference_mode():
-        check(models.sgmv, partial(models.sgmv, tokens, **mixed), names, case.label())
+        check(models.sgmv, mixed, names, case.label())
         timed, foreign = time_quietly(
             [
-                Variant("base", partial(models.base, tokens, **few)),
-                Variant("peft", partial(models.peft, tokens, **mixed)),
-                Variant("sgmv", partial(models.sgmv, tokens, **mixed)),
-                Variant("one_at_a_time", partial(one_at_a_time, models.peft, tokens, names, few)),
+                Variant("base", partial(run, models.base, tokens)),
+                Variant("peft", partial(run, models.peft, tokens, adapter_names=names)),
+                Variant("sgmv", mixed),
+                Variant("one_at_a_time", partial(one_at_a_time, run, models.peft, tokens, names)),
             ],
             budget,
         )
-    return {**asdict(case), "times": times_record(timed), "foreign_cores": foreign}  # type: ignore[typeddict-item]  # asdict is untyped
+    times = times_record(timed)
+    sizes: Any = asdict(case)
+    return {**sizes, "steps": case.steps, "times": times, "foreign_cores": foreign}
 
 
-def one_at_a_time(model: Any, tokens: Any, names: Sequence[str], options: Any) -> None:
-    """A forward pass for each adapter of the batch, of its samples alone."""
+def forward(model: Any, tokens: Any, **names: Any) -> None:
+    """One pass; only the last token's logits, as in a prefill."""
+    model(input_ids=tokens, use_cache=False, logits_to_keep=1, **names)
+
+
+def generate(model: Any, tokens: Any, **names: Any) -> None:
+    """STEPS passes, of one token per sample each, from prompts of one token."""
+    length = {"min_new_tokens": STEPS, "max_new_tokens": STEPS}
+    mask = tokens.new_ones(tokens.shape)
+    model.generate(
+        input_ids=tokens, attention_mask=mask, do_sample=False, pad_token_id=0, **length, **names
+    )
+
+
+def one_at_a_time(run: Callable[..., None], model: Any, tokens: Any, names: Sequence[str]) -> None:
+    """A run for each adapter of the batch, of its samples alone."""
     for name in dict.fromkeys(names):
         model.set_adapter(name, inference_mode=True)
-        model(tokens[[i for i, its in enumerate(names) if its == name]], **options)
+        run(model, tokens[[i for i, its in enumerate(names) if its == name]])
 
 
 def check(
@@ -244,8 +268,13 @@ def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
 
 
 def adds(case: CaseRecord, variant: str) -> float:
-    """What LoRA adds to the forward pass, by medians. Units: milliseconds."""
-    return (case["times"][variant]["q50"] - case["times"]["base"]["q50"]) / 1e3
+    """What LoRA adds to a step, by medians. Units: milliseconds."""
+    return per_step(case, variant) - per_step(case, "base")
+
+
+def per_step(case: CaseRecord, variant: str) -> float:
+    """The median time of a step. Units: milliseconds."""
+    return case["times"][variant]["q50"] / case["steps"] / 1e3
 
 
 def lines(record: PeftRecord) -> list[list[str]]:
@@ -262,9 +291,9 @@ def lines(record: PeftRecord) -> list[list[str]]:
             [
                 case["dtype"],
                 f"{case['adapters']} {case['adapter_dtype']}",
-                "decode" if case["tokens"] == 1 else "prefill",
+                "decode" if case["steps"] > 1 else "prefill",
                 f"{case['samples']} x {case['tokens']}",
-                f"{case['times']['base']['q50'] / 1e3:.1f}",
+                f"{per_step(case, 'base'):.1f}",
                 *(f"{adds(case, variant):.2f}" for variant in ("peft", "sgmv")),
                 f"{share:.2f}{'!' * (share > GOAL)}",
                 f"{adds(case, 'one_at_a_time'):.0f}",

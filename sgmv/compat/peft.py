@@ -35,7 +35,7 @@ from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Segments, segment
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-CORNER = 8  # how many values of A's first row, and of B's first column, are held to tell a swap
+CORNER = 8  # how many values of the first rows of A and of B are held to tell a swap
 HOOKS, MIXED = "_enable_peft_forward_hooks", "_mixed_batch_forward"
 
 
@@ -54,9 +54,9 @@ def accelerate(model: Any) -> Iterator[Accelerated]:
     yields  `Accelerated`: the layers taken over, and those left to PEFT, with the reason
 
     On entry the weights are copied into an AdapterStack per layer, and the kernels compiled: memory
-    grows by the adapters' size. What changes later is copied again before it is used: weights
-    trained, reassigned, cast or hotswapped, scalings, adapters that come and go. Unseen are only
-    single values written past torch's count of changes, through `.data` or a numpy view.
+    grows by the adapters' size. What has changed since is copied again when the model is called:
+    weights trained, reassigned, cast or hotswapped, scalings, adapters that come and go. Unseen are
+    only single values written past torch's count of changes, through `.data` or a numpy view.
 
     PEFT's own path runs, as without the context, for what is more than plain LoRA (DoRA and other
     variants, `lora_bias`), for embeddings, convolutions and quantised layers, for weights that are
@@ -178,10 +178,19 @@ class Accelerated:
     @contextmanager
     def _enable_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """In place of `LoraModel._enable_peft_forward_hooks`: PEFT's own, over fewer modules."""
-        if kwargs.get("adapter_names") is not None and not self._is_current():
-            self._find()
-        with self._own_hooks(_Wrappers(self._tuner, self._wrappers), *args, **kwargs):
-            yield
+        names = kwargs.get("adapter_names")
+        if names is not None:
+            if not self._is_current():
+                self._find()
+            known = self._configs.keys() & names
+            for layer in self._layers.values():
+                layer.refresh(known)
+        before, self._batches.are_fresh = self._batches.are_fresh, names is not None
+        try:
+            with self._own_hooks(_Wrappers(self._tuner, self._wrappers), *args, **kwargs):
+                yield
+        finally:
+            self._batches.are_fresh = before
 
 
 class _Wrappers:
@@ -201,6 +210,7 @@ class _Batches:
     """The ids of adapter names, alike in all layers, and the batch at hand."""
 
     def __init__(self) -> None:
+        self.are_fresh = False  # whether the model's call has refreshed all layers on entry
         self._ids = {BASE_NAME: BASE_ONLY}
         self._last = _Batch([], self)
 
@@ -253,7 +263,8 @@ class _Layer:
     def _forward(self, x: Any, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """In place of `lora.Linear._mixed_batch_forward`."""
         batch = self._batches.of(adapter_names)
-        self.refresh(batch.used)
+        if not self._batches.are_fresh:
+            self.refresh(batch.used)
         if not self._serves(batch, x):
             return self._own_forward(x, *args, adapter_names=adapter_names, **kwargs)
         for name in self._own_kwargs:  # of the adapters' forward, not of the base layer's
@@ -355,7 +366,7 @@ class _Source:
     def __init__(self, A: Any, B: Any, scaling: float) -> None:
         self._tensors = A, B
         self.adapter = Adapter(as_array("lora_A", A), as_array("lora_B", B), scaling)
-        self._corners = self.adapter.A[:1, :CORNER], self.adapter.B[:CORNER, :1]
+        self._corners = self.adapter.A[0, :CORNER], self.adapter.B[0, :CORNER]
         self._seen = self._look()
 
     def _look(self) -> tuple[object, ...]:

@@ -25,7 +25,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -189,9 +189,16 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
             ],
             budget,
         )
-    times = times_record(timed)
-    sizes: Any = asdict(case)
-    return {**sizes, "steps": case.steps, "times": times, "foreign_cores": foreign}
+    return {
+        "dtype": case.dtype,
+        "adapter_dtype": case.adapter_dtype,
+        "adapters": case.adapters,
+        "samples": case.samples,
+        "tokens": case.tokens,
+        "steps": case.steps,
+        "times": times_record(timed),
+        "foreign_cores": foreign,
+    }
 
 
 def forward(model: Any, tokens: Any, **names: Any) -> None:

@@ -347,6 +347,17 @@ def test_a_change_is_seen(
 
 
 @needs_peft
+def test_a_layer_called_by_itself_sees_changes(lib: SimpleNamespace, model: Any, x: Any) -> None:
+    layer = model.base_model.model.up
+    forward = partial(layer, x, adapter_names=NAMES)
+    with accelerate(model):
+        check(model, x)
+        for change in (in_place, reassigned, written_through_data, rescaled):
+            change(lib, model)
+            benchmark.check(layer, forward, NAMES, "up", most=ALL_ROWS)
+
+
+@needs_peft
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: str(change.__name__))
 def test_stale_weights_would_be_found(
     change: Callable[..., None],

@@ -11,7 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import sgmv
-from benchmarks import figures, gate, growth, instructions, machine, peft, readme, run, table
+from benchmarks import (
+    figures,
+    gate,
+    growth,
+    instructions,
+    machine,
+    paper,
+    peft,
+    readme,
+    run,
+    table,
+)
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.console import Console
@@ -33,7 +44,12 @@ from sgmv.workers import cores
 
 OUTPUT = Path("bench-out")
 RED = 1
-OTHERS = {"growth": growth.main, "instructions": instructions.main, "peft": peft.main}
+OTHERS = {
+    "growth": growth.main,
+    "instructions": instructions.main,
+    "paper": paper.main,
+    "peft": peft.main,
+}
 TOLERATED = 0.01  # share of noisy cases that a committed record may leave out
 
 

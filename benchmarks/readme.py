@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import peft
 from benchmarks.figures import digest, draw, draw_growth, hub_cases
 from benchmarks.goals import markdown
 from benchmarks.growth import PREFIX
@@ -34,7 +35,8 @@ class StaleError(Exception):
 
 def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
     """The record the README shows: a full one before a quick one. Raises StaleError for none."""
-    found = [path for path in directory.glob("*.json") if not path.name.startswith(PREFIX)]
+    others = PREFIX, peft.PREFIX
+    found = [path for path in directory.glob("*.json") if not path.name.startswith(others)]
     paths = sorted(found, key=lambda p: (not p.name.startswith("full-"), p.name))
     if not paths:
         raise StaleError(f"{directory}: no record; make one with python -m benchmarks --record")
@@ -159,9 +161,18 @@ def goals_table(record: Record, _name: str) -> str:
     return markdown(record)
 
 
+def peft_table(_record: Record, _name: str) -> str:
+    """From the first record of `python -m benchmarks peft`."""
+    paths = sorted(RECORDS.glob(f"{peft.PREFIX}*.json"))
+    if not paths:
+        return "Not measured yet: `python -m benchmarks peft --record`."
+    return peft.markdown(peft.load(paths[0]), paths[0].name)
+
+
 TABLES: dict[str, dict[str, Callable[[Record, str], str]]] = {
     "README.md": {"summary": summary_table, "cases": cases_table},
     "docs/kernels.md": {"goals": goals_table},
+    "docs/engines.md": {"peft": peft_table},
 }
 
 

@@ -31,6 +31,7 @@ FLOORS = [
     {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
     {
+        "compat.peft",
         "emulator.accuracy",
         "emulator.blocks",
         "emulator.device",
@@ -50,7 +51,7 @@ FLOORS = [
 # Who may know numba and llvmlite; info tells their versions, and amx asks for the CPU's features.
 COMPILERS = {"kernels.jit", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.tiles"}
 COMPILERS |= {"kernels.amx", "kernels.amx_instructions"}
-EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft"}
+EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
 
 
 # Adapter.from_peft is a way to make an Adapter, and reading one needs Adapter.

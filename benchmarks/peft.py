@@ -1,0 +1,429 @@
+"""What LoRA adds to a model's forward pass: PEFT's mixed batch, and the same through add_lora.
+
+    python -m benchmarks peft            check, timings, table; about ten minutes
+    python -m benchmarks peft --record   the same, into benchmarks/records/, to commit
+
+A Llama of random weights, as wide as Llama-3.2-1B and LAYERS deep, all its linear layers adapted.
+Each sample names another adapter, or shares it with a few. The variants hold the same weights and
+take turns, all but the last:
+
+    base           the model before PEFT wrapped it
+    peft           PEFT's mixed batch: adapter_names=names
+    sgmv           the same under sgmv.compat.peft.accelerate
+    one_at_a_time  for each adapter: set_adapter, then its samples alone
+
+A decode step is one of STEPS that `generate` makes from one token per sample; a prefill step is one
+forward pass. What LoRA adds is a variant's time less that of base. The past is short and the output
+layer small, as neither is LoRA's: base is faster than in a full model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sgmv
+from benchmarks import machine
+from benchmarks.console import Console
+from benchmarks.machine import Commit, Machine
+from benchmarks.models import Model
+from benchmarks.record import RecordError, Times, check_schema, is_quiet
+from benchmarks.run import time_quietly, times_record
+from benchmarks.timing import Budget, Variant, alternate
+from reference import bounds, by_row, compare
+from sgmv.compat.arrays import as_array
+from sgmv.compat.peft import accelerate
+from sgmv.workers import cores
+
+SCHEMA = 1
+PREFIX = "peft-"
+LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's config.json
+LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 8
+GOAL = 0.25  # of what PEFT's own mixed batch adds
+CHECKED_ROWS = 6
+BUDGET = Budget(rounds=8, turn_s=0.3, max_calls=20)
+ONCE = Budget(rounds=1, turn_s=0.0)  # for what takes many times as long, so that no turns matter
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: `samples` of `tokens` each, spread evenly over so many adapters.
+
+    `dtype` is the base model's; `adapter_dtype` float32 is what PEFT makes of adapters if not told
+    otherwise.
+    """
+
+    dtype: str
+    adapter_dtype: str
+    adapters: int
+    samples: int
+    tokens: int
+
+    @property
+    def steps(self) -> int:
+        """The forward passes of one timed call."""
+        return STEPS if self.tokens == 1 else 1
+
+    def label(self) -> str:
+        """Its name in messages.
+
+        >>> Case("float32", "float32", 16, 64, 1).label()
+        'float32/float32, 16 adapters, 64 x 1 tokens'
+        """
+        sizes = f"{self.adapters} adapters, {self.samples} x {self.tokens} tokens"
+        return f"{self.dtype}/{self.adapter_dtype}, {sizes}"
+
+
+BATCHES = ((16, 16, 1), (16, 64, 1), (64, 64, 1), (16, 16, 32), (32, 32, 32))
+TYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
+CASES = [Case(*types, *batch) for types in TYPES for batch in BATCHES]
+
+
+class CaseRecord(TypedDict):
+    """One case as it was measured; `times` by variant, `foreign_cores` as in the other record.
+
+    `steps`: the forward passes of one timed call.
+    """
+
+    dtype: str
+    adapter_dtype: str
+    adapters: int
+    samples: int
+    tokens: int
+    steps: int
+    times: dict[str, Times]
+    foreign_cores: float | None
+
+
+class PeftRecord(TypedDict):
+    """One run of this file: raw times; what LoRA adds is computed from them where it is shown."""
+
+    schema: int
+    date: str
+    commit: Commit
+    machine: Machine
+    versions: dict[str, str]
+    threads: int
+    hidden: int
+    intermediate: int
+    layers: int
+    rank: int
+    seconds: float
+    cases: list[CaseRecord]
+
+
+@dataclass(frozen=True)
+class Models:
+    """One set of weights, three times: without PEFT, with it, and with it for `accelerate`."""
+
+    base: Any
+    peft: Any
+    sgmv: Any
+
+
+def make_models(dtype: str, adapter_dtype: str, adapters: int, layers: int = LAYERS) -> Models:
+    """The models of a case's types, with adapters "0", "1", ... of random weights."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=LLAMA.hidden, intermediate_size=LLAMA.intermediate,
+        num_attention_heads=LLAMA.heads, num_key_value_heads=LLAMA.kv_heads,
+        head_dim=LLAMA.head_dim, num_hidden_layers=layers, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    alone = _sharing(base)
+    lora = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    widen = adapter_dtype != dtype
+    model = get_peft_model(base, lora, adapter_name="0", autocast_adapter_dtype=widen)
+    for index in range(1, adapters):
+        model.add_adapter(str(index), lora, autocast_adapter_dtype=widen)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:  # PEFT starts B at zero, where no fault could show
+            torch.nn.init.normal_(weight, std=0.02)
+    model.eval().requires_grad_(False)
+    return Models(alone, model, _sharing(model))
+
+
+def _sharing(model: Any) -> Any:
+    """A copy of the model over the same weights."""
+    kept = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+
+
+def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
+    """Check and time one case; `models.sgmv` is accelerated already."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (case.samples, case.tokens), generator=generator)
+    names = [str(i % case.adapters) for i in range(case.samples)]
+    run = generate if case.steps > 1 else forward
+    mixed = partial(run, models.sgmv, tokens, adapter_names=names)
+    with torch.inference_mode():
+        check(models.sgmv, mixed, names, case.label())
+        timed, foreign = time_quietly(
+            [
+                Variant("base", partial(run, models.base, tokens)),
+                Variant("peft", partial(run, models.peft, tokens, adapter_names=names)),
+                Variant("sgmv", mixed),
+            ],
+            budget,
+        )
+        alone = partial(one_at_a_time, run, models.peft, tokens, names)
+        timed |= alternate([Variant("one_at_a_time", alone)], ONCE)
+    return {
+        "dtype": case.dtype,
+        "adapter_dtype": case.adapter_dtype,
+        "adapters": case.adapters,
+        "samples": case.samples,
+        "tokens": case.tokens,
+        "steps": case.steps,
+        "times": times_record(timed),
+        "foreign_cores": foreign,
+    }
+
+
+def forward(model: Any, tokens: Any, **names: Any) -> None:
+    """One pass; only the last token's logits, as in a prefill."""
+    model(input_ids=tokens, use_cache=False, logits_to_keep=1, **names)
+
+
+def generate(model: Any, tokens: Any, **names: Any) -> None:
+    """STEPS passes, of one token per sample each, from prompts of one token."""
+    length = {"min_new_tokens": STEPS, "max_new_tokens": STEPS}
+    mask = tokens.new_ones(tokens.shape)
+    model.generate(
+        input_ids=tokens, attention_mask=mask, do_sample=False, pad_token_id=0, **length, **names
+    )
+
+
+def one_at_a_time(run: Callable[..., None], model: Any, tokens: Any, names: Sequence[str]) -> None:
+    """A run for each adapter of the batch, of its samples alone."""
+    for name in dict.fromkeys(names):
+        model.set_adapter(name, inference_mode=True)
+        run(model, tokens[[i for i, its in enumerate(names) if its == name]])
+
+
+def check(
+    model: Any,
+    forward: Callable[[], object],
+    names: Sequence[str],
+    label: str,
+    most: int = CHECKED_ROWS,
+) -> None:
+    """Hold so many rows of every adapted layer to the reference: wrong results are not timed.
+
+    Semantics: each layer's x and base output, as they are in the last step of `forward`, make what
+    is expected of its result; weights are read where PEFT keeps them.
+    """
+    before: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    after: dict[str, NDArray[Any]] = {}
+
+    def keep_base(name: str, _module: Any, inputs: Any, output: Any) -> None:
+        before[name] = as_array("x", inputs[0]), as_array("y", output.clone())
+
+    def keep(name: str, _module: Any, _inputs: Any, output: Any) -> None:
+        after[name] = as_array("y", output)
+
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.base_layer.register_forward_hook(partial(keep_base, name)))
+        handles.append(module.register_forward_hook(partial(keep, name)))
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, module in modules.items():
+        x, y = before[name]
+        tokens = math.prod(x.shape[1:-1])
+        n = len(names) * tokens
+        rows = np.unique(np.linspace(0, n - 1, most).astype(np.int64))
+        ids = [names.index(names[row // tokens]) for row in rows]
+        adapters = {i: adapter_of(module, names[i]) for i in ids}
+        x, y, result = (array.reshape(n, -1)[rows] for array in (x, y, after[name]))
+        expected = by_row.add_lora(y, x, adapters, ids)
+        bound = bounds.add_lora_bound(y, x, adapters, ids, expected=expected)
+        compare.check(result, expected, bound, f"{label}, {name}")
+
+
+def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
+    """A layer's adapter, over PEFT's own memory; None if it has none of this name."""
+    if name not in module.lora_A:
+        return None
+    A, B = as_array("A", module.lora_A[name].weight), as_array("B", module.lora_B[name].weight)
+    return sgmv.Adapter(A, B, module.scaling[name])
+
+
+def adds(case: CaseRecord, variant: str) -> float:
+    """What LoRA adds to a step, by medians. Units: milliseconds."""
+    return per_step(case, variant) - per_step(case, "base")
+
+
+def per_step(case: CaseRecord, variant: str) -> float:
+    """The median time of a step. Units: milliseconds."""
+    return case["times"][variant]["q50"] / case["steps"] / 1e3
+
+
+def lines(record: PeftRecord) -> list[list[str]]:
+    """The table's heads, then one line per case; a share above the goal is marked."""
+    found = [
+        [
+            "base", "adapters", "step", "samples", "base ms", "PEFT adds ms", "sgmv adds ms",
+            "share", "one at a time adds ms",
+        ]
+    ]  # fmt: skip
+    for case in record["cases"]:
+        share = adds(case, "sgmv") / adds(case, "peft")
+        found.append(
+            [
+                case["dtype"],
+                f"{case['adapters']} {case['adapter_dtype']}",
+                "decode" if case["steps"] > 1 else "prefill",
+                f"{case['samples']} x {case['tokens']}",
+                f"{per_step(case, 'base'):.1f}",
+                *(f"{adds(case, variant):.2f}" for variant in ("peft", "sgmv")),
+                f"{share:.2f}{'!' * (share > GOAL)}",
+                f"{adds(case, 'one_at_a_time'):.0f}",
+            ]
+        )
+    return found
+
+
+def markdown(record: PeftRecord, name: str) -> str:
+    """The table of docs/engines.md, and where it comes from."""
+    facts, commit, versions = record["machine"], record["commit"], record["versions"]
+    head, *rest = lines(record)
+    return "\n".join(
+        [
+            f"Llama of width {record['hidden']} / {record['intermediate']}, {record['layers']} "
+            f"layers, all linear ones adapted, rank {record['rank']}; {facts['cpu']}, "
+            f"{record['threads']} threads, torch {versions['torch']}, PEFT {versions['peft']}, "
+            f"{record['date'][:10]}, commit `{commit['hash'][:10]}`"
+            f"{' with changes' if commit['dirty'] else ''}; record: `benchmarks/records/{name}`. "
+            f"share: what sgmv adds / what PEFT's mixed batch adds; ! marks more than {GOAL}.",
+            "",
+            "| " + " | ".join(head) + " |",
+            "| --- | --- | --- | --- " + "| ---: " * (len(head) - 4) + "|",
+            *("| " + " | ".join(line) + " |" for line in rest),
+        ]
+    )
+
+
+def print_table(record: PeftRecord, console: Console) -> None:
+    table = lines(record)
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for number, line in enumerate(table):
+        cells = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
+        console.print("  ".join(cells), "" if number else "dim")
+    noisy = [case for case in record["cases"] if not is_quiet(case["foreign_cores"])]
+    if noisy:
+        console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")
+
+
+def validate(record: object) -> None:
+    """Raise RecordError unless `record` follows the schema."""
+    check_schema("record", record, PeftRecord)
+    schema = record["schema"]  # type: ignore[index]  # check_schema has seen to it
+    if schema != SCHEMA:
+        raise RecordError(f"record.schema: expected {SCHEMA}, got {schema}")
+
+
+def save(record: PeftRecord, path: Path) -> None:
+    """Write JSON with one case per line, so that two records can be compared with diff."""
+    validate(record)
+    cases = ",\n".join(json.dumps(case) for case in record["cases"])
+    text = json.dumps({**record, "cases": []}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.replace('"cases": []', f'"cases": [\n{cases}\n]') + "\n")
+
+
+def load(path: Path) -> PeftRecord:
+    """Read and validate a record. Raises RecordError, naming the file."""
+    try:
+        record: PeftRecord = json.loads(path.read_text())
+        validate(record)
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}; make it anew: python -m benchmarks peft") from error
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, save; returns 0."""
+    from benchmarks import readme
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks peft", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=cores(), help="default: all cores")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
+    parser.add_argument("--output", type=Path, default=Path("bench-out"))
+    args = parser.parse_args(argv)
+    missing = [name for name in ("torch", "peft", "transformers") if not find_spec(name)]
+    if missing:
+        raise SystemExit(f"not installed: {', '.join(missing)}; pip install -e '.[torch,bench]'")
+    import torch
+
+    console = Console()
+    started = time.perf_counter()
+    torch.set_num_threads(args.threads)
+    sgmv.set_num_threads(args.threads)
+    cases = []
+    for types in dict.fromkeys((case.dtype, case.adapter_dtype) for case in CASES):
+        its = [case for case in CASES if (case.dtype, case.adapter_dtype) == types]
+        models = make_models(*types, max(case.adapters for case in its))
+        with accelerate(models.sgmv):
+            for case in its:
+                console.print(f"  {case.label()}")
+                cases.append(measure(case, models))
+    facts = machine.machine()
+    record: PeftRecord = {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.commit(readme.ROOT),
+        "machine": facts,
+        "versions": {
+            **machine.versions(),
+            **{package: version(package) for package in ("peft", "transformers")},
+        },
+        "threads": args.threads,
+        "hidden": LLAMA.hidden,
+        "intermediate": LLAMA.intermediate,
+        "layers": LAYERS,
+        "rank": RANK,
+        "seconds": round(time.perf_counter() - started, 1),
+        "cases": cases,
+    }
+    print_table(record, console)
+    directory, name = args.output, "peft.json"
+    if args.record and all(is_quiet(case["foreign_cores"]) for case in cases):
+        directory, name = readme.RECORDS, f"{PREFIX}{machine.slug(facts)}.json"
+    elif args.record:
+        console.print("not recorded: run again on a quiet machine", "bold red")
+    save(record, directory / name)
+    console.print(f"written: {directory / name}")
+    if directory == readme.RECORDS:
+        console.print("now: python -m benchmarks.readme", "bold")
+    return 0

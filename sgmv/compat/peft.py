@@ -1,0 +1,403 @@
+"""PEFT's mixed batches through `add_lora`: one call per layer, where PEFT makes one per adapter.
+
+    with accelerate(model):
+        model(input_ids, adapter_names=["fr", "de", "__base__", "fr"])
+
+    PEFT   for each adapter of the batch:  result[its] += lora_B(lora_A(x[its])) * scaling
+    here   once:                           add_lora(result, x, stack, segments)
+
+Two methods are replaced, on the model's own objects and until the context ends: each
+`lora.Linear._mixed_batch_forward`, and `LoraModel._enable_peft_forward_hooks`, which still runs
+PEFT's code but no longer walks through every module of the model at every step. All else is PEFT's:
+its checks, its refusals, its hooks, the base layers, and every layer that is not plain LoRA.
+
+Neither torch nor PEFT is imported here: a model can only come from a caller who did.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+
+from sgmv.adapters import Adapter, AdapterStack
+from sgmv.compat.arrays import as_array
+from sgmv.dtypes import promote
+from sgmv.errors import PeftError, some
+from sgmv.layouts.names import BASE_NAME
+from sgmv.lora import add_lora
+from sgmv.schedule import BASE_ONLY
+from sgmv.segment import Segments, segment
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+CORNER = 8  # how many values of the first rows of A and of B are held to tell a swap
+HOOKS, MIXED = "_enable_peft_forward_hooks", "_mixed_batch_forward"
+
+
+@contextmanager
+def accelerate(model: Any) -> Iterator[Accelerated]:
+    """Run a PEFT model's mixed batches through `add_lora` while the context lasts.
+
+    Semantics: in `model(..., adapter_names=names)`, and `generate` alike, at every adapted linear
+    layer: `result[i] += scaling * (x[i] @ A.T) @ B.T` for each token of sample i, with A, B and
+    scaling of adapter names[i]; "__base__", and an adapter that the layer lacks, add nothing.
+    Whatever else the model does, batches of one active adapter included, PEFT does.
+
+    model   a `peft.PeftModel`, or its `LoraModel`, on the CPU and in eval mode
+    types   x, result and weights each float32, float16, bfloat16 or float64. Sums are float32
+            (float64 if any of them is), rounded once; PEFT rounds x and v to the weights' type, too
+    yields  `Accelerated`: the layers taken over, and those left to PEFT, with the reason
+
+    On entry the weights are copied into an AdapterStack per layer, and the kernels compiled: memory
+    grows by the adapters' size. What has changed since is copied again when the model is called:
+    weights trained, reassigned, cast or hotswapped, scalings, adapters that come and go. Unseen are
+    only single values written past torch's count of changes, through `.data` or a numpy view.
+
+    PEFT's own path runs, as without the context, for what is more than plain LoRA (DoRA and other
+    variants, `lora_bias`), for embeddings, convolutions and quantised layers, for weights that are
+    not on the CPU, and, with a warning, where gradients are recorded.
+
+    Raises PeftError for a model that is no LoRA model, has no layer to take over, is in training
+    mode or accelerated already; DtypeError for bfloat16 without ml_dtypes. The model is then as it
+    was. As in PEFT, threads must not call one model at the same time with different names.
+    Source: peft 0.21, src/peft/tuners/lora/layer.py, `LoraLayer._mixed_batch_forward`.
+
+    >>> with accelerate("llama"):
+    ...     pass
+    Traceback (most recent call last):
+    sgmv.errors.PeftError: model: expected a peft.PeftModel with LoRA adapters, got str; \
+load one with PeftModel.from_pretrained
+    """
+    found = Accelerated(_lora_model(model))
+    try:
+        found._start()
+        yield found
+    finally:
+        found._restore()
+
+
+def _lora_model(model: Any) -> Any:
+    """The model's LoraModel, once nothing about it is refused."""
+    peft: Any = sys.modules.get("peft")
+    tuner = model.base_model if peft and isinstance(model, peft.PeftModel) else model
+    if peft is None or not isinstance(tuner, peft.tuners.lora.LoraModel):
+        raise PeftError(
+            "model",
+            "a peft.PeftModel with LoRA adapters",
+            type(tuner).__name__,
+            "load one with PeftModel.from_pretrained",
+        )
+    if tuner.training:
+        raise PeftError("model", "eval mode", "training mode", "call model.eval() first")
+    if HOOKS in vars(tuner):
+        raise PeftError("model", "one accelerate at a time", "a second", "leave the first one")
+    return tuner
+
+
+class Accelerated:
+    """What `accelerate` has taken over in a model, and what it leaves to PEFT."""
+
+    def __init__(self, tuner: Any) -> None:
+        self._tuner = tuner
+        self._own_hooks: Callable[..., AbstractContextManager[None]] = getattr(type(tuner), HOOKS)
+        self._batches = _Batches()
+        self._layers: dict[Any, _Layer] = {}
+        self._others: dict[str, str] = {}
+        self._wrappers: list[Any] = []
+        self._configs: dict[str, Any] = {}
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers whose mixed batches `add_lora` serves, under `load_peft`'s names."""
+        return [layer.name for layer in self._layers.values() if layer.sources]
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """What PEFT computes itself, and why: layers, and adapters of layers."""
+        odd = {
+            f"{layer.name}, {name}": why
+            for layer in self._layers.values()
+            for name, why in layer.odd.items()
+        }
+        return {**self._others, **odd}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.layers)} layers through add_lora"]
+        return "\n".join(lines + [f"{name}: {why}" for name, why in self.fallbacks.items()])
+
+    def _start(self) -> None:
+        setattr(self._tuner, HOOKS, self._enable_hooks)
+        self._find()
+        if not self.layers:
+            raise PeftError(
+                "model",
+                "a linear layer with a plain LoRA adapter",
+                some((f"{name}: {why}" for name, why in self.fallbacks.items()), 4),
+                "run this model with PEFT alone",
+            )
+        for layer in self._layers.values():
+            layer.compile()
+
+    def _restore(self) -> None:
+        delattr(self._tuner, HOOKS)
+        for layer in self._layers.values():
+            layer.restore()
+
+    def _find(self) -> None:
+        """Find the adapted layers, and load what is new there, or gone."""
+        lora = sys.modules["peft"].tuners.lora
+        configs = dict(self._tuner.peft_config)
+        before, self._layers, self._others, self._wrappers = self._layers, {}, {}, []
+        for path, module in self._tuner.named_modules():
+            name = path.removeprefix("model.")
+            is_lora = isinstance(module, lora.LoraLayer)
+            if is_lora or type(module).__module__.startswith("peft."):
+                self._wrappers.append(module)
+            if type(module) is lora.Linear:
+                layer = before.pop(module, None) or _Layer(name, module, self._batches)
+                self._layers[module] = layer
+            elif is_lora:
+                self._others[name] = f"a LoRA layer of type {type(module).__qualname__}"
+        for layer in before.values():
+            layer.restore()
+        for layer in self._layers.values():
+            layer.refresh({*layer.sources, *layer.odd, *configs})
+        self._configs = configs
+
+    def _is_current(self) -> bool:
+        """Whether no adapter, and with it perhaps a layer, has come or gone since `_find`."""
+        now = self._tuner.peft_config
+        same = (now.get(name) is config for name, config in self._configs.items())
+        return len(now) == len(self._configs) and all(same)
+
+    @contextmanager
+    def _enable_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """In place of `LoraModel._enable_peft_forward_hooks`: PEFT's own, over fewer modules."""
+        names = kwargs.get("adapter_names")
+        if names is not None:
+            if not self._is_current():
+                self._find()
+            known = self._configs.keys() & names
+            for layer in self._layers.values():
+                layer.refresh(known)
+        before, self._batches.are_fresh = self._batches.are_fresh, names is not None
+        try:
+            with self._own_hooks(_Wrappers(self._tuner, self._wrappers), *args, **kwargs):
+                yield
+        finally:
+            self._batches.are_fresh = before
+
+
+class _Wrappers:
+    """Stands in for a LoraModel in its own method; `modules` has only those that it acts on."""
+
+    def __init__(self, tuner: Any, wrappers: list[Any]) -> None:
+        self._tuner, self._wrappers = tuner, wrappers
+
+    def modules(self) -> Iterator[Any]:
+        return iter(self._wrappers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tuner, name)
+
+
+class _Batches:
+    """The ids of adapter names, alike in all layers, and the batch at hand."""
+
+    def __init__(self) -> None:
+        self.are_fresh = False  # whether the model's call has refreshed all layers on entry
+        self._ids = {BASE_NAME: BASE_ONLY}
+        self._last = _Batch([], self)
+
+    def id(self, name: str) -> int:
+        """The adapter's id, a new one if it has none."""
+        return self._ids.setdefault(name, len(self._ids) - 1)
+
+    def of(self, names: Sequence[str]) -> _Batch:
+        """The batch of these `adapter_names`; one for all layers of a step."""
+        batch = self._last
+        if batch.names != list(names):
+            batch = self._last = _Batch(names, self)
+        return batch
+
+
+class _Batch:
+    """The samples of one step, by adapter; their tokens as Segments, made once for all layers."""
+
+    def __init__(self, names: Sequence[str], batches: _Batches) -> None:
+        self.names = list(names)
+        self.used = [name for name in dict.fromkeys(names) if name != BASE_NAME]
+        self._ids = np.array([batches.id(name) for name in names], np.int64)
+        self._segments = 0, segment([])
+
+    def segments(self, tokens: int) -> Segments:
+        """Of x's rows, which are so many tokens of each sample."""
+        known, segments = self._segments
+        if known != tokens:
+            segments = segment(np.repeat(self._ids, tokens))
+            self._segments = tokens, segments
+        return segments
+
+
+class _Layer:
+    """One `lora.Linear`: its plain adapters in a stack, its mixed batches through `add_lora`."""
+
+    def __init__(self, name: str, module: Any, batches: _Batches) -> None:
+        self.name, self.module = name, module
+        self.sources: dict[str, _Source] = {}  # what the stack holds, by adapter name
+        self.odd: dict[str, str] = {}  # adapters that PEFT computes, and why
+        self.stack = AdapterStack(module.in_features, module.out_features, slots=0)
+        self._batches = batches
+        self._own_forward: Callable[..., Any] = getattr(module, MIXED)
+        self._own_kwargs = getattr(sys.modules[type(module).__module__], "VARIANT_KWARG_KEYS", ())
+        setattr(module, MIXED, self._forward)
+
+    def restore(self) -> None:
+        delattr(self.module, MIXED)
+
+    def _forward(self, x: Any, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
+        """In place of `lora.Linear._mixed_batch_forward`."""
+        batch = self._batches.of(adapter_names)
+        if not self._batches.are_fresh:
+            self.refresh(batch.used)
+        if not self._serves(batch, x):
+            return self._own_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        for name in self._own_kwargs:  # of the adapters' forward, not of the base layer's
+            kwargs.pop(name, None)
+        result = self.module.base_layer(x, *args, **kwargs).contiguous()
+        y = as_array("result", result).reshape(-1, self.stack.h_out)
+        rows = as_array("x", x).reshape(-1, self.stack.h_in)
+        add_lora(y, rows, self.stack, batch.segments(math.prod(x.shape[1:-1])))
+        return result
+
+    def _serves(self, batch: _Batch, x: Any) -> bool:
+        """Whether nothing about this batch is PEFT's own to compute."""
+        if not self.odd.keys().isdisjoint(batch.used) or self.module.training:
+            return False
+        if x.device.type != "cpu" or _type_name(x) not in FLOATS:
+            return False
+        torch: Any = sys.modules["torch"]
+        if not torch.is_grad_enabled():
+            return True
+        if x.requires_grad or any(weight.requires_grad for weight in self.module.parameters()):
+            warnings.warn(
+                "sgmv.compat.peft: gradients are recorded, so PEFT's own path runs; for inference, "
+                "call the model under torch.inference_mode() or torch.no_grad()",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def refresh(self, names: Iterable[str]) -> None:
+        """Have these adapters in the stack as they are now."""
+        stale = [name for name in names if not self._is_current(name)]
+        if stale:
+            self._load(stale)
+
+    def _is_current(self, name: str) -> bool:
+        source, now = self.sources.get(name), self._now(name)
+        if now is None:
+            return source is None and name not in self.odd and self._batches.id(name) in self.stack
+        return source is not None and source.stands(*now)
+
+    def _now(self, name: str) -> tuple[Any, Any, float] | None:
+        """A, B and scaling of an adapter as PEFT has them now; None if the layer lacks it."""
+        # Not `lora_A[name].weight`: nn.Module's own look-up took 4 of 5 us per layer and adapter.
+        halves = self.module._modules
+        A, B = halves["lora_A"]._modules.get(name), halves["lora_B"]._modules.get(name)
+        if A is None or B is None:
+            return None
+        scaling = float(self.module.scaling[name])  # a tensor, where prepared for PEFT's hotswap
+        return A._parameters.get("weight"), B._parameters.get("weight"), scaling
+
+    def _load(self, names: Sequence[str]) -> None:
+        made: dict[str, _Source] = {}
+        for name in names:
+            self.sources.pop(name, None)
+            self.odd.pop(name, None)
+            if now := self._now(name):
+                if why := _why_odd(self.module, name):
+                    self.odd[name] = why
+                else:
+                    made[name] = _Source(*now)
+        # Base only in the stack: what the layer lacks, and what PEFT computes.
+        loaded: dict[int, Adapter | None] = {self._batches.id(name): None for name in names}
+        loaded |= {self._batches.id(name): source.adapter for name, source in made.items()}
+        stack = self.stack
+        for adapter_id in loaded:
+            if adapter_id in stack:
+                stack.unload(adapter_id)
+        held = [source.adapter for source in (*self.sources.values(), *made.values())]
+        dtype = promote(*(adapter.dtype for adapter in held)) if held else stack.dtype
+        rank = max((adapter.r for adapter in held), default=0)
+        if dtype != stack.dtype or rank > stack.max_rank or len(held) > stack.slots:
+            others = {
+                self._batches.id(name): source.adapter for name, source in self.sources.items()
+            }
+            loaded = {**dict.fromkeys(stack), **others, **loaded}
+            stack = AdapterStack(stack.h_in, stack.h_out, 2 * len(held), rank, dtype)
+        for adapter_id, adapter in loaded.items():
+            stack.load(adapter_id, adapter)
+        self.stack = stack
+        self.sources.update(made)
+
+    def compile(self) -> None:
+        """Compile, on one row, what the layer's float types need."""
+        weight = getattr(self.module.get_base_layer(), "weight", None)
+        if weight is not None and weight.device.type == "cpu" and _type_name(weight) in FLOATS:
+            dtype = as_array("weight", weight[:0]).dtype
+            y, x = np.zeros((1, self.stack.h_out), dtype), np.zeros((1, self.stack.h_in), dtype)
+            add_lora(y, x, self.stack, self.stack.ids[:1])
+
+
+class _Source:
+    """The tensors that a slot was copied from, and what tells that they have changed since.
+
+    Which tensors they are, their addresses and torch's count of their changes tell all but writes
+    through `.data`, which torch does not count. PEFT's hotswap makes those, of whole tensors: a few
+    values tell them. The adapter's arrays hold the memory, so that no address comes back.
+    """
+
+    def __init__(self, A: Any, B: Any, scaling: float) -> None:
+        self._tensors = A, B
+        self.adapter = Adapter(as_array("lora_A", A), as_array("lora_B", B), scaling)
+        self._corners = self.adapter.A[0, :CORNER], self.adapter.B[0, :CORNER]
+        self._seen = self._look()
+
+    def _look(self) -> tuple[object, ...]:
+        (A, B), (a, b) = self._tensors, self._corners
+        return A.data_ptr(), B.data_ptr(), A._version, B._version, a.tobytes(), b.tobytes()
+
+    def stands(self, A: Any, B: Any, scaling: float) -> bool:
+        """Whether these are the tensors, and as they were."""
+        same = A is self._tensors[0] and B is self._tensors[1]
+        return same and scaling == self.adapter.scaling and self._look() == self._seen
+
+
+def _why_odd(module: Any, name: str) -> str:
+    """Why an adapter of a layer is more than A, B and scaling on the CPU; "" if it is not."""
+    torch: Any = sys.modules["torch"]
+    if name in module.lora_variant:
+        return type(module.lora_variant[name]).__name__
+    for half in (module.lora_A[name], module.lora_B[name]):
+        if type(half) is not torch.nn.Linear or type(half.weight) is not torch.nn.Parameter:
+            return f"its half is a {type(half).__name__} of a {type(half.weight).__name__}"
+        if half.bias is not None:
+            return "lora_bias adds a bias to B"
+        if half.weight.device.type != "cpu":
+            return f"its weights are on {half.weight.device}"
+        if _type_name(half.weight) not in FLOATS:
+            return f"its weights are {_type_name(half.weight)}"
+        if half.weight.is_inference():
+            return "its weights were made under inference_mode, where torch counts no changes"
+    return ""
+
+
+def _type_name(tensor: Any) -> str:
+    """The name of the tensor's type, as numpy has it."""
+    return str(tensor.dtype).removeprefix("torch.")

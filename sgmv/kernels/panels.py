@@ -61,11 +61,8 @@ def panel_at(call, slot, r, c, width, room, w_like):
 def gather(panel, w, rank_stride, column_stride, w_like):
     """panel[j, c] = the weight j * rank_stride + c * column_stride bytes from w."""
     for j in range(panel.shape[0]):
-        if column_stride == size_of(w_like):
-            panel[j] = vector(w + j * rank_stride, panel.shape[1], w_like)
-        else:
-            for c in range(panel.shape[1]):
-                panel[j, c] = vector(w + j * rank_stride + c * column_stride, 1, w_like)[0]
+        for c in range(panel.shape[1]):
+            panel[j, c] = vector(w + j * rank_stride + c * column_stride, 1, w_like)[0]
 
 
 @jit()
@@ -74,16 +71,41 @@ def panels(call, slot, r, low, high, room, w_like):
     wb = item(call[WB], slot)
     if call[WB_COLUMN] == 0:
         return wb
-    for c in range(low, high, PANEL):
-        width = min(PANEL, high - c)
-        panel = room[(c - low) * r :]
-        start = wb + c * call[WB_COLUMN]
-        if width == PANEL and call[WB_COLUMN] != size_of(w_like):
-            transpose(w_like, start, call[WB_COLUMN], r, where(panel))
-        else:
-            here = panel[: r * width].reshape((r, width))
-            gather(here, start, call[WB_RANK], call[WB_COLUMN], w_like)
+    whole = low + (high - low) // PANEL * PANEL
+    if call[WB_COLUMN] == size_of(w_like):
+        for j in range(r):  # a row at a time: rows may be pages apart
+            row = wb + j * call[WB_RANK] + low * size_of(w_like)
+            deal(w_like, row, whole - low, r, where(room[j * PANEL :]))
+    else:
+        for c in range(low, whole, PANEL):
+            start = wb + c * call[WB_COLUMN]
+            transpose(w_like, start, call[WB_COLUMN], r, where(room[(c - low) * r :]))
+    rest = room[(whole - low) * r : (high - low) * r].reshape((r, high - whole))
+    gather(rest, wb + whole * call[WB_COLUMN], call[WB_RANK], call[WB_COLUMN], w_like)
     return where(room) - low * r * size_of(w_like)
+
+
+@intrinsic
+def deal(typingctx, w_like, w, columns, r, panel):
+    """Row j of every panel (r, PANEL) = row j of w, whole panels of columns; panel: the first's."""
+
+    def codegen(context, builder, signature, args):
+        e = Emit(builder)
+        w, columns, r, panel = args[1:]
+        row = lanes(STORED[w_like])
+
+        def piece(c, nothing):
+            source = e.add(w, e.multiply(c, size(w_like)))
+            target = e.add(panel, e.multiply(e.multiply(c, r), size(w_like)))
+            for start in range(0, PANEL * size(w_like), LANES * size(w_like)):
+                found = e.load_as(row, e.add(source, start), size(w_like))
+                e.store_as(found, e.add(target, start), size(w_like))
+            return nothing
+
+        e.loop(ir.Constant(INT64, 0), columns, PANEL, [], piece)
+        return context.get_dummy_value()
+
+    return types.void(w_like, *[types.int64] * 4), codegen
 
 
 @intrinsic

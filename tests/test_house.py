@@ -18,15 +18,18 @@ FLOORS = [
     {"errors", "kernels.jit"},
     {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
     {"compat.arrays", "kernels.call", "segment"},
-    {"kernels.loops", "kernels.pool", "kernels.tiles"},
+    {"kernels.panels", "kernels.pool"},
+    {"kernels.loops", "kernels.tiles"},
     {"adapters", "backend", "workers"},
     {"checks", "launch", "layouts.rows", "peft"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
-    {"layouts.findings", "layouts.grouped"},
+    {"compat.products", "layouts.findings", "layouts.grouped"},
+    {"compat.pointers", "compat.vllm"},
+    {"compat.punica"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.
-COMPILERS = {"kernels.jit", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.tiles"}
+COMPILERS = {f"kernels.{name}" for name in ("jit", "atomics", "emit", "floats", "panels", "tiles")}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft"}
 
 

@@ -21,7 +21,6 @@ import numpy as np
 from sgmv.compat.arrays import as_array
 from sgmv.compat.products import Operand, Weights
 from sgmv.errors import DtypeError, MemoryLayoutError, ShapeError, ValueRangeError, some
-from sgmv.segment import Integers
 
 BYTES_AT_ONCE = 1024  # no more than a system takes in one writev, and less than any pipe holds
 END = 1 << 63

@@ -85,7 +85,7 @@ def check_output(argument: str, y: Array, n: int, width: int, inputs: dict[str, 
 
 
 class Stack(NamedTuple):
-    """Stacked weights (count, outputs, inputs) as an argument: its name, its numbers, its memory."""
+    """Stacked weights (count, outputs, inputs): the argument's name, where, the array."""
 
     argument: str
     weights: Weights
@@ -113,7 +113,9 @@ def stack_of(argument: str, operand: Operand) -> Stack:
         return Stack(argument, _stacked(*where), array)
     copy = np.ascontiguousarray(array)
     addresses = copy.ctypes.data + np.arange(len(copy)) * copy.strides[0]
-    return Stack(argument, Weights(addresses, *copy.shape[1:], copy.dtype, holds=copy), array)
+    return Stack(
+        argument, Weights(addresses, copy.shape[1], copy.shape[2], copy.dtype, holds=copy), array
+    )
 
 
 @lru_cache(STACKS_KNOWN)
@@ -172,10 +174,10 @@ def expand(y: Array, v: Array, weights: Weights, segments: Segments) -> None:
     table = weights.tables.get(h_out)
     if table is None:
         size = weights.dtype.itemsize
-        along = (
-            (weights.outputs * size, size) if weights.by_input else (size, weights.inputs * size)
-        )
-        table = _table(weights, 0, h_out, weights.inputs, wb=weights.addresses, wb_strides=along)
+        strides = size, weights.inputs * size  # from input to input, from output to output
+        if weights.by_input:
+            strides = weights.outputs * size, size
+        table = _table(weights, 0, h_out, weights.inputs, wb=weights.addresses, wb_strides=strides)
         weights.tables[h_out] = table
     launch(
         kernels(None, None, weights.dtype, y.dtype, v.dtype), table, segments, None, y[:, :h_out], v

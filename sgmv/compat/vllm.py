@@ -24,7 +24,6 @@ import numpy as np
 
 from sgmv.adapters import check_scaling
 from sgmv.checks import check_x
-from sgmv.compat.arrays import as_array
 from sgmv.compat.products import (
     Operand,
     Stack,
@@ -41,13 +40,13 @@ from sgmv.compat.products import (
     stack_of,
 )
 from sgmv.dtypes import Array, sum_dtype
-from sgmv.errors import MemoryLayoutError, ShapeError, StackError, ValueRangeError, some
+from sgmv.errors import ShapeError, StackError, ValueRangeError, some
 from sgmv.layouts.rows import row_ids
 from sgmv.layouts.vllm import VllmV0, vllm_v0
 from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, check_count, segment
 
-Operands: TypeAlias = "Sequence[Operand] | Operand"  # one for each slice; or an array of them
+Operands: TypeAlias = Any  # one for each slice; or an array of them
 
 
 def bgmv_shrink(
@@ -77,10 +76,8 @@ def bgmv_shrink(
            [0. ]], dtype=float32)
     """
     ids = indices_of("lora_indices_tensor", lora_indices_tensor)
-    weights = stack_of("lora_b_weights", lora_b_weights)
-    _shrink(
-        [("output_tensor", output_tensor)], ("inputs", inputs), [weights], segment(ids), scaling
-    )
+    output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
+    _shrink([output], ("inputs", inputs), [weights], segment(ids), scaling)
 
 
 def sgmv_shrink(
@@ -112,10 +109,8 @@ def sgmv_shrink(
     array([7., 7., 3.], dtype=float32)
     """
     ids = _exploded(b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, token_nums)
-    weights = stack_of("lora_a_weights", lora_a_weights)
-    _shrink(
-        [("output_tensor", output_tensor)], ("inputs", inputs), [weights], segment(ids), scaling
-    )
+    output, weights = ("output_tensor", output_tensor), stack_of("lora_a_weights", lora_a_weights)
+    _shrink([output], ("inputs", inputs), [weights], segment(ids), scaling)
 
 
 def bgmv_expand(
@@ -145,10 +140,8 @@ def bgmv_expand(
            [1., 1.]], dtype=float32)
     """
     ids = indices_of("lora_indices_tensor", lora_indices_tensor)
-    weights = stack_of("lora_b_weights", lora_b_weights)
-    _expand_rows(
-        ("output_tensor", output_tensor), ("inputs", inputs), weights, ids, None, add_inputs
-    )
+    output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
+    _expand_rows(output, ("inputs", inputs), weights, ids, None, add_inputs)
 
 
 def sgmv_expand(
@@ -176,10 +169,8 @@ def sgmv_expand(
            [4., 8.]], dtype=float32)
     """
     ids = _exploded(b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, token_nums)
-    weights = stack_of("lora_b_weights", lora_b_weights)
-    _expand_rows(
-        ("output_tensor", output_tensor), ("inputs", inputs), weights, ids, None, add_inputs
-    )
+    output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
+    _expand_rows(output, ("inputs", inputs), weights, ids, None, add_inputs)
 
 
 def bgmv_expand_slice(
@@ -204,8 +195,8 @@ def bgmv_expand_slice(
     array([[0., 3., 6., 0.]], dtype=float32)
     """
     ids = indices_of("lora_indices_tensor", lora_indices_tensor)
-    weights, columns = stack_of("lora_b_weights", lora_b_weights), (slice_offset, slice_size)
-    output = "output_tensor", output_tensor
+    output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
+    columns = slice_offset, slice_size
     _expand_rows(output, ("inputs", inputs), weights, ids, columns, add_inputs)
 
 
@@ -235,8 +226,8 @@ def sgmv_expand_slice(
     array([[1., 1., 3., 6.]], dtype=float32)
     """
     ids = _exploded(b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, token_nums)
-    weights, columns = stack_of("lora_b_weights", lora_b_weights), (slice_offset, slice_size)
-    output = "output_tensor", output_tensor
+    output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
+    columns = slice_offset, slice_size
     _expand_rows(output, ("inputs", inputs), weights, ids, columns, add_inputs)
 
 
@@ -290,9 +281,7 @@ class PunicaWrapper:
     ) -> None:
         if str(device) != "cpu":
             raise ValueRangeError("device", "cpu", str(device), "leave it out")
-        self.max_num_batched_tokens = check_count(
-            "max_num_batched_tokens", max_num_batched_tokens, 0
-        )
+        self.most_rows = check_count("max_num_batched_tokens", max_num_batched_tokens, 0)
         self.is_prefill = False
         self.metadata = vllm_v0(())
         self._tokens = self._sampled = segment(())
@@ -335,10 +324,10 @@ class PunicaWrapper:
             vllm_v0([i if i > 0 else BASE_ONLY for i in ids], slots)
             for ids in (mapping.index_mapping, mapping.prompt_mapping)
         )
-        if tokens.token_nums > self.max_num_batched_tokens:
+        if tokens.token_nums > self.most_rows:
             raise ValueRangeError(
                 "index_mapping",
-                f"at most max_num_batched_tokens = {self.max_num_batched_tokens} rows",
+                f"at most max_num_batched_tokens = {self.most_rows} rows",
                 str(tokens.token_nums),
                 "make the wrapper for more",
             )

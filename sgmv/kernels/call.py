@@ -22,8 +22,7 @@ from sgmv.kernels.jit import jit, vector
 X, X_STRIDE, Y, Y_STRIDE, V, V_STRIDE, H_IN, H_OUT = range(8)
 # Which row stands at each sorted position: the address of int64 (n,).
 ROWS = 8
-# The slot table: addresses of int64 of addresses, wa's (slots, SLICES) and wb's (slots,); of float64
-# (slots,).
+# The slot table: addresses of int64 (slots, SLICES) and (slots,) of addresses; of float64 (slots,).
 WA, WB, SCALINGS = range(9, 12)
 # The plan: the address of int64 (blocks, 4), their number, and how often each phase cuts a block.
 BLOCKS, BLOCK_COUNT, SHRINK_CUTS, EXPAND_CUTS = range(12, 16)

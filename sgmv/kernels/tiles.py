@@ -26,7 +26,7 @@ expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y 
                      j=1 [         |         |         ]
                      j=2 [         |         |         ]        panel 0 j=0 j=1 j=2, panel 1 j=0 ...
 
-          Other engines' weights stand plainly, and a task packs what it is about to read (panels.py).
+          Other engines' weights stand plainly: a task packs what it is about to read (panels.py).
 
 Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
 every K_BLOCK whatever the tile, and blocks are added in ascending order; in expand, every element

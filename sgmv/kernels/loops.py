@@ -88,21 +88,22 @@ def shrink(address, limit, x_like, w_like, v_like):
         slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
         low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
         row = call[H_IN] * size_of(w_like)
-        for i in range(-(-call[H_IN] // K_BLOCK) * call[SLICES]):  # x stays near for all slices
-            k, s = i // call[SLICES] * K_BLOCK, i % call[SLICES]
+        for k in range(0, call[H_IN], K_BLOCK):
             width = min(K_BLOCK, call[H_IN] - k)
-            wa = item(call[WA], slot * call[SLICES] + s) + k * size_of(w_like)
-            for j in range(low, high, 4):
-                # Past the last rank the last one is read again, and its sum is dropped.
-                a0 = vector(wa + j * row, width, w_like)
-                a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
-                a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
-                a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
-                for p in range(first, last):
-                    x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
-                    v = vector(call[V] + p * call[V_STRIDE], s * r + high, v_like)
-                    sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
-                    add_sums(v[s * r + j :], sums, k == 0)
+            for s in range(call[SLICES]):
+                wa = item(call[WA], slot * call[SLICES] + s) + k * size_of(w_like)
+                v_0 = call[V] + s * r * size_of(v_like)
+                for j in range(low, high, 4):
+                    # Past the last rank the last one is read again, and its sum is dropped.
+                    a0 = vector(wa + j * row, width, w_like)
+                    a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
+                    a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
+                    a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
+                    for p in range(first, last):
+                        x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
+                        v = vector(v_0 + p * call[V_STRIDE], high, v_like)
+                        sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
+                        add_sums(v[j:], sums, k == 0)
         add_atomic(address + 8 * SHRINK_DONE, 1)
 
 

@@ -158,7 +158,7 @@ def test_growth_record_survives_saving_and_is_checked(tmp_path: Path) -> None:
 def test_growth_figure_is_stale_once_its_record_changes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     record, main = synthetic_growth(), synthetic_record()
-    fresh = readme.rendered(MARKED, main, "r.json")
+    fresh = {"README.md": readme.rendered("README.md", MARKED, main, "r.json")}
     figures.draw(main, tmp_path)
     assert readme.stale_parts(fresh, main, "r.json", tmp_path) == []
     growth.save(record, tmp_path / "growth-x.json")

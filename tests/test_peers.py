@@ -217,7 +217,8 @@ def test_terminal_shows_the_closest_and_names_the_others(
 
 def test_readme_shows_a_baseline_once_a_record_has_it() -> None:
     for record, expected in ((synthetic_record(), {"by_segment"}), (with_all_peers(), set(PEERS))):
-        summary, cases = readme.summary_table(record, "r.json"), readme.cases_table(record)
+        summary = readme.summary_table(record, "r.json")
+        cases = readme.cases_table(record, "r.json")
         for name, peer in PEERS.items():
             assert (f"| {peer.title} | 2 |" in summary) == (name in expected)
             assert (f"| {peer.title} |" in cases) == (name in expected)

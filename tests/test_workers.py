@@ -109,7 +109,7 @@ class Meeting:
         self.v[0, [EXPECTED, PATIENCE, TURNS]] = expected, patience, turns
 
     def call(self) -> None:
-        launch.launch(self.kernels, self.stack.table, self.ids, None, None, self.v)
+        launch.launch(self.kernels, self.stack.table, self.ids, self.v, None, self.v)
 
     def check_all_come(self) -> None:
         self.call()

@@ -45,14 +45,19 @@ def change(folder: Path, fault: Fault) -> None:
     path.write_text(source.replace(fault.text, fault.instead))
 
 
-def imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The modules of this folder's package, run as plain Python; the tests' own stay in place."""
+def imported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, module: str = "sgmv"
+) -> dict[str, ModuleType]:
+    """The modules of this folder's package, run as plain Python; the tests' own stay in place.
+
+    module  what to import of it
+    """
     ours = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "sgmv"}
     with monkeypatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(numba.config, "DISABLE_JIT", 1)
         try:
-            importlib.import_module("sgmv")
+            importlib.import_module(module)
             found = {n: m for n, m in sys.modules.items() if n.split(".")[0] == "sgmv"}
         finally:
             for name in [n for n in sys.modules if n.split(".")[0] == "sgmv"]:

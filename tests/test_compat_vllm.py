@@ -356,7 +356,7 @@ def refusals(rng: np.random.Generator) -> Iterator[tuple[str, type, Callable[[np
     yield "one after the", number, lambda y: sgmv_expand(v, B, y, start + 1, length, index, 4, 1, 4)
     yield "one after the", number, lambda y: sgmv_expand(v, B, y, start, length, index, 4, 1, 5)
     yield (
-        "4 entries|3 entries",
+        "expected 3 entries",
         shape,
         lambda y: sgmv_expand(v, B, y, start, length, index, 3, 2, 4),
     )

@@ -393,6 +393,8 @@ class PunicaWrapper:
         """
         stacks = _stacks("lora_b_stacked", lora_b_stacked)
         rows = [rows_of(*part) for part in _each("x", x, len(stacks))]
+        for i, (part, stack) in enumerate(zip(rows, stacks, strict=True)):
+            check_x(part, self._tokens.n, stack.weights.inputs, f"x[{i}]")
         columns = _side_by_side(output_slices, offset_start)
         pieces = _pieces(("y", y), rows, stacks, self._tokens, columns)
         _expand(pieces, rows, stacks, self._tokens, add_inputs)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import sgmv
-from benchmarks import figures, gate, growth, instructions, machine, readme, run, table
+from benchmarks import compat, figures, gate, growth, instructions, machine, readme, run, table
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.console import Console
@@ -33,7 +33,7 @@ from sgmv.workers import cores
 
 OUTPUT = Path("bench-out")
 RED = 1
-OTHERS = {"growth": growth.main, "instructions": instructions.main}
+OTHERS = {"compat": compat.main, "growth": growth.main, "instructions": instructions.main}
 TOLERATED = 0.01  # share of noisy cases that a committed record may leave out
 
 
@@ -128,7 +128,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Time sgmv against numpy, torch and MKL; nothing is timed until it is correct.",
         epilog="python -m benchmarks growth: how time grows with rows and adapters; python -m "
-        "benchmarks instructions: what the compiler made of the inner loops.",
+        "benchmarks instructions: what the compiler made of the inner loops; python -m benchmarks "
+        "compat: vLLM's calls against what vLLM does.",
     )
     mode = found.add_mutually_exclusive_group()
     mode.add_argument(

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import compat
 from benchmarks.figures import digest, draw, draw_growth, hub_cases
 from benchmarks.goals import markdown
 from benchmarks.growth import PREFIX
@@ -34,7 +35,8 @@ class StaleError(Exception):
 
 def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
     """The record the README shows: a full one before a quick one. Raises StaleError for none."""
-    found = [path for path in directory.glob("*.json") if not path.name.startswith(PREFIX)]
+    others = (PREFIX, compat.PREFIX)
+    found = [path for path in directory.glob("*.json") if not path.name.startswith(others)]
     paths = sorted(found, key=lambda p: (not p.name.startswith("full-"), p.name))
     if not paths:
         raise StaleError(f"{directory}: no record; make one with python -m benchmarks --record")
@@ -159,9 +161,18 @@ def goals_table(record: Record, _name: str) -> str:
     return markdown(record)
 
 
+def compat_table(_record: Record, _name: str) -> str:
+    """vLLM's calls, from a record of their own."""
+    paths = sorted(RECORDS.glob(f"{compat.PREFIX}*.json"))
+    if not paths:
+        return "No record is committed yet; `python -m benchmarks compat` makes one."
+    return compat.markdown(compat.load(paths[0]))
+
+
 TABLES: dict[str, dict[str, Callable[[Record, str], str]]] = {
     "README.md": {"summary": summary_table, "cases": cases_table},
     "docs/kernels.md": {"goals": goals_table},
+    "docs/engines.md": {"compat": compat_table},
 }
 
 

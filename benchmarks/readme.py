@@ -162,7 +162,7 @@ def goals_table(record: Record, _name: str) -> str:
 
 
 def compat_table(_record: Record, _name: str) -> str:
-    """vLLM's calls, from a record of their own."""
+    """The calls of vLLM, from a record of their own."""
     paths = sorted(RECORDS.glob(f"{compat.PREFIX}*.json"))
     if not paths:
         return "No record is committed yet; `python -m benchmarks compat` makes one."

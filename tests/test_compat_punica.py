@@ -319,6 +319,11 @@ def refusals(rng: np.random.Generator) -> Iterator[tuple[str, type, Callable[[np
     yield "wa_ptr: .*layers", shape, lambda y: lora(y, x, *one, s, 0, 1)
     yield "wb_ptr: .*layers", shape, lambda y: punica.add_lora_sgmv(y, x, *one, s, 0, 2)
     yield "wa_ptr: .*type", types, lambda y: lora(y, x, halves.wa_ptr, halves.wb_ptr, s, 0, 2)
+    yield (
+        "w_ptr: .*apart",
+        memory,
+        lambda y: punica.sgmv(y[:1], x[:1], np.array([y.ctypes.data]), np.array([0, 1]), 0),
+    )
     yield "lora_rank", types, lambda y: lora(y, x, *one, s, 0, 2.0)
 
 

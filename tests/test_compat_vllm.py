@@ -101,7 +101,7 @@ def test_shrink_and_expand_of_every_rank(rng: np.random.Generator, shape: Any) -
 
 
 def test_gather_and_einsum_say_the_same(rng: np.random.Generator) -> None:
-    """vLLM's own form, where it is right: no index of -1, which it gives the last adapter."""
+    """The form of vLLM's own CPU operations; no index of -1, which numpy takes for the last."""
     ids = rng.integers(0, LORAS, 24)
     x, A = drawn(rng, (24, 40), "f"), drawn(rng, (LORAS, 8, 40), "f")
     B, y = drawn(rng, (LORAS, 70, 8), "f"), drawn(rng, (24, 70), "f")

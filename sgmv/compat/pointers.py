@@ -20,6 +20,7 @@ import numpy as np
 
 from sgmv.compat.arrays import as_array
 from sgmv.compat.products import Operand, Weights
+from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, MemoryLayoutError, ShapeError, ValueRangeError, some
 
 BYTES_AT_ONCE = 1024  # no more than a system takes in one writev, and less than any pipe holds
@@ -45,12 +46,14 @@ def weights_at(
     dtype: np.dtype[Any],
     *,
     by_input: bool,
+    apart_from: Array,
 ) -> Weights:
     """The weights of one layer behind the pointers.
 
-    pointers  (S,) addresses of (layers, outputs, inputs), or (layers, inputs, outputs) if by_input
-    used      (S,) bool: which of them will be read; the others may be anything
-    dtype     the type of the weights
+    pointers    (S,) addresses of (layers, outputs, inputs), or (layers, inputs, outputs) if by_input
+    used        (S,) bool: which of them will be read; the others may be anything
+    dtype       the type of the weights
+    apart_from  the output, which no weight may overlap
 
     Raises ShapeError, DtypeError, ValueRangeError or MemoryLayoutError for what cannot be read.
     """
@@ -78,7 +81,22 @@ def weights_at(
     addresses = given.astype(np.int64)
     if holds or raw:
         addresses[used] += layer_idx * nbytes
+    first, last = _extent(apart_from)
+    if ((addresses[used] < last) & (addresses[used] + nbytes > first)).any():
+        raise MemoryLayoutError(
+            argument, "weights apart from the output", "some that overlap it", "copy one of them"
+        )
     return Weights(addresses, outputs, inputs, dtype, by_input, holds)
+
+
+def _extent(array: Array) -> tuple[int, int]:
+    """The first address of an array of any strides, and the first after it."""
+    spans = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    start = int(array.ctypes.data)
+    if array.size == 0:
+        return start, start
+    first = start + sum(span for span in spans if span < 0)
+    return first, start + sum(span for span in spans if span > 0) + array.itemsize
 
 
 def _check_number(argument: str, address: int, end: int, alignment: int) -> None:

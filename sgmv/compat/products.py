@@ -156,20 +156,21 @@ def check_stacks(segments: Segments, stacks: Sequence[Stack]) -> None:
 def shrink(
     x: Array, slices: tuple[Weights, ...], segments: Segments, dtype: np.dtype[Any]
 ) -> Array:
-    """V (n, slices * r) in sorted order, of one slice after the other; zero on base-only rows."""
+    """The rows v (n, slices * r) in sorted order, of one slice after the other; 0 if base only."""
     weights = slices[0]
     table = weights.tables.get(slices[1:])
     if table is None:
         wa = np.stack([each.addresses for each in slices], axis=1)
         table = _table(weights, weights.inputs, 0, weights.outputs, wa=wa, slices=len(slices))
-        weights.tables[slices[1:]] = table
+        if all(each.holds is None for each in slices):  # what was copied is gone after the call
+            weights.tables[slices[1:]] = table
     v = np.zeros((segments.n, weights.outputs * len(slices)), dtype)
     launch(kernels(None, x.dtype, weights.dtype, None, dtype), table, segments, x, None, v)
     return v
 
 
 def expand(y: Array, v: Array, weights: Weights, segments: Segments) -> None:
-    """Y += v @ w.T for v in sorted order, over the columns that y and the weights both have."""
+    """Add v @ w.T to y, v in sorted order, over the columns that y and the weights both have."""
     h_out = min(y.shape[1], weights.outputs)
     table = weights.tables.get(h_out)
     if table is None:
@@ -205,7 +206,7 @@ def _table(
 
 
 def add(y: Array, x: Array, weights: Weights, segments: Segments, scaling: float) -> None:
-    """Y += scaling * x @ w.T; base-only rows keep their bits."""
+    """Add scaling * x @ w.T to y; base-only rows keep their bits."""
     dtype = sum_dtype(x.dtype, weights.dtype, y.dtype)
     if weights.by_input or weights.inputs < weights.outputs:
         expand(y, scaled(in_order(x, segments, dtype), scaling), weights, segments)
@@ -228,7 +229,7 @@ def in_order(rows: Array, segments: Segments, dtype: np.dtype[Any]) -> Array:
 
 
 def scaled(v: Array, scaling: float) -> Array:
-    """V itself, multiplied in place."""
+    """The rows themselves, multiplied in place."""
     if scaling != 1.0:
         with np.errstate(over="ignore", invalid="ignore"):
             v *= scaling

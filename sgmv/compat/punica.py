@@ -384,7 +384,7 @@ def _segments(s: Operand, n: int) -> Segments:
 def _operands(
     y: Operand, x: Operand, stacks: list[Stack], segments: Segments
 ) -> tuple[Array, Array]:
-    """Y and x as arrays, checked against the stacks that x passes through one after the other."""
+    """The arrays of y and x, checked against the stacks that x passes one after the other."""
     target, rows = output_rows("y", y), rows_of("x", x)
     check_stacks(segments, stacks)
     check_x(rows, segments.n, stacks[0].weights.inputs)
@@ -408,6 +408,7 @@ def _sgmv(
         rows.shape[1],
         rows.dtype,
         by_input=by_input,
+        apart_from=target,
     )
     add(target, rows, weights, segments, 1.0)
 
@@ -426,13 +427,17 @@ def _add_lora_sgmv(
     segments = _segments(s, len(rows))
     check_output("y", target, len(rows), target.shape[1], {"x": rows})
     layer, r = check_count("layer_idx", layer_idx, 0), check_count("lora_rank", lora_rank, 0)
-    used = segments.lengths > 0
-    wa = weights_at(
-        "wa_ptr", wa_ptr, used, layer, r, rows.shape[1], rows.dtype, by_input=by_input[0]
-    )
-    wb = weights_at(
-        "wb_ptr", wb_ptr, used, layer, target.shape[1], r, rows.dtype, by_input=by_input[1]
-    )
+    used, h_in, h_out = segments.lengths > 0, rows.shape[1], target.shape[1]
+    wa, wb = (
+        weights_at(
+            argument, pointers, used, layer, outputs, inputs, rows.dtype,
+            by_input=turned, apart_from=target,
+        )
+        for argument, pointers, outputs, inputs, turned in (
+            ("wa_ptr", wa_ptr, r, h_in, by_input[0]),
+            ("wb_ptr", wb_ptr, h_out, r, by_input[1]),
+        )
+    )  # fmt: skip
     _add_lora(target, rows, wa, wb, segments, 1.0)
 
 

@@ -50,7 +50,7 @@ def weights_at(
 ) -> Weights:
     """The weights of one layer behind the pointers.
 
-    pointers    (S,) addresses of (layers, outputs, inputs), or (layers, inputs, outputs) if by_input
+    pointers    (S,) addresses of (layers, outputs, inputs); if by_input, (layers, inputs, outputs)
     used        (S,) bool: which of them will be read; the others may be anything
     dtype       the type of the weights
     apart_from  the output, which no weight may overlap

@@ -263,7 +263,9 @@ def _timed(
     ids: NDArray[np.int64],
     budget: Budget,
 ) -> CompatCase:
-    waits = rests([library if name == "vllm" else "sgmv" for name in both])
+    # numpy's einsum has no threads that go on spinning, as its products have.
+    spins = {"vllm": "torch"} if library == "torch" else {}
+    waits = rests([spins.get(name, "sgmv") for name in both])
     turns = [
         Variant(name, form, settle_s=max(LEAST_SETTLE_S, wait))
         for (name, form), wait in zip(both.items(), waits, strict=True)

@@ -352,6 +352,7 @@ def refusals(rng: np.random.Generator) -> Iterator[tuple[str, type, Callable[[np
     yield "apart from", memory, lambda y: vllm.bgmv_expand(v, y.reshape(2, 4, 3)[:, :, :], y, ids)
     yield "where the last", shape, lambda y: vllm.bgmv_expand_slice(v, B, y, ids, 1, 6)
     yield "as the slices", shape, lambda y: vllm.bgmv_expand_slice(v, B, y, ids, 0, 5)
+    yield "slice_offset", number, lambda y: vllm.bgmv_expand_slice(v, B, y, ids, -1, 6)
     sgmv_expand = vllm.sgmv_expand
     yield "one after the", number, lambda y: sgmv_expand(v, B, y, start + 1, length, index, 4, 1, 4)
     yield "one after the", number, lambda y: sgmv_expand(v, B, y, start, length, index, 4, 1, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,20 @@ def test_public_names_have_contracts() -> None:
         assert ">>>" in doc, f"{name} has no example"
         assert "Semantics:" in doc, f"{name} has no Semantics"
         assert name in ours or "Source:" in doc, f"{name} has no source"
+
+
+@pytest.mark.parametrize("engine", ["punica", "vllm"])
+def test_calls_of_other_engines_have_contracts(engine: str) -> None:
+    module = importlib.import_module(f"sgmv.compat.{engine}")
+    calls = {
+        name: value
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+    }
+    assert len(calls) >= 8
+    for name, value in calls.items():
+        for part in ("Semantics:", "Source:", ">>>"):
+            assert part in (value.__doc__ or ""), f"{name} has no {part}"
 
 
 def test_no_bare_assert_refuses_a_user() -> None:

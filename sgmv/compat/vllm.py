@@ -196,7 +196,7 @@ def bgmv_expand_slice(
     """
     ids = indices_of("lora_indices_tensor", lora_indices_tensor)
     output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
-    columns = slice_offset, slice_size
+    columns = _columns(slice_offset, slice_size)
     _expand_rows(output, ("inputs", inputs), weights, ids, columns, add_inputs)
 
 
@@ -227,7 +227,7 @@ def sgmv_expand_slice(
     """
     ids = _exploded(b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, token_nums)
     output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
-    columns = slice_offset, slice_size
+    columns = _columns(slice_offset, slice_size)
     _expand_rows(output, ("inputs", inputs), weights, ids, columns, add_inputs)
 
 
@@ -512,6 +512,11 @@ def _side_by_side(widths: Sequence[int], start: int) -> list[tuple[int, int]]:
         found.append((offset, check_count("output_slices", width, 0)))
         offset += width
     return found
+
+
+def _columns(offset: int, width: int) -> tuple[int, int]:
+    """Offset and width of the one slice that a call names."""
+    return check_count("slice_offset", offset, 0), check_count("slice_size", width, 0)
 
 
 def _exploded(

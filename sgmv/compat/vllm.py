@@ -158,7 +158,7 @@ def sgmv_expand(
 ) -> None:
     """`bgmv_expand` with an index for each run of rows; add_inputs is False if left out.
 
-    Semantics and arguments: as `bgmv_expand` and `sgmv_shrink`.
+    Semantics: `bgmv_expand` of each run's rows. Arguments as there and in `sgmv_shrink`.
     Raises as they do. Source: vLLM, lora_ops.py, `sgmv_expand`.
 
     >>> B, out = np.array([[[1], [2]]], "float32"), np.ones((2, 2), "float32")
@@ -216,7 +216,7 @@ def sgmv_expand_slice(
 ) -> None:
     """`bgmv_expand_slice` with an index for each run of rows; add_inputs is False if left out.
 
-    Semantics and arguments: as `bgmv_expand_slice` and `sgmv_shrink`.
+    Semantics: `bgmv_expand_slice` of each run's rows. Arguments as there and in `sgmv_shrink`.
     Raises as they do. Source: vLLM, lora_ops.py, `sgmv_expand_slice`.
 
     >>> B, out = np.array([[[1], [2]]], "float32"), np.ones((1, 4), "float32")

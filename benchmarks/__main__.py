@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import sgmv
-from benchmarks import compat, figures, gate, growth, instructions, machine, readme, run, table
+from benchmarks import (
+    compat, figures, gate, growth, instructions, machine, paper, readme, run, table,
+)  # fmt: skip
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.console import Console
@@ -33,7 +35,10 @@ from sgmv.workers import cores
 
 OUTPUT = Path("bench-out")
 RED = 1
-OTHERS = {"compat": compat.main, "growth": growth.main, "instructions": instructions.main}
+OTHERS = {
+    "compat": compat.main, "growth": growth.main, "instructions": instructions.main,
+    "paper": paper.main,
+}  # fmt: skip
 TOLERATED = 0.01  # share of noisy cases that a committed record may leave out
 
 

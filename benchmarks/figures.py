@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.grid import ONE_ROW
 from benchmarks.growth import GrowthRecord, fitted
+from benchmarks.paper import OPERATOR_US, RANK_US, RANKS, PaperRecord
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, main_variant
 
@@ -35,7 +36,7 @@ LEGEND_COLUMNS = 3
 DIGEST_KEY = "Record"
 
 
-def digest(record: Record | GrowthRecord) -> str:
+def digest(record: Record | GrowthRecord | PaperRecord) -> str:
     """What ties a figure to its record: SHA-256 over its canonical JSON."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
@@ -53,7 +54,12 @@ def draw_growth(record: GrowthRecord, directory: Path) -> Path:
     return _save(growth(record), record, directory / "growth.png")
 
 
-def _save(figure: Any, record: Record | GrowthRecord, path: Path) -> Path:
+def draw_paper(record: PaperRecord, directory: Path) -> Path:
+    """Write `paper.png` and return its path."""
+    return _save(paper(record), record, directory / "paper.png")
+
+
+def _save(figure: Any, record: Record | GrowthRecord | PaperRecord, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={DIGEST_KEY: digest(record), "Software": None})
     return path
@@ -200,6 +206,83 @@ def growth(record: GrowthRecord) -> Any:
         fontsize=11,
     )
     return figure
+
+
+def paper(record: PaperRecord) -> Any:
+    """Punica's figures anew: the roofline's points, then times over B, by popularity and by rank.
+
+    Semantics: hollow markers are what the paper prints of its A100. Where nothing was timed there
+    is the roofline alone.
+    """
+    from matplotlib.figure import Figure
+
+    from sgmv.emulator import A100
+
+    timed = any(point["times"] for point in record["points"])
+    figure = Figure(figsize=(14 if timed else 5, 4.4), layout="constrained")
+    roof, *panels = figure.subplots(1, 3 if timed else 1, squeeze=False)[0]
+    x = np.geomspace(0.3, 1000, 200)
+    reached = np.minimum(x * A100.bandwidth, A100.fp16_peak)
+    roof.plot(x, reached / 1e12, color="#777777", linewidth=1.2, label="A100's limits")
+    looks = list(zip(POPULARITY_COLOURS, RANK_MARKERS, strict=True))
+    kinds = list(dict.fromkeys(point["popularity"] for point in record["axis"]))
+    for kind, (colour, marker) in zip(kinds, looks, strict=False):
+        axis = [point for point in record["axis"] if point["popularity"] == kind]
+        roof.plot(
+            [p["intensity"] for p in axis], [p["attainable"] / 1e12 for p in axis],
+            color=colour, marker=marker, markersize=5, linestyle="none", label=kind,
+        )  # fmt: skip
+        if timed:
+            _over_rows(panels[0], record, (kind, 16), (colour, marker, "-"), kind)
+            shown = [(n, us) for (name, n), us in OPERATOR_US.items() if name == kind]
+            _hollow(panels[0], shown, colour, marker)
+    for rank, (colour, marker) in zip(RANKS, looks, strict=False) if timed else ():
+        for kind, style in (("distinct", "-"), ("identical", "--")):
+            look = colour, marker, style
+            _over_rows(panels[1], record, (kind, rank), look, f"r = {rank}, {kind}")
+        _hollow(panels[1], [(n, us[rank]) for (_, n), us in RANK_US.items()], colour, marker)
+    roof.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    roof.set_title("One SGMV 16 → 4096, B = 1..64, on the A100's roofline", fontsize=9)
+    for panel, title in zip(panels, ("rank 16", "by rank"), strict=False):
+        panel.set(xscale="log", yscale="log", xlabel="rows B", ylabel="time of one call (µs)")
+        panel.set_title(f"4096 → r → 11008 float16, {title}; hollow: A100, paper", fontsize=9)
+    for panel in (roof, *panels):
+        panel.grid(True, color="#dddddd", linewidth=0.6)
+        panel.legend(fontsize=6, framealpha=0.6, loc="upper left")
+    return figure
+
+
+def _hollow(panel: Any, points: list[tuple[int, int]], colour: str, marker: str) -> None:
+    """What the paper prints."""
+    panel.plot(
+        [n for n, _ in points], [us for _, us in points], color=colour, marker=marker,
+        fillstyle="none", linestyle="none", markersize=8,
+    )  # fmt: skip
+
+
+def _over_rows(
+    panel: Any,
+    record: PaperRecord,
+    case: tuple[str, int],
+    look: tuple[str, str, str],
+    label: str,
+) -> None:
+    """Medians over B of one popularity and rank, with their band."""
+    timed = [
+        (point["n"], point["times"])
+        for point in record["points"]
+        if (point["popularity"], point["rank"]) == case and point["times"]
+    ]
+    n = [rows for rows, _ in timed]
+    colour, marker, style = look
+    panel.fill_between(
+        n, [t["q20"] for _, t in timed], [t["q80"] for _, t in timed],
+        color=colour, alpha=0.2, linewidth=0,
+    )  # fmt: skip
+    panel.plot(
+        n, [t["q50"] for _, t in timed], color=colour, marker=marker, markersize=4.5,
+        linestyle=style, linewidth=1.2, label=label,
+    )  # fmt: skip
 
 
 def hub_cases(record: Record) -> list[CaseRecord]:

@@ -180,8 +180,8 @@ def summarise(record: Record, variant: str) -> list[SummaryLine]:
 
 
 def by_dtype(record: Record) -> dict[str, Record]:
-    """A record for each float type, of its cases alone: ratios of two types do not mix."""
-    dtypes = dict.fromkeys(case["dtype"] for case in record["cases"])
+    """A record for each float type, of its cases alone, float32 first: ratios do not mix types."""
+    dtypes = sorted({case["dtype"] for case in record["cases"]}, key=lambda d: (d != "float32", d))
     return {
         dtype: {**record, "cases": [case for case in record["cases"] if case["dtype"] == dtype]}
         for dtype in dtypes

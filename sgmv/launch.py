@@ -81,10 +81,11 @@ from sgmv.segment import Integers, Segments, segment
 
 # Outcomes of a launch.
 DONE, MORE, REFUSED = 0, 1, -1
-# What tasks cost a core, roughly: it decides about waking a helper, which costs the caller 5 to 30
-# us before it helps, and about how long to run before looking for signals, such as Ctrl-C.
+# What tasks cost a core, roughly: it decides whether to share them, as two cores that meet over
+# less than this lose more than they gain, helpers awake or not; and about how long to run before
+# looking for signals, such as Ctrl-C.
 PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
-WORTH_WAKING_NS = 20_000
+WORTH_SHARING_NS = 20_000
 BETWEEN_SIGNALS_NS = 50_000_000
 
 
@@ -162,7 +163,7 @@ def launch(
         else:
             place(space.address, x, X, v, V)
         whose = space.address, gate, kernels.shrink, kernels.expand
-        outcome = start(*whose, table.address, segments, ids, n, threads)
+        outcome = start(*whose, table.address, segments, ids, n, threads, WORTH_SHARING_NS)
         while outcome == MORE:  # between two bytecodes Python hears signals
             outcome = resume(space.address, gate)
     except BaseException:
@@ -235,8 +236,9 @@ def start(
     ids: int,
     n: int,
     threads: int,
+    worth_sharing_ns: int,
 ) -> Any:
-    """Plan the call, open the gate to helpers, if any, and run tasks."""
+    """Plan the call, open the gate to helpers, if any, where it pays, and run tasks."""
     fields, layer = vector(call, FIELDS, INTEGER), vector(table, TABLE_FIELDS, INTEGER)
     h_in, h_out = layer[TABLE_H_IN], layer[TABLE_H_OUT]
     fields[H_IN], fields[H_OUT], fields[THREADS] = h_in, h_out, threads
@@ -251,14 +253,16 @@ def start(
     widths = (h_in * fields[SLICES] if shrink != 0 else 0) + (h_out if expand != 0 else 0)
     block = vector(fields[BLOCKS], blocks * 4, INTEGER).reshape((blocks, 4))
     products, weights, rank = costs(block, widths)
+    cost = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS
+    if cost < worth_sharing_ns:
+        threads, gate = 1, 0
     fields[BLOCK_COUNT] = blocks
     fields[SHRINK_CUTS] = cuts(blocks, -(-rank // RANK_UNIT), threads)
     fields[EXPAND_CUTS] = cuts(blocks, -(-h_out // fields[COLUMNS]), threads)
-    cost = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS
     tasks = blocks * max(fields[SHRINK_CUTS], fields[EXPAND_CUTS])
     fields[LIMIT] = max(1, tasks * BETWEEN_SIGNALS_NS // max(cost, 1))
     if gate != 0:
-        open_gate(gate, call, cost > WORTH_WAKING_NS)
+        open_gate(gate, call)
     return resume(call, gate)
 
 

@@ -15,6 +15,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import sgmv
+from sgmv import launch
 
 SEED = int(os.environ.get("SGMV_TEST_SEED", "0"))
 JITTED = not numba.config.DISABLE_JIT
@@ -40,3 +41,9 @@ def _same_threads_after() -> Iterator[None]:
     threads = sgmv.get_num_threads()
     yield
     sgmv.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _even_small_work_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or tests on several threads would hardly meet a second one."""
+    monkeypatch.setattr(launch, "WORTH_SHARING_NS", 0)

@@ -46,22 +46,19 @@ def change(folder: Path, fault: Fault) -> None:
 
 
 def imported(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, module: str = "sgmv"
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "sgmv"
 ) -> dict[str, ModuleType]:
-    """The modules of this folder's package, run as plain Python; the tests' own stay in place.
-
-    module  what to import of it
-    """
+    """The modules that this folder's `name` imports, as plain Python; the tests' own stay."""
     ours = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "sgmv"}
     with monkeypatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(numba.config, "DISABLE_JIT", 1)
         try:
-            importlib.import_module(module)
+            importlib.import_module(name)
             found = {n: m for n, m in sys.modules.items() if n.split(".")[0] == "sgmv"}
         finally:
-            for name in [n for n in sys.modules if n.split(".")[0] == "sgmv"]:
-                del sys.modules[name]
+            for each in [n for n in sys.modules if n.split(".")[0] == "sgmv"]:
+                del sys.modules[each]
             sys.modules.update(ours)
     assert all(Path(str(module.__file__)).is_relative_to(folder) for module in found.values())
     return found

@@ -24,9 +24,16 @@ FLOORS = [
     {"adapters", "backend", "workers"},
     {"checks", "launch", "layouts.rows", "peft"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
-    {"compat.products", "layouts.findings", "layouts.grouped"},
-    {"compat.pointers", "compat.vllm"},
-    {"compat.punica"},
+    {
+        "compat.products",
+        "emulator.accuracy",
+        "emulator.blocks",
+        "emulator.device",
+        "layouts.findings",
+        "layouts.grouped",
+    },
+    {"compat.pointers", "compat.vllm", "emulator.launch"},
+    {"compat.punica", "emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

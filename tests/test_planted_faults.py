@@ -36,6 +36,7 @@ SMALL_BLOCKS = (
     Fault("kernels.call", "RANK_UNIT = 8", "RANK_UNIT = 4"),
     Fault("schedule", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
     Fault("schedule", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
+    Fault("launch", "WORTH_SHARING_NS = 20_000", "WORTH_SHARING_NS = 0"),
 )
 
 # what goes wrong: module, text there, what stands there instead

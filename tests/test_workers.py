@@ -35,6 +35,7 @@ from sgmv.kernels.call import (
 )
 from sgmv.kernels.jit import JITTED, entry, jit, vector
 from sgmv.kernels.pool import GATE, INSIDE, SHUT, SLEEPERS, SYSCALL
+from sgmv.launch import WORTH_SHARING_NS
 from tests.acceptance import assert_same_bits, backends_of, check, stack_of
 from tests.planting import run_python
 
@@ -217,8 +218,11 @@ def test_the_bell_wakes_helpers_to_an_open_gate(
 
 @jitted
 @on_a_futex
-def test_small_work_wakes_nobody(kernels: Kernels, pool: workers.Pool) -> None:
+def test_small_work_wakes_nobody(
+    kernels: Kernels, pool: workers.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large work does."""
+    monkeypatch.setattr(launch, "WORTH_SHARING_NS", WORTH_SHARING_NS)
     sgmv.set_num_threads(2)
     small = np.ones((1, 8), "f"), np.ones((2, 8), "f"), np.ones((8, 2), "f")
     for _ in range(3):

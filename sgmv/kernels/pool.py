@@ -68,12 +68,11 @@ def abandon(call: int) -> None:
 
 
 @jit()
-def open_gate(pool: int, call: int, worth_waking: bool) -> None:
-    """Let helpers in; wake those asleep, if it is worth it."""
+def open_gate(pool: int, call: int) -> None:
+    """Let helpers in, and wake those asleep."""
     store_atomic(pool + 8 * CALL, call)
     store_atomic(pool + 8 * GATE, add_atomic(pool + 8 * NUMBER, 1) + 1)
-    if worth_waking:
-        wake(pool)
+    wake(pool)
 
 
 @jit()

@@ -121,8 +121,8 @@ def sglang(
     permutation = None
     if backend == "csgmv":
         rows = segment(slot)
-        max_len = _chunk(len(slot), check_count("max_lora_chunk_size", max_lora_chunk_size, 1))
-        indices, lengths = _chunks(rows.adapter_ids, rows.lengths, max_len)
+        max_len = chunk_rows(len(slot), check_count("max_lora_chunk_size", max_lora_chunk_size, 1))
+        indices, lengths = cut(rows.adapter_ids, rows.lengths, max_len)
         permutation = frozen("permutation", rows.rows)
     elif backend == "triton":
         indices, lengths = by_request, requests
@@ -145,12 +145,12 @@ def sglang(
     )
 
 
-def _chunk(n: int, most: int) -> int:
+def chunk_rows(n: int, most: int) -> int:
     """Rows per chunk of csgmv for a batch of n rows: at most so many, but never below 16."""
     return max(MIN_CHUNK, min(most, 128 if n >= 256 else 32 if n >= 64 else MIN_CHUNK))
 
 
-def _chunks(indices: Integers, lengths: Integers, most: int) -> tuple[Integers, Integers]:
+def cut(indices: Integers, lengths: Integers, most: int) -> tuple[Integers, Integers]:
     """Every segment in chunks of so many rows, the last of each as short as what is left."""
     pieces = -(-lengths // most)
     last = np.cumsum(pieces) - 1

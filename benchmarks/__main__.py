@@ -12,7 +12,16 @@ from pathlib import Path
 
 import sgmv
 from benchmarks import (
-    compat, figures, gate, growth, instructions, machine, paper, readme, run, table,
+    compat,
+    figures,
+    gate,
+    growth,
+    instructions,
+    machine,
+    paper,
+    readme,
+    run,
+    table,
 )  # fmt: skip
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe

@@ -33,9 +33,10 @@ from sgmv.errors import (
 )
 from sgmv.launch import launch
 from sgmv.schedule import BASE_ONLY
-from sgmv.segment import Integers, Segments
+from sgmv.segment import Integers, Segments, segment
 
 Operand: TypeAlias = Any  # a numpy array, or a torch tensor on the CPU
+BATCHES_KNOWN = 16  # by what their indices are: all layers of a step have the same
 STACKS_KNOWN = 4096  # layers times modules times two: more than any model has
 
 
@@ -126,25 +127,37 @@ def _stacked(
 
 
 def indices_of(argument: str, indices: Operand) -> Integers:
-    """Integers (n,), refused by the argument's name if they are not."""
+    """Integers (n,) as int64, refused by the argument's name if they are not."""
     ids = np.asarray(indices) if isinstance(indices, list | tuple) else as_array(argument, indices)
     if ids.ndim != 1:
         raise ShapeError(argument, "one dimension", f"shape {ids.shape}", "give one per row")
     if ids.size and ids.dtype.kind not in "iu":
         raise DtypeError(argument, "integers", str(ids.dtype), "convert it to int64")
-    if ids.size and ids.min() < BASE_ONLY:
-        raise ValueRangeError(
-            argument, "integers from -1 on", str(ids.min()), "use -1 for rows without an adapter"
-        )
     return ids.astype(np.int64, copy=False)
+
+
+def segments_of(argument: str, ids: Integers) -> Segments:
+    """The segments of these indices; those of the same numbers as lately are there already."""
+    return _segments(argument, ids.tobytes())
+
+
+@lru_cache(BATCHES_KNOWN)
+def _segments(argument: str, ids: bytes) -> Segments:
+    indices = np.frombuffer(ids, np.int64).copy()
+    if len(indices) and indices.min() < BASE_ONLY:
+        least = str(indices.min())
+        raise ValueRangeError(
+            argument, "integers from -1 on", least, "use -1 for rows without an adapter"
+        )
+    return segment(indices)
 
 
 def check_stacks(segments: Segments, stacks: Sequence[Stack]) -> None:
     """Whether the stacks hold a weight for every index of the batch."""
     for stack in stacks:
         count = len(stack.weights.addresses)
-        beyond = segments.adapter_ids[np.searchsorted(segments.adapter_ids, count) :]
-        if len(beyond):
+        if segments.S and segments.adapter_ids[-1] >= count:  # they ascend
+            beyond = segments.adapter_ids[segments.adapter_ids >= count]
             raise UnknownAdapterError(
                 stack.argument,
                 f"weights for every index of the batch, {some(beyond)}",

@@ -37,12 +37,13 @@ from sgmv.compat.products import (
     output_rows,
     rows_of,
     scaled,
+    segments_of,
     shrink,
     stack_of,
 )
 from sgmv.dtypes import Array, check_dtype, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
-from sgmv.segment import Segments, check_count, segment
+from sgmv.segment import Segments, check_count
 
 
 def bgmv(
@@ -69,7 +70,7 @@ def bgmv(
            [1.5]], dtype=float32)
     """
     stack = _layer("w_T_all", w_T_all, layer_idx)
-    segments = segment(indices_of("indicies", indicies))
+    segments = segments_of("indicies", indices_of("indicies", indicies))
     target, rows = _operands(y, x, [stack], segments)
     add(target, rows, stack.weights, segments, check_scaling("scale", scale))
 
@@ -103,7 +104,7 @@ def add_lora_bgmv(
     array([[6., 6.]], dtype=float32)
     """
     wa, wb = _layer("wa_T_all", wa_T_all, layer_idx), _layer("wb_T_all", wb_T_all, layer_idx)
-    segments = segment(indices_of("indicies", indicies))
+    segments = segments_of("indicies", indices_of("indicies", indicies))
     if wa.weights.outputs != wb.weights.inputs:
         raise ShapeError(
             "wb_T_all",

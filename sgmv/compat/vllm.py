@@ -36,6 +36,7 @@ from sgmv.compat.products import (
     output_rows,
     rows_of,
     scaled,
+    segments_of,
     shrink,
     stack_of,
 )
@@ -77,7 +78,7 @@ def bgmv_shrink(
     """
     ids = indices_of("lora_indices_tensor", lora_indices_tensor)
     output, weights = ("output_tensor", output_tensor), stack_of("lora_b_weights", lora_b_weights)
-    _shrink([output], ("inputs", inputs), [weights], segment(ids), scaling)
+    _shrink([output], ("inputs", inputs), [weights], _segments(ids), scaling)
 
 
 def sgmv_shrink(
@@ -110,7 +111,7 @@ def sgmv_shrink(
     """
     ids = _exploded(b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, token_nums)
     output, weights = ("output_tensor", output_tensor), stack_of("lora_a_weights", lora_a_weights)
-    _shrink([output], ("inputs", inputs), [weights], segment(ids), scaling)
+    _shrink([output], ("inputs", inputs), [weights], _segments(ids), scaling)
 
 
 def bgmv_expand(
@@ -519,6 +520,10 @@ def _columns(offset: int, width: int) -> tuple[int, int]:
     return check_count("slice_offset", offset, 0), check_count("slice_size", width, 0)
 
 
+def _segments(ids: Integers) -> Segments:
+    return segments_of("lora_indices_tensor", ids)
+
+
 def _exploded(
     starts: Operand, lengths: Operand, indices: Operand, batches: int, token_nums: int
 ) -> Integers:
@@ -607,9 +612,9 @@ def _expand_rows(
     """Expand, checked, of one slice: more inputs than outputs, or one for all, will do."""
     rows, n = rows_of(*inputs), len(output_rows(*output))
     check_x(rows, len(indices), stack.weights.inputs, inputs[0])
-    if len(rows) == 1:
+    if len(rows) == 1 and n > 1:
         rows, indices = np.broadcast_to(rows, (n, rows.shape[1])), np.repeat(indices, n)
-    rows, segments = rows[:n], segment(indices[:n])
+    rows, segments = rows[:n], _segments(indices[:n])
     pieces = _pieces(output, [rows], [stack], segments, columns and [columns])
     _expand(pieces, [rows], [stack], segments, add_inputs)
 

@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: bench test check format readme clean
+.PHONY: bench test explorer check format readme clean
 
 bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="--full" for all)
 	$(RUN) -m benchmarks $(ARGS)
 
 test: $(VENV)/test.installed  ## the whole suite (ARGS="-k lora" for a part)
 	$(RUN) -m pytest $(ARGS)
+
+explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch: written, and opened
+	$(RUN) -m sgmv explorer $(ARGS)
 
 check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, and that a wheel holds sgmv alone
 	$(RUN) -m ruff check .

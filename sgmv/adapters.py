@@ -392,6 +392,23 @@ unload an adapter first, or make the stack with more slots
             changes = {} if slot == NO_SLOT else {slot: None}
             self._table = self._table.with_changes(slot_of, changes)
 
+    def fitted(self, adapter: Adapter) -> Adapter:
+        """The adapter as `load` would hold it, before it is packed: in the stack's dtype.
+
+        Semantics: what it returns, `load` takes. The arrays are copied only where they are
+        converted; the stack does not change.
+
+        Raises as `load` does, but for a free slot. Source: vLLM, which keeps adapters in host
+        memory in lora_dtype, lora/lora_model.py.
+
+        >>> stack = AdapterStack(h_in=64, h_out=32, dtype="float16")
+        >>> stack.fitted(Adapter(np.ones((4, 64), "float32"), np.ones((32, 4), "float32")))
+        Adapter(r=4, h_in=64, h_out=32, float16, scaling=1.0)
+        """
+        self._check_fits(adapter)
+        A, B = (self._converted(weights) for weights in (adapter.A, adapter.B))
+        return Adapter(A, B, adapter.scaling)
+
     def __getitem__(self, adapter_id: int) -> Adapter | None:
         """The adapter as loaded, in read-only arrays of the stack's dtype; None if base only."""
         with self._changing:
@@ -437,22 +454,21 @@ unload an adapter first, or make the stack with more slots
         return self._table.slot_of[adapter_id]
 
     def _load_all(self, adapters: Mapping[int, Adapter | None]) -> None:
-        for adapter in adapters.values():
-            if adapter is not None:
-                self._check_fits(adapter)
+        fitted = {i: adapter and self.fitted(adapter) for i, adapter in adapters.items()}
         with self._changing:
             slot_of = dict(self._table.slot_of)
             changes: dict[int, Stored | None] = {}
-            for adapter_id in adapters:
+            for adapter_id in fitted:
                 slot = slot_of.pop(adapter_id, NO_SLOT)
                 if slot != NO_SLOT:
                     changes[slot] = None
             taken = set(slot_of.values())
             free = (slot for slot in range(self.slots) if slot not in taken)
-            for adapter_id, adapter in adapters.items():
+            for adapter_id, adapter in fitted.items():
                 slot_of[adapter_id] = NO_SLOT if adapter is None else self._take(free)
                 if adapter is not None:
-                    changes[slot_of[adapter_id]] = self._store(adapter)
+                    stored = Stored.pack(adapter.A, adapter.B, adapter.scaling)
+                    changes[slot_of[adapter_id]] = stored
             self._table = self._table.with_changes(slot_of, changes)
 
     def _take(self, free: Iterator[int]) -> int:
@@ -480,10 +496,6 @@ unload an adapter first, or make the stack with more slots
                 str(adapter.r),
                 "make the stack with a larger max_rank",
             )
-
-    def _store(self, adapter: Adapter) -> Stored:
-        A, B = (self._converted(weights) for weights in (adapter.A, adapter.B))
-        return Stored.pack(A, B, adapter.scaling)
 
     def _converted(self, weights: Array) -> Array:
         if weights.dtype == self.dtype:

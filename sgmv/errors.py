@@ -55,6 +55,14 @@ class PeftError(SgmvError):
     """A PEFT directory that cannot be read, or that asks for more than low-rank adapters."""
 
 
+class ServingError(SgmvError):
+    """A request, an adapter or a setting that the serving room cannot take."""
+
+
+class StaleStepError(ServingError):
+    """A step whose adapters have been evicted or replaced since it was made."""
+
+
 def some(values: Iterable[object], most: int = 8) -> str:
     """The first few of the values, for a message.
 

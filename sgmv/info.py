@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import llvmlite.binding
@@ -75,3 +76,8 @@ def info() -> Info:
         versions=f"Python {platform.python_version()}, numba {numba.__version__}, "
         f"llvmlite {llvmlite.__version__}, numpy {np.__version__}",
     )
+
+
+def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
+    """Of `python -m sgmv`: it takes no arguments."""
+    return lambda given: str(info())

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def read_adapter(directory: str | os.PathLike[str], module: str) -> Adapter:
     config, weights = _open(directory)
     if module not in weights.modules:
         expected = f"a layer that the adapter in {directory} changes"
-        raise PeftError("module", expected, repr(module), _near_names(str(module), weights.modules))
+        raise PeftError("module", expected, repr(module), near_names(str(module), weights.modules))
     return _read(weights, module, config)
 
 
@@ -346,7 +346,9 @@ def _what_is(name: str) -> str:
     return "a weight of the base model, or another method's"
 
 
-def _near_names(module: str, modules: tuple[str, ...]) -> str:
+def near_names(module: str, modules: Collection[str]) -> str:
+    """What to do about a module that none of these is: those whose names are near, or the first."""
+
     def same_end(name: str) -> bool:
         return name.endswith("." + module) or module.endswith("." + name)
 
@@ -355,7 +357,7 @@ def _near_names(module: str, modules: tuple[str, ...]) -> str:
     near = list(dict.fromkeys(same + alike))
     if near:
         return f"did you mean {_few(near)}?"
-    return f"the adapter has {_few(list(modules))}"
+    return f"there are {_few(list(modules))}" if modules else "there are none"
 
 
 def _few(names: list[str], limit: int = 5) -> str:

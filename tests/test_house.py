@@ -19,10 +19,10 @@ FLOORS = [
     {"errors", "kernels.jit"},
     {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
     {"compat.arrays", "kernels.call", "segment"},
-    {"kernels.panels", "kernels.pool"},
+    {"kernels.panels", "kernels.pool", "serving.requests", "serving.residency"},
     {"kernels.loops", "kernels.tiles"},
-    {"adapters", "backend", "workers"},
-    {"checks", "launch", "layouts.rows", "peft"},
+    {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
+    {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
     {
         "compat.products",
@@ -31,9 +31,12 @@ FLOORS = [
         "emulator.device",
         "layouts.findings",
         "layouts.grouped",
+        "serving.report",
+        "serving.slots",
     },
-    {"compat.pointers", "compat.vllm", "emulator.launch"},
+    {"compat.pointers", "compat.vllm", "emulator.launch", "serving.command", "serving.step"},
     {"compat.punica", "emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
+    {"explorer.write"},
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info only tells their versions.

@@ -432,7 +432,7 @@ def test_an_unknown_module_lists_near_names(module: str, near: str) -> None:
 
 
 def test_a_module_unlike_all_others_lists_what_there_is() -> None:
-    with pytest.raises(PeftError, match=f"'lm_head'; the adapter has .*{V_PROJ!r}"):
+    with pytest.raises(PeftError, match=f"'lm_head'; there are .*{V_PROJ!r}"):
         read_adapter(FIXTURES / "llama" / "attention-f32", "lm_head")
 
 

@@ -1,0 +1,144 @@
+"""`write_html`: the explorer as one file; and `python -m sgmv explorer`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import webbrowser
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sgmv import emulator
+from sgmv.emulator import A100, DEVICES, Device
+from sgmv.emulator.punica import RELEASES
+from sgmv.errors import DtypeError, SgmvError, ValueRangeError
+from sgmv.layouts.rows import Batch, as_segments, row_ids
+from sgmv.segment import check_count
+
+KERNELS = tuple(name for name in emulator.__all__ if name.endswith(("_shrink", "_expand")))
+MOST_ROWS, MOST_ID = 1024, 10**9 - 1
+MOST = {"h_in": 65536, "r": 1024, "h_out": 65536}
+HUNG = [1] * 50 + [0] + [1] * 82  # segments of 1 and 132 rows
+
+
+def write_html(
+    path: str | os.PathLike[str],
+    batch: Batch | None = None,
+    *,
+    h_in: int = 4096,
+    r: int = 16,
+    h_out: int = 4096,
+    device: Device = A100,
+    kernel: str = "punica_sgmv_shrink",
+    release: str = "1.0.0",
+) -> Path:
+    """Write the explorer to a file, set to this batch, layer and launch; returns the file's path.
+
+    Semantics: one HTML file that asks nothing of the network. All that it starts with can be
+    changed in it; the address of the page holds the changes.
+
+    path             the file, overwritten
+    batch            (n,) adapter ids, or Segments; 1 to 1024 rows. Left out: segments of 1 and 132
+                     rows, which hung in Punica before 1.1.0
+    h_in, r, h_out   widths and rank
+    device           the GPU; one of your own stands in the page beside those of `emulator.DEVICES`
+    kernel, release  a kernel's name in `sgmv.emulator`; Punica's release, for its shrink
+
+    Raises ValueRangeError for more rows, wider layers, other kernels and releases; DtypeError and
+    ValueRangeError for counts that are no whole numbers >= 1, and as `segment` does.
+    Source: the figures are `sgmv.emulator`'s; the popularities Punica's (arXiv 2310.18547).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     page = write_html(Path(folder) / "explorer.html", [7, -1, 7], device=emulator.H100)
+    ...     page.name, "http://" in page.read_text().replace("http://www.w3.org/2000/svg", "")
+    ('explorer.html', False)
+    """
+    widths = {
+        name: check_count(name, value, 1)
+        for name, value in (("h_in", h_in), ("r", r), ("h_out", h_out))
+    }
+    for name, value in widths.items():
+        if value > MOST[name]:
+            raise ValueRangeError(name, f"at most {MOST[name]}", str(value), "show a smaller one")
+    for name, choice, known in (("kernel", kernel, KERNELS), ("release", release, RELEASES)):
+        if choice not in known:
+            raise ValueRangeError(name, f"one of {known}", repr(choice), "choose one of them")
+    ids = row_ids(as_segments(HUNG if batch is None else batch)).tolist()
+    if not 1 <= len(ids) <= MOST_ROWS:
+        raise ValueRangeError("batch", f"1 to {MOST_ROWS} rows", str(len(ids)), "show a part of it")
+    if max(ids) > MOST_ID:
+        raise ValueRangeError("batch", f"ids up to {MOST_ID}", str(max(ids)), "use smaller ids")
+    if not isinstance(device, Device):
+        raise DtypeError(
+            "device", "a Device", type(device).__name__, "pass one of emulator.DEVICES"
+        )
+    devices = {**DEVICES, device.name: device}
+    data = {
+        "devices": [asdict(each) for each in devices.values()],
+        "most": {"n": MOST_ROWS, **MOST},
+        "start": {
+            "ids": _runs(ids), "popularity": "", **widths,
+            "device": device.name, "kernel": kernel, "release": release,
+        },
+    }  # fmt: skip
+    target = Path(path)
+    target.write_text(_page(data), encoding="utf-8")
+    return target
+
+
+def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], str]:
+    """Of `python -m sgmv`: writes the page, and opens it where there is a screen."""
+    parser.add_argument("path", nargs="?", default="explorer.html", help="file to write")
+    parser.add_argument("--no-open", action="store_true", help="only write it")
+    return _run
+
+
+def _run(given: argparse.Namespace) -> str:
+    try:
+        path = write_html(given.path).resolve()
+    except OSError as error:
+        raise SgmvError(
+            "path", "a file that can be written", str(error), "name another place"
+        ) from error
+    screen = sys.platform in ("darwin", "win32") or os.environ.get(
+        "DISPLAY", os.environ.get("WAYLAND_DISPLAY")
+    )
+    opened = bool(screen) and not given.no_open and webbrowser.open(path.as_uri())
+    return f"{'opened' if opened else 'open in a browser:'} {path.as_uri()}"
+
+
+def _page(data: dict[str, Any]) -> str:
+    """The template with all that it names put in its place."""
+    folder = files("sgmv.explorer")
+
+    def read(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    def style(found: re.Match[str]) -> str:
+        return f"<style>\n{read(found[1])}</style>"
+
+    def script(found: re.Match[str]) -> str:
+        return f"<script>\n{read(found[1])}</script>"
+
+    page = re.sub(r'<link rel="stylesheet" href="(.+?)">', style, read("page.html"))
+    page = re.sub(r'<script src="(.+?)"></script>', script, page)
+    told = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
+    return page.replace(' id="data">', f' id="data">{told}', 1)
+
+
+def _runs(ids: list[int]) -> str:
+    """The ids as the page writes them.
+
+    >>> _runs([7, 0, 0, 0])
+    '7, 0*3'
+    """
+    counted = [(each, len(list(group))) for each, group in groupby(ids)]
+    return ", ".join(str(each) if times == 1 else f"{each}*{times}" for each, times in counted)

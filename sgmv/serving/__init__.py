@@ -1,0 +1,34 @@
+"""Serving: which adapters are in memory, which requests run, and one step of the model.
+
+    requests ──Scheduler──> running ──────AdapterSlots──────> slots ──────Step──────> y, per layer
+    waiting, oldest first   at most       disk -> host memory         rows -> segments,
+    FIFO, never overtaken   max_loras     -> slots, evicted           then one add_lora
+    too often               adapters      by LRU or FIFO              for every layer
+
+Start reading at sgmv/serving/step.py. The simulator drives the same Scheduler and the same rules of
+eviction with requests that are only numbers: `python -m sgmv simulate`.
+"""
+
+from sgmv.serving.requests import LoRARequest
+from sgmv.serving.residency import POLICIES, Counters
+from sgmv.serving.scheduler import Scheduler
+from sgmv.serving.simulate import Costs, Outcome, simulate
+from sgmv.serving.slots import AdapterSlots
+from sgmv.serving.step import Step, make_step, next_step
+from sgmv.serving.traces import Trace, draw_trace
+
+__all__ = [
+    "POLICIES",
+    "AdapterSlots",
+    "Costs",
+    "Counters",
+    "LoRARequest",
+    "Outcome",
+    "Scheduler",
+    "Step",
+    "Trace",
+    "draw_trace",
+    "make_step",
+    "next_step",
+    "simulate",
+]

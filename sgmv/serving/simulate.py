@@ -1,0 +1,227 @@
+"""A served model in numbers alone: who waits how long, and what has to be loaded.
+
+The Scheduler and the Residency are those of a real server. Only the model is missing: a step takes
+`step_us` and `row_us` more for each request in it, and each request has one row in each of its
+steps; a step whose adapters are not in slots waits until they are.
+
+Between two events, an arrival or the end of a request, all steps are alike: they are taken at once,
+so that the time of a simulation grows with the requests and not with their tokens. All times are
+whole microseconds, and nothing is rounded: the outcome is that of a loop over every step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sgmv.segment import Integers, check_count
+from sgmv.serving.requests import BASE_MODEL, LoRARequest
+from sgmv.serving.residency import Counters, Residency
+from sgmv.serving.scheduler import Scheduler
+from sgmv.serving.traces import Trace, check_number
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step and an adapter cost.
+
+    Semantics: a step takes `step_us + row_us * rows` microseconds, and before it each adapter that
+    comes into a slot `load_us`, each that is read from disk `read_us` as well. The defaults are
+    round numbers for a 7B model on one large GPU, not measurements: a step that grows little with
+    its rows, and rank-16 adapters of the q, k, v and o projections in half precision.
+
+    step_us, row_us  microseconds
+    adapter_bytes    of one adapter
+    load_rate        bytes a second from host memory into slots
+    read_rate        bytes a second from disk into host memory
+
+    Raises ServingError, DtypeError or ValueRangeError.
+    Source: that a batch costs little more than a row: Punica (arXiv 2310.18547), section 7.
+
+    >>> Costs().load_us, Costs().read_us
+    (1678, 16777)
+    """
+
+    step_us: int = 28_000
+    row_us: int = 100
+    adapter_bytes: int = 32 << 20
+    load_rate: float = 20e9
+    read_rate: float = 2e9
+
+    def __post_init__(self) -> None:
+        for name, least in (("step_us", 1), ("row_us", 0), ("adapter_bytes", 0)):
+            check_count(name, getattr(self, name), least)
+        for name in ("load_rate", "read_rate"):
+            check_number(name, getattr(self, name), least=1)
+
+    @property
+    def load_us(self) -> int:
+        """One adapter from host memory into a slot."""
+        return round(self.adapter_bytes / self.load_rate * 1e6)
+
+    @property
+    def read_us(self) -> int:
+        """One adapter from disk into host memory."""
+        return round(self.adapter_bytes / self.read_rate * 1e6)
+
+
+class Tenants(NamedTuple):
+    """Waiting time by adapter, ids ascending; 0 is the base model's."""
+
+    ids: Integers
+    requests: Integers
+    p50_s: npt.NDArray[np.float64]
+    p99_s: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a simulation found.
+
+    Semantics: `simulate` makes it; times are of the simulated clock.
+
+    trace, max_loras, policy  what was simulated
+    wait_us      (n,) from each request's arrival until its first step began
+    deferrals    requests that had to wait for others' adapters though the batch had room
+    counters     adapters found, and not found, where a step's admitted requests needed them
+    loaded_bytes, read_bytes  from host memory into slots, from disk into host memory
+    end_us       when the last request ended
+
+    >>> outcome = simulate(Trace([0, 0], [1, 1], [1, 1]))
+    >>> outcome.hit_rate, outcome.wait_us.tolist(), outcome.tenants().requests.tolist()
+    (0.5, [18455, 18455], [2])
+    """
+
+    trace: Trace
+    max_loras: int
+    policy: str
+    wait_us: Integers
+    deferrals: int
+    counters: Counters
+    loaded_bytes: int
+    read_bytes: int
+    end_us: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the requests that ask for an adapter, the share for which none had to be loaded."""
+        asking = int((self.trace.adapter_ids != BASE_MODEL).sum())
+        return 1 - self.counters.slot_misses / asking if asking else math.nan
+
+    @property
+    def deferral_rate(self) -> float:
+        """The share of the requests that were deferred."""
+        return self.deferrals / self.trace.n if self.trace.n else math.nan
+
+    @property
+    def requests_per_s(self) -> float:
+        """Requests ended per second of the simulated time."""
+        return self.trace.n / self.end_us * 1e6 if self.end_us else math.nan
+
+    def wait_s(self, percent: float) -> float:
+        """The waiting time in seconds that so many percent of the requests do not exceed."""
+        if not self.trace.n:
+            return math.nan
+        return float(np.percentile(self.wait_us, percent, method="inverted_cdf")) / 1e6
+
+    def tenants(self) -> Tenants:
+        """The same for each adapter's requests by themselves, 50 and 99 percent."""
+        by_tenant = np.lexsort((self.wait_us, self.trace.adapter_ids))
+        ids, start, requests = np.unique(
+            self.trace.adapter_ids[by_tenant], return_index=True, return_counts=True
+        )
+        waits = self.wait_us[by_tenant] / 1e6
+        # The rank of the smallest value that so many percent do not exceed, in whole numbers.
+        p50, p99 = (waits[start - (-requests * percent // 100) - 1] for percent in (50, 99))
+        return Tenants(ids, requests, p50, p99)
+
+
+def simulate(
+    trace: Trace,
+    max_loras: int = 8,
+    policy: str = "lru",
+    *,
+    max_cpu_loras: int = 256,
+    max_num_seqs: int = 64,
+    max_overtakes: int = 256,
+    costs: Costs | None = None,
+) -> Outcome:
+    """Serve a trace without a model.
+
+    Semantics: at each step's begin those that have arrived wait, and `Scheduler.admit` and
+    `Residency.bring` do what they do in a server; loading keeps the step from beginning.
+
+    trace          the requests
+    max_loras      slots
+    policy         "lru" or "fifo": who is evicted, from slots and from host memory
+    max_cpu_loras  adapters in host memory, slots included
+    max_num_seqs, max_overtakes  as for Scheduler
+    costs          Costs(), if left out
+
+    Raises as Scheduler and Residency do. A million requests take some seconds.
+    Source: S-LoRA (arXiv 2311.03285), section 7, for the workload.
+
+    >>> outcome = simulate(Trace([0, 0, 0], [1, 2, 1], [2, 3, 4]), max_loras=1)
+    >>> outcome.deferrals, outcome.counters.slot_misses
+    (1, 2)
+    >>> outcome.wait_us - outcome.wait_us[0]
+    array([     0, 131055,      0])
+    """
+    costs = costs or Costs()
+    scheduler: Scheduler[int] = Scheduler(max_loras, max_num_seqs, max_overtakes)
+    residency = Residency(max_loras, max_cpu_loras, policy)
+    n, arrival, ids, tokens = (
+        trace.n, trace.arrival_us.tolist(), trace.adapter_ids.tolist(), trace.tokens.tolist()
+    )  # fmt: skip
+    lora_requests = {i: LoRARequest(str(i), i, str(i)) for i in set(ids) - {BASE_MODEL}}
+    wait = [0] * n
+    ending: list[int] = []  # a heap: the step at whose begin a request has ended * n + the request
+    load_us, read_us, waiting, holding, counters = (
+        costs.load_us, costs.read_us, scheduler.waiting, scheduler.holding, residency.counters
+    )  # fmt: skip
+    now = step = came = 0
+    while came < n or ending or waiting:
+        while came < n and arrival[came] <= now:
+            scheduler.add(came, lora_requests.get(ids[came]))
+            came += 1
+        admitted = scheduler.admit()
+        if admitted:
+            loads, reads = counters.slot_misses, counters.host_misses
+            residency.bring(sorted({ids[i] for i in admitted} - {BASE_MODEL}), holding)
+            now += (counters.slot_misses - loads) * load_us
+            now += (counters.host_misses - reads) * read_us
+            for i in admitted:
+                wait[i] = now - arrival[i]
+                heappush(ending, (step + tokens[i]) * n + i)
+        if not ending:
+            now = arrival[came]
+            continue
+        step_us = costs.step_us + costs.row_us * len(ending)
+        steps = ending[0] // n - step
+        if came < n and len(ending) < max_num_seqs:  # the next arrival may change something
+            steps = min(steps, max(1, -(-(arrival[came] - now) // step_us)))
+        step += steps
+        now += steps * step_us
+        ended = set()
+        while ending and ending[0] < (step + 1) * n:
+            i = heappop(ending) % n
+            scheduler.finish(i)
+            ended.add(ids[i])
+        # A server touches its adapters in each step; what counts is the last before they rest.
+        residency.touch(sorted(ended - holding))
+    return Outcome(
+        trace=trace,
+        max_loras=max_loras,
+        policy=policy,
+        wait_us=np.array(wait, np.int64),
+        deferrals=scheduler.deferrals,
+        counters=counters,
+        loaded_bytes=counters.slot_misses * costs.adapter_bytes,
+        read_bytes=counters.host_misses * costs.adapter_bytes,
+        end_us=now,
+    )

@@ -1,0 +1,156 @@
+"""START HERE. One step of a served model: schedule, activate, map rows to slots, then every layer.
+
+scheduler.schedule(pinned)  ──>  requests of this step, at most max_loras adapters
+slots.activate(...)         ──>  each adapter's slot and generation
+tokens of each request      ──>  rows of x, and Segments, made once for all layers
+step.add_lora(module, y, x)      one SGMV for each layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from sgmv.dtypes import Array
+from sgmv.errors import ServingError, StaleStepError, UnknownAdapterError, some
+from sgmv.lora import add_lora
+from sgmv.schedule import BASE_ONLY
+from sgmv.segment import Integers, Segments, check_count, segment
+from sgmv.serving.requests import LoRARequest
+from sgmv.serving.scheduler import Scheduler
+from sgmv.serving.slots import Active, AdapterSlots
+
+R = TypeVar("R", bound=Hashable)
+BASE = Active(BASE_ONLY, BASE_ONLY)
+
+
+@dataclass(frozen=True, eq=False)
+class Step(Generic[R]):
+    """What one step of the model runs: whose rows, in which slots.
+
+    Semantics: rows `rows[request_id]` of every layer's x and y are that request's tokens; row i
+    uses the adapter that was in slot `slots[i]` when the step was made, and only while it still is.
+
+    rows         request_id -> slice, in the scheduler's order
+    slots        (n,) int64, -1 = base model; vLLM: token_lora_mapping
+    segments     the rows grouped by generation, for every layer
+    adapters     generation -> LoRARequest, of this step
+
+    Made by `next_step` or `make_step`. Source: vLLM, gpu_input_batch.py, and
+    lora/punica_wrapper, `update_metadata`.
+
+    >>> make_step(AdapterSlots(1, 1, 8), {"r0": None, "r1": None}).n
+    2
+    """
+
+    rows: Mapping[R, slice]
+    slots: Integers
+    segments: Segments
+    adapters: Mapping[int, LoRARequest]
+    adapter_slots: AdapterSlots
+
+    @property
+    def n(self) -> int:
+        """Rows of the step."""
+        return self.segments.n
+
+    def add_lora(self, module: str, y: Array, x: Array, *, backend: str | None = None) -> Array:
+        """Add every row's own delta at one layer to y, in place.
+
+        Semantics: `sgmv.add_lora` with the layer's adapters.
+
+        module  the layer's name
+        y       (n, h_out), as in `sgmv.add_lora`
+        x       (n, h_in)
+
+        Raises StaleStepError when an adapter of the step has been evicted, unloaded or replaced
+        since; ServingError for a module that the model lacks; and as `sgmv.add_lora`. y is then as
+        it was. Source: vLLM, lora/punica_wrapper, `add_lora_linear`.
+
+        >>> slots = AdapterSlots(1, 1, 8, modules={"up": (3, 2)})
+        >>> step = make_step(slots, {"r0": None})
+        >>> step.add_lora("up", np.zeros((1, 2), "float32"), np.ones((1, 3), "float32"))
+        array([[0., 0.]], dtype=float32)
+        """
+        stack = self.adapter_slots.stack(module)
+        try:
+            return add_lora(y, x, stack, self.segments, backend=backend)
+        except UnknownAdapterError as error:
+            gone = [self.adapters[i].lora_name for i in self.adapters if i not in stack]
+            raise StaleStepError(
+                "step",
+                "adapters that are still in the slots they had",
+                f"{some(gone)} evicted or replaced since",
+                "make the step again, and run it from its first layer",
+            ) from error
+
+
+def next_step(
+    scheduler: Scheduler[R], slots: AdapterSlots, tokens: Mapping[R, int] | None = None
+) -> Step[R]:
+    """Schedule the next step, bring its adapters into slots, and map its rows to them.
+
+    Semantics: `make_step(slots, scheduler.schedule(slots.pinned), tokens)`.
+
+    Raises ServingError when the scheduler has more max_loras than there are slots; and as
+    `make_step`: the admitted requests are running then. Finish those that cannot be served, and
+    call it again. Source: vLLM, Scheduler.schedule and set_active_loras.
+
+    >>> def read(path):
+    ...     return {"up": Adapter(np.ones((1, 2), "float32"), np.full((1, 1), 3, "float32"))}
+    >>> from sgmv import Adapter
+    >>> slots = AdapterSlots(max_loras=1, max_cpu_loras=1, max_lora_rank=8, read=read)
+    >>> scheduler = Scheduler(max_loras=1)
+    >>> scheduler.add("r0", LoRARequest("french", 7, "adapters/french"))
+    >>> scheduler.add("r1")
+    >>> step = next_step(scheduler, slots, tokens={"r0": 2})
+    >>> step.rows, step.slots
+    ({'r0': slice(0, 2, None), 'r1': slice(2, 3, None)}, array([ 0,  0, -1]))
+    >>> x, y = np.ones((3, 2), "float32"), np.zeros((3, 1), "float32")
+    >>> for module in slots.modules:
+    ...     step.add_lora(module, y, x)
+    array([[6.],
+           [6.],
+           [0.]], dtype=float32)
+    """
+    if scheduler.max_loras > slots.max_loras:
+        raise ServingError(
+            "scheduler",
+            f"max_loras of at most {slots.max_loras}, as there are slots",
+            str(scheduler.max_loras),
+            "make both with the same max_loras",
+        )
+    return make_step(slots, scheduler.schedule(slots.pinned), tokens)
+
+
+def make_step(
+    slots: AdapterSlots,
+    requests: Mapping[R, LoRARequest | None],
+    tokens: Mapping[R, int] | None = None,
+) -> Step[R]:
+    """Bring these requests' adapters into slots, and map their rows to them.
+
+    Semantics: the rows of each request stand together, in the order of `requests`.
+
+    requests  request_id -> its adapter, None = the base model
+    tokens    request_id -> its rows in this step: a prompt's length, or 1, as for those left out
+
+    Raises as `AdapterSlots.activate`; DtypeError or ValueRangeError for a number of tokens below 0.
+    Source: vLLM, gpu_input_batch.py, `make_lora_inputs`.
+
+    >>> make_step(AdapterSlots(1, 1, 8), {"r0": None, "r1": None}, {"r0": 3}).n
+    4
+    """
+    tokens = tokens or {}
+    lengths = [check_count(f"tokens[{i!r}]", tokens.get(i, 1), 0) for i in requests]
+    active = slots.activate(requests.values())
+    of = [BASE if lora is None else active[lora.lora_int_id] for lora in requests.values()]
+    slot, generation = np.repeat(np.array(of, np.int64).reshape(-1, 2), lengths, axis=0).T.copy()
+    ends = np.cumsum([0, *lengths]).tolist()
+    rows = dict(zip(requests, map(slice, ends[:-1], ends[1:]), strict=True))
+    loras = {active[lora.lora_int_id].generation: lora for lora in requests.values() if lora}
+    slot.flags.writeable = False
+    return Step(rows, slot, segment(generation), loras, slots)

@@ -1,0 +1,572 @@
+"""The explorer: every figure of the page against the emulator's, and the page in a real browser.
+
+Figures need Chromium or node, the page needs Chromium; without, these tests are skipped and say so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import sgmv
+from reference.workloads import POPULARITIES, popularity
+from sgmv import emulator, layouts
+from sgmv.__main__ import main
+from sgmv.emulator import DEVICES, DeadlockError, Launch
+from sgmv.emulator.punica import RELEASES
+from sgmv.errors import SgmvError
+from sgmv.explorer.write import HUNG, KERNELS, MOST_ROWS, write_html
+from tests.chromium import FOUND, Page, chromium
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "sgmv" / "explorer"
+SCRIPT = "".join(
+    (FOLDER / f"{name}.js").read_text() for name in ("emulator", "timeline", "layouts")
+)
+NODE = shutil.which("node")
+NO_CHROMIUM = "no Chromium on the path: apt-get install chromium"
+needs_chromium = pytest.mark.skipif(FOUND is None, reason=NO_CHROMIUM)
+Javascript = Callable[[str, str], Any]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if FOUND is None:
+        pytest.skip(NO_CHROMIUM)
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def javascript(request: pytest.FixtureRequest) -> Javascript:
+    """(script, expression) -> the expression's value, after the script."""
+    if FOUND is None and NODE is None:
+        pytest.skip("needs Chromium or node")
+
+    def in_chromium(script: str, expression: str) -> Any:
+        page = request.getfixturevalue("page")
+        return json.loads(
+            page.evaluate(f"(() => {{{script}\nreturn JSON.stringify({expression})}})()")
+        )
+
+    def in_node(script: str, expression: str) -> Any:
+        program = f"{script}\nprocess.stdout.write(JSON.stringify({expression}))"
+        done = subprocess.run([str(NODE), "-"], input=program, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return in_chromium if FOUND else in_node
+
+
+class Case(NamedTuple):
+    """One launch, as the page names its parts."""
+
+    ids: list[int]
+    kernel: str
+    h_in: int
+    r: int
+    h_out: int
+    device: str
+    release: str
+    max_loras: int
+    max_lora_chunk_size: int
+
+    def launch(self) -> Launch:
+        """The emulator's."""
+        slots = slots_of(self.ids)
+        own: dict[str, dict[str, Any]] = {
+            "punica_sgmv_shrink": {"release": self.release},
+            "vllm_v1": {"slots": slots, "max_loras": max(self.max_loras, len(slots))},
+            "sglang": {"max_lora_chunk_size": self.max_lora_chunk_size},
+        }
+        named = next((own[name] for name in own if self.kernel.startswith(name)), {})
+        shrinks = self.kernel.endswith("shrink")
+        widths = {"h_in": self.h_in, "r": self.r} if shrinks else {"r": self.r, "h_out": self.h_out}
+        made: Launch = getattr(emulator, self.kernel)(
+            self.ids, **widths, device=DEVICES[self.device], **named
+        )
+        return made
+
+
+def slots_of(ids: list[int]) -> dict[int, int]:
+    """The page's slots: the places of the adapters in ascending order."""
+    return {adapter_id: s for s, adapter_id in enumerate(sorted(set(ids) - {-1}))}
+
+
+def cases() -> list[Case]:
+    """Batches of all kinds, each with every kernel; widths, ranks and devices at random."""
+    rng = np.random.default_rng(5)
+    batches = [[7], [-1, -1], HUNG, [2, 0, -1, 2, 0], [5] * 64, [5] * 65, [-1, *range(40)]]
+    batches += [list(range(n)) for n in (26, 27, 28, 33, 127, 128, 129)]
+    batches += [popularity(k, n).tolist() for k in POPULARITIES for n in (1, 8, 64, 133, 600)]
+    batches += [popularity("skewed", 256).tolist()]
+    batches += [rng.integers(-1, 9, int(rng.integers(1, 400))).tolist() for _ in range(10)]
+    ranks, widths = (8, 16, 17, 32, 64, 96, 128), (16, 768, 3424, 3584, 4096, 4099, 11008, 20480)
+    overflow = Case(list(range(33)), "punica_sgmv_shrink", 2048, 128, 16, "H100", "1.1.0", 8, 16)
+    return [overflow] + [
+        Case(
+            ids, kernel, int(rng.choice(widths)), int(rng.choice(ranks)), int(rng.choice(widths)),
+            str(rng.choice(list(DEVICES))), str(rng.choice(RELEASES)),
+            int(rng.choice((1, 8, 64))), int(rng.choice((16, 32, 128))),
+        )
+        for ids in batches
+        for kernel in KERNELS
+        for _ in range(3)
+    ]  # fmt: skip
+
+
+CASES = cases()
+DATA = {name: vars(device) for name, device in DEVICES.items()}
+
+
+def of_each(expression: str, chosen: list[Case]) -> str:
+    """JavaScript: the expression's value for the launch of each case."""
+    given = json.dumps({"devices": DATA, "cases": [c._asdict() for c in chosen]})
+    return (
+        f"(({{devices, cases}}) => cases.map((c) => {{ const values = {{...c, device: devices["
+        "c.device], max_loras: Math.max(c.max_loras, laid_out(segment(c.ids)).length)}; "
+        "const launch = KERNELS[c.kernel](segment(c.ids), values); "
+        f"return {expression}; }}))({given})"
+    )
+
+
+@cache
+def emulators() -> list[dict[str, Any]]:
+    """The emulator's figures of every case, as JSON would bring them."""
+    figures: list[dict[str, Any]] = json.loads(json.dumps([c.launch().figures() for c in CASES]))
+    return figures
+
+
+def test_every_figure_is_the_emulators(javascript: Javascript) -> None:
+    got = javascript(SCRIPT, of_each("figures(launch)", CASES))
+    for case, figures, expected in zip(CASES, got, emulators(), strict=True):
+        assert figures == expected, case
+        assert list(figures) == list(expected), case
+
+
+def test_the_cases_hold_what_they_hunt() -> None:
+    told = " ".join(fault for figures in emulators() for fault in figures["faults"])
+    assert set(re.findall(r"\b(deadlock|race|overflow|rank|width)\b", told)) >= {
+        "deadlock", "race", "overflow", "rank", "width",
+    }  # fmt: skip
+    for name in ("cooperative", "deterministic"):
+        assert {figures[name] for figures in emulators()} == {True, False}
+    for name in ("early_exits", "waves", "barriers"):
+        assert any(figures[name] > 1 for figures in emulators())
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("const STEP_ROWS = WARPS * 16;", "const STEP_ROWS = WARPS * 8;"),
+        ("Math.ceil(a / b)", "Math.floor(a / b) + 1"),
+        ("chunks * S <= capacity", "chunks * S < capacity"),
+        ("const RESERVED = 1024;", "const RESERVED = 0;"),
+        ('(release === "1.1.0" ? most(steps) : steps[s])', "most(steps)"),
+        ("segments.n < FEW_ROWS", "segments.n <= FEW_ROWS"),
+        ("n >= 256 ? 128", "n > 256 ? 128"),
+        ("(split_k > 1 ? added : 0)", "0"),
+    ],
+)
+def test_a_fault_in_the_page_is_found(javascript: Javascript, text: str, instead: str) -> None:
+    assert SCRIPT.count(text) == 1, text
+    got = javascript(SCRIPT.replace(text, instead), of_each("figures(launch)", CASES))
+    assert got != emulators()
+
+
+def test_tiles_make_up_the_lanes(javascript: Javascript) -> None:
+    tiles = javascript(SCRIPT, of_each("launch.tile", CASES))
+    for case, tile, figures in zip(CASES, tiles, emulators(), strict=True):
+        slots = figures["row_slots"] * tile["column_slots"] * tile["k_slots"]
+        assert slots == figures["lanes"], case
+        assert all(slots % tile["rows"] == 0 for slots in figures["row_slots_per_segment"]), case
+        tiles_in_all = figures["row_slots"] // tile["rows"] * tile["columns"] * tile["splits"]
+        if case.kernel not in ("punica_cutlass_expand", "punica_sgmv_shrink"):  # several per block
+            assert figures["blocks"] - figures["early_exits"] == tiles_in_all, case
+
+
+TIMELINE = """(() => { const t = timeline(launch); const placed = new Map(); let overlaps = 0;
+  for (const b of t.bars) { if (b.start < (placed.get(b.place) ?? 0) - 1e-9) overlaps += 1;
+    placed.set(b.place, b.end); }
+  const of = (kind) => new Set(t.bars.filter((b) => b.kind === kind).map((b) => b.block)).size;
+  return { blocks: new Set(t.bars.map((b) => b.block)).size, places: placed.size, overlaps,
+    exits: of("exit"), opened: t.moments.filter((m) => m.kind === "open").length,
+    stuck: t.stuck, end: t.end, last: t.moments.length ? t.moments.at(-1).time : 0 };
+})()"""
+
+
+def test_timelines_hold_every_block_once(javascript: Javascript) -> None:
+    chosen = CASES[::11]  # 11 and 8 kernels have no common factor
+    for case, line in zip(chosen, javascript(SCRIPT, of_each(TIMELINE, chosen)), strict=True):
+        launch = case.launch()
+        if not launch.capacity:
+            assert line["blocks"] == 0, case
+            continue
+        assert (line["blocks"], line["exits"]) == (launch.blocks, launch.early_exits), case
+        assert line["places"] == min(launch.blocks, launch.capacity), case
+        assert line["overlaps"] == 0, case
+        assert line["last"] == line["end"], case
+        deadlock = launch.deadlock
+        assert (line["stuck"] is None) == (deadlock is None), case
+        if deadlock is not None:
+            assert line["stuck"] == {
+                "barrier": deadlock.barrier,
+                "waiting": len(deadlock.waiting),
+                "returned": len(deadlock.returned),
+            }, case
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_timeline_ends_as_the_blocks_do(javascript: Javascript, release: str) -> None:
+    """Against the emulator's execution, block by block."""
+    rng = np.random.default_rng(1)
+    batches = [HUNG, [0] * 3 + [1] * 70, [0, 1, 2], [0] * 65 + [1] * 66, [0, *[1] * 200, 2]]
+    chosen = [
+        Case(ids, "punica_sgmv_shrink", 512, 16, 16, "A100", release, 8, 16) for ids in batches
+    ]
+    for case, line in zip(chosen, javascript(SCRIPT, of_each(TIMELINE, chosen)), strict=True):
+        x = rng.standard_normal((len(case.ids), 512)).astype(np.float16)
+        weights = {i: rng.standard_normal((16, 512)).astype(np.float16) for i in set(case.ids)}
+        launch = case.launch()
+        if line["stuck"] is None:
+            assert launch.run(x, weights).barriers == line["opened"], case
+        else:
+            with pytest.raises(DeadlockError) as hung:
+                launch.run(x, weights)
+            assert hung.value.deadlock.barrier == line["stuck"]["barrier"] == line["opened"] + 1
+    expected = {"1.0.0": 3, "1.1.0": 0}  # how many of them hang
+    assert sum(case.launch().deadlock is not None for case in chosen) == expected[release]
+
+
+def test_popularities_are_the_papers(javascript: Javascript) -> None:
+    sizes = [*range(1, 70), 128, 333, 1024]
+    got = javascript(SCRIPT, f"POPULARITIES.map((kind) => {sizes}.map((n) => popularity(kind, n)))")
+    for kind, by_size in zip(POPULARITIES, got, strict=True):
+        for n, lengths in zip(sizes, by_size, strict=True):
+            assert lengths == np.bincount(popularity(kind, n)).tolist(), (kind, n)
+
+
+def test_rooflines_are_segments_stats(javascript: Javascript) -> None:
+    for kind in POPULARITIES:
+        for n in (1, 8, 64):
+            segments = sgmv.segment(popularity(kind, n))
+            expected = segments.stats(4096, 11008, 16).expand
+            got = javascript(SCRIPT, f"traffic({n}, {segments.S}, 16, 16, 11008)")
+            assert got["flops"] == expected.flops
+            assert got["io_bytes"] == expected.bytes_read + expected.bytes_written
+            assert got["intensity"] == expected.intensity
+
+
+def test_layouts_are_each_engines(javascript: Javascript) -> None:
+    chosen = [case for case in CASES if case.kernel == KERNELS[0]][::2]
+    got = javascript(SCRIPT, of_each("layouts(segment(c.ids), c.ids, values)", chosen))
+    for case, of_engine in zip(chosen, got, strict=True):
+        slots = slots_of(case.ids)
+        S, stack = len(slots), sgmv.AdapterStack(8, 8, slots=max(len(slots), 1), max_rank=8)
+        for adapter_id in slots:
+            stack.load(adapter_id, (np.ones((8, 8), "f"), np.ones((8, 8), "f")))
+        segments = sgmv.segment(case.ids)
+        most = case.max_lora_chunk_size
+        csgmv = layouts.sglang(case.ids, stack, max_lora_chunk_size=most)
+        launches = list(layouts.lorax(case.ids, 8).rank_data.values())
+        held: dict[str, Any] = {
+            "sgmv": segments,
+            "punica": layouts.punica(case.ids, stack),
+            "vllm_v1": layouts.vllm_v1(case.ids, max(case.max_loras, S, 1), slots),
+            "sglang": csgmv,
+            "lorax": launches[0] if launches else None,
+        }
+        for engine, layout in held.items():
+            for name, (dtype, values) in of_engine[engine].items():
+                if layout is None:
+                    assert values == []
+                    continue
+                array = getattr(layout, name)
+                assert (dtype, len(values)) == (str(array.dtype), len(array)), (engine, name)
+                if name.endswith("_ptr"):  # the page names whose weights they point to
+                    assert [int(v.split()[-1]) for v in values] == list(slots)
+                elif name == "weight_indices":  # the page's base slot follows its own slots
+                    base = len(csgmv.lora_ranks) - 1
+                    assert [base if v == S else v for v in values] == array.tolist()
+                elif not (name == "token_indices_sorted_by_lora_ids" and S == 0):
+                    assert values == array.tolist(), (engine, name, case)
+
+
+# --- the file ---------------------------------------------------------------------------------
+
+
+def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
+    text = write_html(tmp_path / "explorer.html").read_text()
+    assert re.findall(r"https?://[^\"' ]+", text) == ["http://www.w3.org/2000/svg"]
+    assert not re.search(r"<link[^>]+stylesheet|<script[^>]+src=|@import|url\((?!#)", text)
+    start = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["start"]  # type: ignore[index]
+    assert start["ids"] == "1*50, 0, 1*82"
+
+
+def test_a_device_of_ones_own_stands_in_the_page(tmp_path: Path) -> None:
+    toy = emulator.Device("</script>toy", 2, 102400, 101376, 16, 1536, 10**11, 10**13)
+    text = write_html(tmp_path / "explorer.html", [3, -1], device=toy).read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])  # type: ignore[index]
+    assert data["devices"][-1]["name"] == data["start"]["device"] == toy.name
+    assert [each["name"] for each in data["devices"][:-1]] == list(DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("argument", "given"),
+    [
+        ("batch", {"batch": []}),
+        ("batch", {"batch": [0] * (MOST_ROWS + 1)}),
+        ("batch", {"batch": [10**9]}),
+        ("adapter_ids", {"batch": [-2]}),
+        ("h_in", {"h_in": 0}),
+        ("r", {"r": 1025}),
+        ("h_out", {"h_out": 1.5}),
+        ("kernel", {"kernel": "half_v_error"}),
+        ("release", {"release": "1.2.0"}),
+        ("device", {"device": "A100"}),
+    ],
+)
+def test_refusals_come_before_the_file(
+    tmp_path: Path, argument: str, given: dict[str, Any]
+) -> None:
+    with pytest.raises(SgmvError) as refused:
+        write_html(tmp_path / "explorer.html", **given)
+    assert refused.value.argument == argument
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "explorer.html"
+    main(["explorer", str(path), "--no-open"])
+    assert path.as_uri() in capsys.readouterr().out
+    assert path.read_text() == write_html(tmp_path / "again.html").read_text()
+
+
+def test_the_command_refuses_a_place_it_cannot_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["explorer", str(tmp_path / "nowhere" / "explorer.html"), "--no-open"])
+    assert "path: expected a file that can be written" in capsys.readouterr().err
+
+
+def test_a_wheel_takes_the_page_along() -> None:
+    declared = (ROOT / "pyproject.toml").read_text()
+    [globs] = re.findall(r'"sgmv.explorer" = \[(.*)\]', declared)
+    taken = {path for glob in re.findall(r'"(.*?)"', globs) for path in FOLDER.glob(glob)}
+    assert taken == {path for path in FOLDER.iterdir() if path.suffix in (".html", ".css", ".js")}
+    assert '"sgmv.explorer"' in declared.split("packages =")[1].split("]")[0]
+
+
+# --- the page in a browser --------------------------------------------------------------------
+
+
+@pytest.fixture
+def explorer(page: Page, tmp_path: Path) -> Iterator[Page]:
+    """The page as `make explorer` writes it; whatever a test does, nothing may go wrong in it."""
+    page.errors.clear()
+    page.requests.clear()
+    page.view(1280)
+    page.open(write_html(tmp_path / "explorer.html").as_uri())
+    yield page
+    assert page.errors == []
+    outside = [url for url in page.requests if not url.startswith(("file:", "about:", "data:"))]
+    assert outside == []
+
+
+def text(page: Page, name: str) -> str:
+    return str(page.evaluate(f"document.getElementById({name!r}).innerText"))
+
+
+def choose(page: Page, name: str, value: object) -> None:
+    page.evaluate(
+        f"(() => {{ const c = document.getElementById({name!r}); c.value = {json.dumps(value)};"
+        "c.dispatchEvent(new Event('input', {bubbles: true})); })()"
+    )
+
+
+@needs_chromium
+def test_the_page_opens_on_the_hang_and_says_why(explorer: Page) -> None:
+    told = text(explorer, "verdict")
+    pressed = "document.querySelector('#stories [aria-pressed=true]').innerText"
+    assert explorer.evaluate(pressed) == "Why [1, 132] hung"
+    assert "This launch hangs." in told
+    assert "adapter 0, 1 row: 1 step of 64 rows, so its blocks come to the barrier once" in told
+    assert (
+        "adapter 1, 132 rows: 3 steps of 64 rows, so its blocks come to the barrier 3 times" in told
+    )
+    deadlock = emulator.punica_sgmv_shrink(HUNG, 4096, 16, release="1.0.0").deadlock
+    assert str(deadlock) in told
+    assert "16 blocks wait at barrier 2 for 16 that will not come" in text(explorer, "moment-text")
+    explorer.evaluate("document.querySelector('#verdict button').click()")
+    assert "This launch runs" in text(explorer, "verdict")
+
+
+@needs_chromium
+def test_the_page_shows_the_emulators_figures(explorer: Page) -> None:
+    for kernel in KERNELS:
+        choose(explorer, "kernel", kernel)
+        case = Case(HUNG, kernel, 4096, 16, 4096, "A100", "1.0.0", 8, 16)
+        shown = explorer.evaluate("shown.figures")
+        assert shown == json.loads(json.dumps(case.launch().figures()))
+
+
+@needs_chromium
+def test_every_story_runs_and_says_what_it_promises(explorer: Page) -> None:
+    verdicts = []
+    for i in range(explorer.evaluate("STORIES.length")):
+        explorer.evaluate(f"document.querySelectorAll('#stories button')[{i}].click()")
+        pressed = "[...document.querySelectorAll('#stories [aria-pressed=true]')].length"
+        assert explorer.evaluate(pressed) == 1
+        verdicts.append(text(explorer, "verdict-title"))
+    assert verdicts == [
+        "This launch runs.",
+        "This launch hangs.",
+        "This launch runs, with a race.",
+        "This launch runs, but K is no longer split.",
+        "This launch runs, with a race.",
+        "This launch runs.",
+        "This launch runs.",
+    ]
+
+
+@needs_chromium
+def test_no_kernel_no_block_no_adapter_are_told(explorer: Page) -> None:
+    choose(explorer, "r", 17)
+    assert "There is no such kernel." in text(explorer, "verdict")
+    assert "rank 17: there are kernels for (16, 32, 64, 96, 128)" in text(explorer, "verdict")
+    choose(explorer, "r", 16)
+    choose(explorer, "ids", "-1*4")
+    assert "Nothing is launched" in text(explorer, "verdict")
+    assert "nothing to draw" in text(explorer, "moment-text")
+    choose(explorer, "ids", "0*300")
+    choose(explorer, "kernel", "sglang_csgmv_shrink")
+    choose(explorer, "max_lora_chunk_size", 128)
+    choose(explorer, "device", "L4")
+    assert "do not fit an SM of L4" in text(explorer, "verdict")
+
+
+@needs_chromium
+def test_what_is_typed_wrong_is_told_and_changes_nothing(explorer: Page) -> None:
+    before = explorer.evaluate("shown.figures")
+    for name, value, told in (
+        ("ids", "0, x", "expected an id such as 7, -1 or 0*132, got “x”"),
+        ("ids", "0*5000", "at most 1,024 rows"),
+        ("ids", " ", "at least one row"),
+        ("h_in", "0", "h_in: expected a whole number from 1 to 65,536"),
+        ("n", "", "n: expected a whole number"),
+    ):
+        choose(explorer, name, value)
+        assert told in text(explorer, "problem")
+        assert explorer.evaluate(f"document.getElementById({name!r}).ariaInvalid") == "true"
+        assert explorer.evaluate("shown.figures") == before
+        choose(explorer, "ids", "0")
+        choose(explorer, "h_in", "4096")
+        assert text(explorer, "problem") == ""
+        choose(explorer, "ids", "1*50, 0, 1*82")
+
+
+@needs_chromium
+@pytest.mark.parametrize("still", [False, True])
+def test_rows_move_unless_the_reader_wants_no_motion(explorer: Page, still: bool) -> None:
+    explorer.view(1280, still=still)
+    choose(explorer, "ids", "2, 0, -1, 2, 0")
+    moving = explorer.evaluate("document.getAnimations().length")
+    assert moving == (0 if still else 5 + 1)  # the rows, and the point under the roof
+
+
+@needs_chromium
+def test_every_panel_tells_what_changed(explorer: Page) -> None:
+    choose(explorer, "popularity", "distinct")
+    panels = explorer.evaluate("[...document.querySelectorAll('.now')].map((p) => p.innerText)")
+    assert len(panels) == 5
+    assert all("Before: " in panel for panel in panels)
+
+
+@needs_chromium
+def test_an_address_brings_the_batch_back(explorer: Page) -> None:
+    choose(explorer, "popularity", "uniform")
+    choose(explorer, "n", 30)
+    choose(explorer, "kernel", "sglang_csgmv_expand")
+    url = explorer.evaluate("location.href")
+    figures = explorer.evaluate("shown.figures")
+    explorer.open(url)
+    assert explorer.evaluate("shown.figures") == figures
+
+
+@needs_chromium
+def test_a_keyboard_reaches_and_steps_through_everything(explorer: Page) -> None:
+    reached = []
+    for _ in range(60):
+        explorer.press("Tab")
+        reached.append(
+            explorer.evaluate("document.activeElement.id || document.activeElement.tagName")
+        )
+        if reached[-1] == "moment":
+            break
+    for name in ("popularity", "n", "ids", "h_in", "r", "h_out", "kernel", "release", "device"):
+        assert name in reached
+    last = text(explorer, "moment-text")
+    explorer.press("ArrowLeft")
+    assert text(explorer, "moment-text") != last
+    explorer.press("Home")
+    assert text(explorer, "moment-text").startswith("1 of ")
+    explorer.evaluate("document.getElementById('next').focus()")
+    explorer.press("Enter")
+    assert text(explorer, "moment-text").startswith("2 of ")
+
+
+@needs_chromium
+def test_a_screen_reader_hears_names_for_all(explorer: Page) -> None:
+    heard = explorer.accessible()
+    for role in ("combobox", "spinbutton", "slider", "button", "textbox", "image", "heading"):
+        named = [node["name"] for node in heard if node["role"] == role]
+        assert named, role
+        assert all(named), role
+    images = [node["name"] for node in heard if node["role"] == "image"]
+    assert len(images) == 5  # one for each drawing
+    assert any("stuck at barrier 2" in name for name in images)
+
+
+BEYOND = """[...document.querySelectorAll("figure svg text")].filter((text) => {
+  const [a, b] = [text, text.closest("figure")].map((each) => each.getBoundingClientRect());
+  return a.left < b.left - 6 || a.right > b.right + 6; }).map((text) => text.textContent)"""
+
+LUMINANCE = """(() => {
+  const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
+  const light = (c) => rgb(c).slice(0, 3).map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (e) => {
+    const colour = getComputedStyle(e).backgroundColor;
+    return rgb(colour)[3] === 0 ? ground(e.parentElement) : colour; };
+  const poor = [];
+  for (const e of document.querySelectorAll("p, h1, h2, h3, li, label, td, th, legend, button")) {
+    if (!e.innerText || !e.checkVisibility() || e.disabled) continue;
+    const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) poor.push(e.innerText.slice(0, 40));
+  }
+  return poor; })()"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits_and_can_be_read(explorer: Page, width: int, dark: bool) -> None:
+    explorer.view(width, dark=dark)
+    for i in range(explorer.evaluate("STORIES.length")):
+        explorer.evaluate(f"document.querySelectorAll('#stories button')[{i}].click()")
+        assert explorer.evaluate("document.documentElement.scrollWidth") <= width
+        assert explorer.evaluate(BEYOND) == []
+        assert explorer.evaluate(LUMINANCE) == []

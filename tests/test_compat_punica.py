@@ -248,6 +248,24 @@ def test_only_what_can_be_read_is_read(fenced: tuple[int, int]) -> None:
 
 
 @posix
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_nothing_past_a_weight_is_read(
+    rng: np.random.Generator, fenced: tuple[int, int], dtype: Any
+) -> None:
+    """Weights that end where memory does, of widths that no vector divides."""
+    start, page = fenced
+    for inputs, outputs in ((5, 200), (17, 60), (1, 129), (33, 7), (16, 64)):
+        x, y = drawn(rng, (3, inputs), dtype), drawn(rng, (3, outputs), dtype)
+        W = drawn(rng, (outputs, inputs), dtype)
+        address = start + page - W.nbytes
+        for call, stands in ((punica.sgmv, W), (punica.sgmv_cutlass, np.ascontiguousarray(W.T))):
+            ctypes.memmove(address, stands.ctypes.data, W.nbytes)
+            out = y.copy()
+            call(out, x, np.array([address]), np.array([0, 3]), 0)
+            check(out, product(y, x, [W], np.zeros(3, int)), f"{call.__name__} {W.shape}")
+
+
+@posix
 def test_freed_memory_is_refused() -> None:
     memory = mmap.mmap(-1, mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -157,6 +157,40 @@ def apply_batched_bound(
     return _bound(start, x, ids, chosen, expected, float_type(out))
 
 
+@np.errstate(invalid="ignore", over="ignore", under="ignore")
+def flush_bound(
+    y: ArrayLike,
+    x: ArrayLike,
+    adapters: Adapters,
+    adapter_ids: ArrayLike,
+    scalings: Scaling = None,
+) -> Bound:
+    """What must be added to a bound where shrink takes numbers below 2**-126 for 0, as AMX does.
+
+    Semantics: t = 2**-126 is the most that one such number can be. An x_k lost costs t |A_jk|, an
+    A_jk lost t |x_k|; and of the h_in products and their additions each may be lost. So v_j errs by
+    t (sum_k |A_jk| + sum_k |x_k| + 2 h_in) more, which expand's own roundings, and the store's to
+    at most 8 bits, then carry on. Arguments and errors as `by_row.add_lora` -> (n, h_out) float64.
+
+    >>> one = np.ones((1, 1))
+    >>> flush_bound(one, one, [(one, one)], [0]) < 2.0**-123
+    array([[ True]])
+    """
+    y = matrix(y, "y")
+    x = matrix(x, "x", rows=len(y))
+    ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], y.shape[1], len(y))
+    tiny, u = float_type("float32").smallest_normal, float_type("float32").unit_roundoff
+    bound = np.zeros(y.shape)
+    for adapter_id, adapter in chosen.items():
+        if adapter is not None:
+            rows = np.flatnonzero(ids == adapter_id)
+            A, B, its = (np.abs(a.astype(np.float64)) for a in (*adapter[:2], x[rows]))
+            v = tiny * (A.sum(axis=1) + its.sum(axis=1)[:, None] + 2 * x.shape[1])
+            carried = (1 + gamma(x.shape[1] + len(A) + 3, u)) * (1 + 2.0**-8)
+            bound[rows] = carried * abs(adapter.scaling) * (v @ B.T)
+    return bound
+
+
 class _Start(NamedTuple):
     """What the delta is added to: y, exact as stored (0 roundings), or x @ W.T (h_in of them)."""
 

@@ -8,6 +8,7 @@ module here.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,6 +18,7 @@ from sgmv.errors import SgmvError
 # name: module, help
 COMMANDS = {
     "info": ("sgmv.info", "CPU features, backend, tiles, threads, cache folder"),
+    "explain": ("sgmv.explain.command", "a batch from rows to thread blocks, in every engine"),
     "simulate": ("sgmv.serving.command", "many adapters served: hits, waiting times, bytes"),
     "explorer": ("sgmv.explorer.write", "a page that shows what a GPU would do with a batch"),
 }
@@ -35,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             its.set_defaults(run=import_module(module).command(its))
     given = parser.parse_args(arguments)
     try:
-        print(given.run(given))
+        print(given.run(given), flush=True)
     except SgmvError as error:
         parser.exit(2, f"{error}\n")
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

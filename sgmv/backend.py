@@ -1,7 +1,8 @@
-"""Which kernels serve a call: the tiles where this CPU and the float types allow, else the loops.
+"""Which kernels serve a call: the first of these that this CPU and the float types allow.
 
-backend   tiles    float32, float16 and bfloat16 in every mix; vectors of 256 or 512 bits
-loops    every float type, every CPU: the readable form, and a cross-check
+backend   amx      x and weights of bfloat16: shrink by tile products, expand by the tiles
+          tiles    float32, float16 and bfloat16 in every mix; vectors of 256 or 512 bits
+          loops    every float type, every CPU: the readable form, and a cross-check
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sgmv import amx
 from sgmv.dtypes import BITS, FLOAT64, sum_dtype
 from sgmv.errors import ValueRangeError
 from sgmv.kernels import loops, tiles
 from sgmv.kernels.jit import VECTOR_BITS, entry
 
-BACKENDS = ("tiles", "loops")
+BACKENDS = ("amx", "tiles", "loops")
 
 Dtype = np.dtype[Any]
 
@@ -50,34 +52,50 @@ def kernels(
     found = _kernels.get(key)
     if found is None:
         v = v or sum_dtype(*(dtype for dtype in (x, weights, y) if dtype is not None))
-        chosen = choose(backend, v)
+        operands = [dtype for dtype in (x, weights) if dtype is not None]
+        chosen = choose(backend, v, all(dtype.name == "bfloat16" for dtype in operands))
         shrink = 0 if x is None else _shrink_kernel(chosen, x, weights, v)
-        expand = 0 if y is None else _expand_kernel(chosen, v, weights, y)
+        also = "tiles" if chosen == "amx" else chosen
+        expand = 0 if y is None else _expand_kernel(also, v, weights, y)
         found = _kernels[key] = Kernels(shrink, expand, v.itemsize)
     return found
 
 
-def choose(backend: str | None, v: Dtype) -> str:
-    """The backend by this name, or the best one; raises ValueRangeError where it cannot run."""
-    asked = backend or os.environ.get("SGMV_BACKEND") or None
-    if asked is not None and asked not in BACKENDS:
-        raise ValueRangeError("backend", " or ".join(BACKENDS), repr(asked), "leave it out")
-    able = VECTOR_BITS > 0 and v != FLOAT64
-    if backend == "tiles" and not able:
-        raise ValueRangeError(
-            "backend",
-            "loops for float64" if VECTOR_BITS else "loops on a CPU without 256-bit vectors",
-            "tiles",
-            "leave it out",
-        )
-    return "loops" if asked == "loops" or not able else "tiles"
+def choose(backend: str | None, v: Dtype, bfloat16: bool = False) -> str:
+    """The backend by this name, or the best one; raises ValueRangeError where it cannot run.
+
+    backend   where left out, the environment's SGMV_BACKEND, or else the next that can
+    bfloat16  whether x and weights are, as far as they take part
+    """
+    asked = backend or os.environ.get("SGMV_BACKEND") or BACKENDS[0]
+    if asked not in BACKENDS:
+        raise ValueRangeError("backend", "amx, tiles or loops", repr(asked), "leave it out")
+    able = ["loops"]
+    if VECTOR_BITS and v != FLOAT64:
+        able.insert(0, "tiles")
+        if bfloat16 and asked == "amx" and amx.is_on():
+            able.insert(0, "amx")
+    if backend and backend not in able:
+        raise ValueRangeError("backend", _instead(v), backend, "leave it out")
+    return next(name for name in BACKENDS[BACKENDS.index(asked) :] if name in able)
+
+
+def _instead(v: Dtype) -> str:
+    """What could run in the place of a backend that cannot, and why."""
+    if not VECTOR_BITS:
+        return "loops on a CPU without 256-bit vectors"
+    if v == FLOAT64:
+        return "loops for float64"
+    return f"tiles or loops {'but for bfloat16' if amx.is_on() else 'where AMX is not on'}"
 
 
 def _shrink_kernel(backend: str, x: Dtype, weights: Dtype, v: Dtype) -> int:
     key = (backend, x, weights, v)
     if key not in _shrink:
         x_like, w_like, v_like = (BITS[dtype.name].type(0) for dtype in (x, weights, v))
-        if backend == "tiles":
+        if backend == "amx":
+            _shrink[key] = amx.shrink_kernel()
+        elif backend == "tiles":
             _shrink[key] = _tiles_shrink(x_like, w_like)
         else:
             _shrink[key] = _loops_shrink(x_like, w_like, v_like)

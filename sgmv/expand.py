@@ -25,7 +25,7 @@ def expand(
     stack     the layer's adapters
     segments  of the batch's n rows
     y         (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
-    backend   "tiles" or "loops"; the faster of those that can, if left out
+    backend   "amx", "tiles" or "loops"; the first of these that can, if left out
     returns   y
 
     Raises ShapeError, DtypeError, MemoryLayoutError, UnknownAdapterError; y is then as it was.

@@ -11,7 +11,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from sgmv import workers
+from sgmv import amx, workers
 from sgmv.backend import choose
 from sgmv.dtypes import BITS
 from sgmv.kernels.emit import LANES
@@ -20,7 +20,10 @@ from sgmv.kernels.pool import SYSCALL
 from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
 from sgmv.launch import start
 
-TOLD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
+TOLD = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
+    *("amx-tile", "amx-bf16"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Info:
     cpu: str
     features: str
     vectors: str
+    amx: str
     backend: Mapping[str, str]
     shrink_tiles: str
     expand_tiles: str
@@ -51,6 +55,7 @@ def info() -> Info:
     """Which CPU features, backend, tiles, threads and cache folder sgmv uses here.
 
     Semantics: `vectors` is what the tiles are made for, from the CPU or SGMV_VECTOR_BITS;
+    `amx` says whether bfloat16 has tile products (SGMV_AMX=1 turns them on);
     `backend` names the kernels of each weight type when x and y have that type too; tiles are
     rows x ranks (shrink) and rows x columns (expand).
 
@@ -58,7 +63,10 @@ def info() -> Info:
     True
     """
     found = llvmlite.binding.get_host_cpu_features()
-    chosen = {dtype: choose(None, np.dtype("f8" if dtype == "float64" else "f4")) for dtype in BITS}
+    chosen = {
+        dtype: choose(None, np.dtype("f8" if dtype == "float64" else "f4"), dtype == "bfloat16")
+        for dtype in BITS
+    }
     tiled = "tiles" in chosen.values()
     shrink = ", ".join(f"{rows}x{ranks}" for rows, ranks in RANKS.items())
     expand = ", ".join(f"{rows}x{LANES * vectors}" for rows, vectors in COLUMN_VECTORS.items())
@@ -68,6 +76,7 @@ def info() -> Info:
         cpu=f"{llvmlite.binding.get_host_cpu_name()}, {workers.cores()} cores",
         features=" ".join(name for name in TOLD if found.get(name)) or "none that tiles could use",
         vectors=f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops",
+        amx=amx.told(),
         backend=chosen,
         shrink_tiles=shrink if tiled else "none",
         expand_tiles=expand if tiled else "none",

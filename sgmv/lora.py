@@ -54,7 +54,7 @@ def add_lora(
     x            (n, h_in)   likewise; not changed; no memory shared with y
     stack        the layer's adapters
     adapter_ids  (n,) integers, or the `Segments` made of them once for all layers of a step
-    backend      "tiles" or "loops"; the faster of those that can, if left out
+    backend      "amx", "tiles" or "loops"; the first of these that can, if left out
     returns      y
 
     A row's result does not depend on the other rows, their order, the number of threads or the run.

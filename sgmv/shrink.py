@@ -23,7 +23,7 @@ def shrink(
     x         (n, h_in)  float32, float16, bfloat16 or float64; any strides; not changed
     stack     the layer's adapters
     segments  of the batch's n rows
-    backend   "tiles" or "loops"; the faster of those that can, if left out
+    backend   "amx", "tiles" or "loops"; the first of these that can, if left out
     returns   v (n, stack.max_rank), in sorted order: float32, or float64 if x or the weights are
 
     Raises ShapeError, DtypeError, UnknownAdapterError, ValueRangeError for a backend that cannot.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numba
 import numpy as np
 import pytest
+from hypothesis import settings
 from threadpoolctl import threadpool_limits
 
 import sgmv
@@ -21,6 +22,9 @@ SEED = int(os.environ.get("SGMV_TEST_SEED", "0"))
 JITTED = not numba.config.DISABLE_JIT
 # Without the jit the loops are Python: the small cases suffice to run every line of them.
 MAX_ELEMENTS = None if JITTED else 3_000
+
+settings.register_profile("shared machine", deadline=None)  # timings never decide a test
+settings.load_profile("shared machine")
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(OPERATIONS)
 def test_never_stale(operations: list[tuple[str, int, int]]) -> None:
     """Random loads and unloads against a dict: every id serves what it was given last."""

@@ -318,7 +318,7 @@ PLAIN: dict[str, Callable[[list[int], int, int], Iterator[Block | None]]] = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 150), min_size=1, max_size=6),
     st.integers(0, 40),

@@ -15,6 +15,7 @@ import pytest
 
 import sgmv
 from sgmv import errors
+from sgmv.popularity import popularity
 
 SOURCES = Path(sgmv.__file__).parent
 F = np.float32
@@ -455,6 +456,12 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         lambda: sgmv.set_num_threads(2.0),
         errors.DtypeError,
         ["n: ", "integer", "float", "whole number"],
+    ),
+    # popularity
+    "a popularity that is none": (
+        lambda: popularity("zipf", 8),
+        errors.ValueRangeError,
+        ["kind: ", "distinct", "identical", "'zipf'", "choose"],
     ),
 }
 

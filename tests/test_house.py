@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "kernels.jit"},
     {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
-    {"compat.arrays", "kernels.call", "segment"},
+    {"compat.arrays", "kernels.amx_instructions", "kernels.call", "segment"},
     {"kernels.panels", "kernels.pool", "serving.requests", "serving.residency"},
-    {"kernels.loops", "kernels.tiles"},
+    {"kernels.amx", "kernels.loops", "kernels.tiles"},
+    {"amx"},
     {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
     {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
@@ -36,11 +37,15 @@ FLOORS = [
     },
     {"compat.pointers", "compat.vllm", "emulator.launch", "serving.command", "serving.step"},
     {"compat.punica", "emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
-    {"explorer.write"},
+    {"explain.question", "explain.terminal", "explorer.write", "models", "popularity"},
+    {"explain.cpu", "explain.engines", "explain.launches", "explain.mixes"},
+    {"explain.punica"},
+    {"explain.command"},
     {"__init__", "__main__"},
 ]
-# Who may know numba and llvmlite; info only tells their versions.
+# Who may know numba and llvmlite; info tells their versions, and amx asks for the CPU's features.
 COMPILERS = {f"kernels.{name}" for name in ("jit", "atomics", "emit", "floats", "panels", "tiles")}
+COMPILERS |= {"kernels.amx", "kernels.amx_instructions"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft"}
 
 
@@ -113,7 +118,7 @@ def test_numba_flags_stand_in_one_place() -> None:
     allowed |= {f"numba.extending{name}" for name in ("", ".intrinsic", ".overload")}
     for name, path in sources("sgmv").items():
         used = {m for m in imports(path) if m.split(".")[0] in ("numba", "llvmlite")}
-        assert not used or name in {*COMPILERS, "info"}, f"{name} imports {used}"
+        assert not used or name in {*COMPILERS, "amx", "info"}, f"{name} imports {used}"
         assert used <= allowed, f"{name} imports {used - allowed}"
         if name == "kernels.jit":
             continue
@@ -152,8 +157,8 @@ def test_jitted_functions_are_short() -> None:
 def test_functions_that_emit_code_are_short() -> None:
     """A tile's drawing and its loops should be seen at once."""
     files = sources("sgmv")
-    for name in ("kernels.emit", "kernels.tiles"):
-        for node in functions(files[name]):
+    for name in ("amx", "amx_instructions", "emit", "tiles"):
+        for node in functions(files[f"kernels.{name}"]):
             assert lines(node) < 60, f"{name}.{node.name} has {lines(node)} lines"
 
 

@@ -46,7 +46,7 @@ ids_lists = st.one_of(
     st.integers(60, 300).map(lambda n: [-1, 9, 9, 3][: n % 5] * (n // 4)),  # csgmv's longer chunks
     st.integers(0, 9).map(lambda n: [-1] * n),
 )
-batches = settings(max_examples=50, deadline=None)
+batches = settings(max_examples=50)
 
 
 def of_slots(ids: list[int]) -> list[int]:

@@ -224,7 +224,7 @@ def test_error_is_at_most_twice_numpys(dtype: type, rng: np.random.Generator) ->
         assert abs(errors.mean_signed) < 8 * errors.root_mean_square / np.sqrt(y.size)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     h_in, h_out = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
@@ -233,7 +233,7 @@ def test_any_shape(data: st.DataObject) -> None:
     check_case(integer("hypothesis", "a shape nobody thought of", ids, ranks, h_in, h_out))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_row_permutation_split_and_merge(seed: int) -> None:
     """Permuting rows permutes the result; halves of a batch give the halves of its result."""
@@ -249,7 +249,7 @@ def test_row_permutation_split_and_merge(seed: int) -> None:
         assert_same_bits(y, whole[part], "split")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(scaling=st.sampled_from([-4.0, -1.0, 0.0, 0.5, 2.0]))
 def test_linear_in_scaling_and_zero_B_adds_nothing(scaling: float) -> None:
     case = integer("linear", "", [0] * 6, {0: 7}, 12, 9)

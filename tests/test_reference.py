@@ -48,7 +48,7 @@ def weights(case: Workload, adapter_id: int) -> tuple[Array, Array]:
 
 
 @FORMS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=integer_workloads(), data=st.data())
 def test_rows_in_another_order_give_the_same_rows(
     form: types.ModuleType, case: Workload, data: st.DataObject
@@ -58,7 +58,7 @@ def test_rows_in_another_order_give_the_same_rows(
 
 
 @FORMS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=integer_workloads(), data=st.data())
 def test_a_batch_in_two_parts_gives_the_same_rows(
     form: types.ModuleType, case: Workload, data: st.DataObject
@@ -69,7 +69,7 @@ def test_a_batch_in_two_parts_gives_the_same_rows(
 
 
 @FORMS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=integer_workloads(), factor=st.integers(-4, 4))
 def test_the_delta_is_linear_in_scaling(
     form: types.ModuleType, case: Workload, factor: int
@@ -79,14 +79,14 @@ def test_the_delta_is_linear_in_scaling(
 
 
 @FORMS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=integer_workloads())
 def test_zero_B_adds_nothing(form: types.ModuleType, case: Workload) -> None:
     zeroed = {a: pair and (pair[0], 0 * pair[1]) for a, pair in case.adapters.items()}
     assert np.array_equal(added(form, replace(case, adapters=zeroed)), case.y)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=integer_workloads())
 def test_each_form_is_the_sum_written_out(case: Workload) -> None:
     expected = case.y.astype(np.float64)
@@ -293,7 +293,7 @@ def kernel(case: Workload, order: Any, scale_v: bool, y_first: bool) -> Array:
     return y
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     dtype=st.sampled_from(DTYPES[:3]),
     exponents=st.tuples(*[st.integers(-60, 30)] * 4),

@@ -37,7 +37,7 @@ def blocks_of(segments: list[tuple[int, int]], threads: int) -> np.ndarray:
 segment_lists = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 140)), max_size=8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(segment_lists, st.integers(1, 9))
 def test_blocks_hold_every_row_of_a_rank_once(
     segments: list[tuple[int, int]], threads: int
@@ -58,7 +58,7 @@ def test_blocks_of_single_rows_fit_their_memory() -> None:
     assert len(blocks_of([(1, 3), (10_000, 3), (1, 0)], 64)) <= most_blocks(10_002)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 40), st.sampled_from([1, 2, 4, 7, 8]), st.integers(1, 9))
 def test_cuts_hold_every_rank_and_column_once(blocks: int, unit: int, threads: int) -> None:
     """The blocks' ranks may differ: cuts are as many as the widest block takes."""

@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sgmv
@@ -18,7 +18,6 @@ from tests.planting import run_python
 IDS = st.one_of(st.integers(-1, 5), st.integers(-1, 2**62), st.sampled_from([-1, 2**63 - 2]))
 
 
-@settings(deadline=None)  # the first example compiles
 @given(st.lists(IDS, max_size=60))
 def test_equals_numpys_stable_sort(ids: list[int]) -> None:
     segments = sgmv.segment(ids)

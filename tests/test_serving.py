@@ -62,13 +62,13 @@ def make_slots(max_loras: int = 2, max_cpu_loras: int = 4, **options: Any) -> Ad
 # Against the plain forms
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(randoms)
 def test_the_scheduler_follows_its_rule(rng: random.Random) -> None:
     drive_scheduler(ROOM, rng)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(randoms)
 def test_slots_follow_their_policy_and_no_step_gets_other_weights(rng: random.Random) -> None:
     drive_slots(ROOM, rng)
@@ -583,7 +583,7 @@ def small_traces(draw: Any) -> Trace:
 
 
 @pytest.mark.once
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(small_traces(), st.integers(1, 3), st.sampled_from(POLICIES), st.data())
 def test_the_simulator_is_a_loop_over_every_step(
     trace: Trace, max_loras: int, policy: str, data: Any

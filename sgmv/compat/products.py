@@ -22,7 +22,7 @@ from sgmv.adapters import SlotTable
 from sgmv.backend import kernels
 from sgmv.checks import check_y
 from sgmv.compat.arrays import as_array
-from sgmv.dtypes import Array, check_dtype, check_matrix, sum_dtype
+from sgmv.dtypes import FLOAT64, Array, check_dtype, check_matrix, sum_dtype
 from sgmv.errors import (
     DtypeError,
     MemoryLayoutError,
@@ -31,6 +31,7 @@ from sgmv.errors import (
     ValueRangeError,
     some,
 )
+from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.launch import launch
 from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, segment
@@ -178,7 +179,10 @@ def shrink(
         if all(each.holds is None for each in slices):  # what was copied is gone after the call
             weights.tables[slices[1:]] = table
     v = np.zeros((segments.n, weights.outputs * len(slices)), dtype)
-    launch(kernels(None, x.dtype, weights.dtype, None, dtype), table, segments, x, None, v)
+    backend = None
+    if len(slices) > 1:  # AMX's shrink knows one slice
+        backend = "tiles" if VECTOR_BITS and dtype != FLOAT64 else "loops"
+    launch(kernels(backend, x.dtype, weights.dtype, None, dtype), table, segments, x, None, v)
     return v
 
 

@@ -69,8 +69,9 @@ class Emit:
         return self.builder.mul(value, factor)
 
     def at_most(self, value, limit):
-        """min(value, limit) of a Python int and an int64 of the machine."""
-        value = ir.Constant(INT64, value)
+        """min(value, limit); limit is an int64 of the machine."""
+        if isinstance(value, int):
+            value = ir.Constant(INT64, value)
         return self.builder.select(self.builder.icmp_signed("<", value, limit), value, limit)
 
     def integer(self, address):
@@ -86,7 +87,7 @@ class Emit:
     def load(self, address, stored=types.float32, mask=None, vector=None):
         """The stored elements at this address as float32."""
         element = STORED[stored]
-        found = self.load_as(vector or lanes(element), address, size(stored), mask)
+        found = self.read(address, vector or lanes(element), size(stored), mask)
         if element is F16:
             return self.builder.fpext(found, VECTOR)
         if element is I16:
@@ -94,8 +95,8 @@ class Emit:
             return self.builder.bitcast(bits, VECTOR)
         return found
 
-    def load_as(self, vector, address, align, mask=None):
-        """The elements at this address as they are."""
+    def read(self, address, vector, align, mask=None):
+        """The elements of a vector as they stand at this address."""
         pointer = self._pointer(address, vector)
         if mask is None:
             return self.builder.load(pointer, align=align)

@@ -98,7 +98,7 @@ def deal(typingctx, w_like, w, columns, r, panel):
             source = e.add(w, e.multiply(c, size(w_like)))
             target = e.add(panel, e.multiply(e.multiply(c, r), size(w_like)))
             for start in range(0, PANEL * size(w_like), LANES * size(w_like)):
-                found = e.load_as(row, e.add(source, start), size(w_like))
+                found = e.read(e.add(source, start), row, size(w_like))
                 e.store_as(found, e.add(target, start), size(w_like))
             return nothing
 
@@ -132,7 +132,7 @@ def transpose(typingctx, w_like, w, stride, r, panel):
             def square(c, nothing):
                 start = e.add(w, e.multiply(stride, c), e.multiply(j, size(w_like)))
                 rows = [
-                    e.load_as(row, e.add(start, e.multiply(stride, i)), size(w_like), there)
+                    e.read(e.add(start, e.multiply(stride, i)), row, size(w_like), there)
                     for i in range(LANES)
                 ]
                 target = e.add(panel, e.multiply(e.add(e.multiply(j, PANEL), c), size(w_like)))

@@ -1,0 +1,104 @@
+"""Whether tile products of bfloat16 (AMX) may be used: CPU, system, environment, and one trial.
+
+SGMV_AMX=1 turns them on: no CPU with AMX has run them yet, so they wait to be asked for.
+SGMV_AMX=emulate computes the same bits without AMX, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import warnings
+from functools import cache
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+
+from sgmv.kernels import amx
+from sgmv.kernels.amx_instructions import CPU, EMULATION
+from sgmv.kernels.call import (
+    BLOCK_COUNT,
+    BLOCKS,
+    FIELDS,
+    H_IN,
+    ROWS,
+    SHRINK,
+    SHRINK_CUTS,
+    V_STRIDE,
+    WA,
+    X_STRIDE,
+    V,
+    X,
+)
+from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86, entry
+from sgmv.kernels.pool import EVERY_TASK, take_part
+
+# Linux's arch_prctl, and its request for tile registers in the threads of this process.
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18
+
+
+@cache
+def is_on() -> bool:
+    """Whether tile products run here, and are right: one small call is tried, once."""
+    if unit() is None:
+        return False
+    if not _is_right():
+        warnings.warn("sgmv: AMX gave wrong sums here and stays off", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+def told() -> str:
+    """In words, for `info`."""
+    if not is_on():
+        return "off" if unit() is None else "off, it gave wrong sums"
+    return "on" if isinstance(unit(), type(CPU)) else "emulated"
+
+
+def unit() -> Any:
+    """Who computes tile products, as compiled code is told; None where nobody does."""
+    asked = os.environ.get("SGMV_AMX")
+    if asked not in ("1", "emulate") or not VECTOR_BITS or not JITTED:
+        return None
+    if asked == "emulate":
+        return EMULATION
+    has = llvmlite.binding.get_host_cpu_features() if X86 else {}
+    return CPU if has.get("amx-tile") and has.get("amx-bf16") and _is_permitted() else None
+
+
+def _is_permitted() -> bool:
+    """Ask the system for tile registers; it says no where it does not know them."""
+    if not sys.platform.startswith("linux"):
+        return False
+    request = (ctypes.c_long(number) for number in (ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA))
+    return int(ctypes.CDLL(None).syscall(*request)) == 0
+
+
+def shrink_kernel() -> int:
+    """The address of shrink on tile products; compiled on first use."""
+    who = unit()
+
+    def amx_shrink(call: int, limit: int) -> None:
+        amx.shrink(call, limit, who)
+
+    return entry(amx_shrink)
+
+
+def _is_right() -> bool:
+    """Two K blocks, groups of rows and tiles of ranks: within the bound of sums in any order."""
+    n, r, h_in = 17, 19, 1200
+    rng = np.random.default_rng(0)
+    wide = [rng.standard_normal((m, h_in), np.float32).view(np.uint32) for m in (n, r)]
+    x, wa = ((bits >> 16).astype(np.int16) for bits in wide)
+    v, rows, block = np.full((n, r), np.nan, np.float32), np.arange(n), np.array([0, r, 0, n])
+    slots = np.array([wa.ctypes.data])
+    call = np.zeros(FIELDS, np.int64)
+    call[[X, V, ROWS, WA, BLOCKS]] = [a.ctypes.data for a in (x, v, rows, slots, block)]
+    call[[X_STRIDE, V_STRIDE, H_IN]] = x.strides[0], v.strides[0], h_in
+    call[[BLOCK_COUNT, SHRINK_CUTS, SHRINK]] = 1, 1, shrink_kernel()
+    take_part(int(call.ctypes.data), EVERY_TASK)
+    x64, wa64 = ((bits & 0xFFFF0000).view(np.float32).astype(np.float64) for bits in wide)
+    bound = h_in * 2.0**-23 * (np.abs(x64) @ np.abs(wa64).T)
+    return bool((np.abs(v - x64 @ wa64.T) <= bound).all())

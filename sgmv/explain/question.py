@@ -1,0 +1,71 @@
+"""What is to be explained: one batch at one layer, on one GPU and on so many threads here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from sgmv.adapters import AdapterStack
+from sgmv.emulator import Device
+from sgmv.errors import ValueRangeError
+from sgmv.layouts.rows import row_ids
+from sgmv.schedule import BASE_ONLY
+from sgmv.segment import Segments, check_count
+
+Facts: TypeAlias = dict[str, Any]  # what a view tells: numbers, texts, lists, fit for JSON
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Question:
+    """One batch, one layer, one rank for all adapters, one device.
+
+    Semantics: adapters stand in slots in the order of their ids, from slot 0.
+
+    segments           the batch
+    h_in, h_out, rank  of the layer and its adapters
+    device             the GPU that the emulator lays launches out for
+    max_loras          slots of the server
+    threads            of this machine
+
+    Raises DtypeError and ValueRangeError for counts that are no whole numbers >= 1, and for fewer
+    slots than the batch has adapters.
+    """
+
+    segments: Segments
+    h_in: int
+    h_out: int
+    rank: int
+    device: Device
+    max_loras: int
+    threads: int
+
+    def __post_init__(self) -> None:
+        for name in ("h_in", "h_out", "rank", "max_loras", "threads"):
+            check_count(name, getattr(self, name), 1)
+        if self.max_loras < len(self.slots):
+            raise ValueRangeError(
+                "max_loras",
+                f"at least the batch's {len(self.slots)} adapters",
+                str(self.max_loras),
+                "give the server more slots; vLLM would put off some of the requests",
+            )
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """(n,) the adapter id of each row."""
+        return list(map(int, row_ids(self.segments)))
+
+    @cached_property
+    def slots(self) -> dict[int, int]:
+        """Adapter id -> slot, of those that the batch uses."""
+        used = [i for i in self.segments.adapter_ids.tolist() if i != BASE_ONLY]
+        return {adapter_id: slot for slot, adapter_id in enumerate(used)}
+
+    @cached_property
+    def stack(self) -> AdapterStack:
+        """Adapters of these ids and this rank for a layer of width 1: layouts look at no width."""
+        A, B = np.zeros((self.rank, 1), np.float32), np.zeros((1, self.rank), np.float32)
+        return AdapterStack.from_adapters(dict.fromkeys(self.slots, (A, B)), h_in=1, h_out=1)

@@ -1,0 +1,199 @@
+"""Text for a terminal of any width, in colour or not: strips of cells, tables, bars.
+
+Everything here returns lines of at most `width` characters. Colour only repeats what the text says:
+an adapter has one colour wherever it appears, and its id stands beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sgmv.schedule import BASE_ONLY
+
+ESCAPE = re.compile(r"(\x1b\[[0-9;]*m)")
+NARROWEST = 20
+# Of the 256 colours those nearest to Okabe and Ito's, which most colour-blind people tell apart;
+# their blue and vermilion lighter, for black text on them.
+COLOURS = (214, 74, 36, 227, 68, 209, 175)
+FULL, EMPTY, EDGE = "█", "░", "│"
+# What stands for them where the output's encoding has no such characters.
+PLAIN = str.maketrans("█░│┃─·×…µ", "#.||-.x~u")
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """A width, and whether colours and box characters may be used.
+
+    Semantics: `colour_of` gives an adapter's place in COLOURS; an id that is not in it has none.
+
+    >>> for line in Terminal(24).table(("kernel", "blocks"), [("shrink", "32")]):
+    ...     print(line)
+    kernel  blocks
+    shrink      32
+    """
+
+    width: int = 80
+    colour: bool = False
+    boxes: bool = True
+    colour_of: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_stdout(cls, colour_of: Mapping[int, int]) -> Terminal:
+        """The terminal behind standard output; a pipe has no colours and, unless COLUMNS tells, 80.
+
+        NO_COLOR, if set and not empty, turns colours off: https://no-color.org
+        """
+        quiet = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        try:
+            "".join(map(chr, PLAIN)).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+            boxes = True
+        except UnicodeEncodeError:
+            boxes = False
+        width = max(shutil.get_terminal_size().columns, NARROWEST)
+        return cls(width, sys.stdout.isatty() and not quiet, boxes, colour_of)
+
+    def text(self, lines: Sequence[str]) -> str:
+        """The lines as one text; one that is still too long goes on in the next."""
+        fitting = [part for line in lines for part in self._folded(line)]
+        text = "\n".join(line.rstrip() for line in fitting)
+        return text if self.boxes else text.translate(PLAIN)
+
+    def title(self, text: str) -> list[str]:
+        """A heading: bold, or underlined where there are no colours."""
+        lines = textwrap.wrap(text, self.width)
+        if self.colour:
+            return [self._styled("1", line) for line in lines]
+        return [*lines, "─" * max(map(len, lines), default=0)]
+
+    def note(self, text: str, indent: str = "") -> list[str]:
+        """A paragraph; lines after the first are indented."""
+        return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
+
+    def faint(self, text: str) -> str:
+        return self._styled("2", text)
+
+    def bold(self, text: str) -> str:
+        return self._styled("1", text)
+
+    def adapter(self, text: str, adapter_id: int) -> str:
+        """Text about an adapter, on its colour."""
+        if adapter_id not in self.colour_of:
+            return text
+        return self._styled(f"30;48;5;{self._code(adapter_id)}", text)
+
+    def bar(self, used: int, total: int, cells: int, adapter_id: int = BASE_ONLY) -> str:
+        """How much of the total is used, in so many cells: full only if all is, never empty else.
+
+        >>> Terminal().bar(1, 64, 8), Terminal().bar(63, 64, 8)
+        ('█░░░░░░░', '███████░')
+        """
+        full = max(used * cells // total, used > 0) if total else 0
+        colour = f"38;5;{self._code(adapter_id)}" if adapter_id in self.colour_of else ""
+        return self._styled(colour, FULL * full) + self.faint(EMPTY * (cells - full))
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+        """Columns, all but the first to the right; where they are too wide, one row below another.
+
+        >>> head, row = ("kernel", "blocks", "waves"), ("shrink", "9", "1")
+        >>> for line in Terminal(20).table(head, [row]):
+        ...     print(line)
+        kernel shrink
+          blocks  9
+          waves   1
+        """
+        columns = list(zip(head, *rows, strict=True))
+        widths = [max(map(_length, column)) for column in columns]
+        if sum(widths) + 2 * (len(widths) - 1) <= self.width:
+            lines = [_row(row, widths) for row in (head, *rows)]
+            return [self.bold(lines[0].rstrip()), *lines[1:]]
+        name_width = max(map(len, head[1:]), default=0)
+        lines = []
+        for row in rows:
+            lines.append(f"{head[0]} {self.bold(row[0])}")
+            named = zip(head[1:], row[1:], strict=True)
+            lines += [f"  {name:{name_width}}  {cell}" for name, cell in named]
+        return lines
+
+    def strip(
+        self,
+        lines: Mapping[str, Sequence[str]],
+        adapter_ids: Sequence[int],
+        starts: Sequence[int] = (),
+        most: int = 5,
+    ) -> list[str]:
+        """Cells side by side, wrapped into at most so many pieces, an edge where a segment starts.
+
+        lines        name -> the texts of its cells, one per column
+        adapter_ids  whose colour each column has
+        starts       columns before which an edge stands
+
+        >>> ids = {"adapter": ["0", "0", "2"]}
+        >>> Terminal().strip(ids, [0, 0, 2], [0, 2])
+        ['adapter │0 0│2']
+        """
+        name_width = max(map(len, lines))
+        cell_width = max((len(text) for texts in lines.values() for text in texts), default=1)
+        each = max((self.width - name_width - 1) // (cell_width + 1), 1)
+        n, edges, drawn = len(adapter_ids), set(starts), []
+        for first in range(0, min(n, each * most), each):
+            columns = range(first, min(first + each, n))
+            if first and len(lines) > 1:
+                drawn.append("")
+            for name, texts in lines.items():
+                cells = [self.adapter(f"{texts[c]:>{cell_width}}", adapter_ids[c]) for c in columns]
+                before = [EDGE if c in edges else " " for c in columns]
+                drawn.append(f"{name:{name_width}} " + "".join(map(str.__add__, before, cells)))
+        if n > each * most:
+            drawn.append(f"{'':{name_width}}  … and {n - each * most:,} more")
+        return drawn
+
+    def _code(self, adapter_id: int) -> int:
+        return COLOURS[self.colour_of[adapter_id] % len(COLOURS)]
+
+    def _styled(self, style: str, text: str) -> str:
+        return f"\x1b[{style}m{text}\x1b[0m" if self.colour and style and text else text
+
+    def _folded(self, line: str) -> list[str]:
+        """The line cut where the terminal ends; escapes take no room."""
+        folded, room = [""], self.width
+        for part in ESCAPE.split(line.rstrip()):
+            if ESCAPE.match(part):
+                folded[-1] += part
+                continue
+            while len(part) > room:
+                folded[-1] += part[:room]
+                part, room = part[room:], self.width
+                folded.append("")
+            folded[-1] += part
+            room -= len(part)
+        return folded
+
+
+def _length(text: str) -> int:
+    """Characters that are seen."""
+    return len(ESCAPE.sub("", text))
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """The first cell to the left, the others to the right."""
+    gaps = [" " * (width - _length(cell)) for cell, width in zip(cells, widths, strict=True)]
+    others = (gap + cell for gap, cell in zip(gaps[1:], cells[1:], strict=True))
+    return "  ".join([cells[0] + gaps[0], *others])
+
+
+def abbreviated(count: int, each_end: int = 6) -> list[int | None]:
+    """The numbers below count, those in the middle left out for one None if there are many.
+
+    >>> abbreviated(3), abbreviated(20, 2)
+    ([0, 1, 2], [0, 1, None, 18, 19])
+    """
+    shown: list[int | None] = list(range(count))
+    if count > 2 * each_end + 1:
+        shown = [*shown[:each_end], None, *shown[count - each_end :]]
+    return shown

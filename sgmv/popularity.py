@@ -1,0 +1,58 @@
+"""Who uses which adapter: the four popularities of Punica's paper."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sgmv.errors import ValueRangeError
+from sgmv.segment import Integers, check_count
+
+POPULARITIES = ("distinct", "uniform", "skewed", "identical")
+
+
+def popularity(kind: str, n: int, seed: int = 0) -> Integers:
+    """One adapter id per row, in one of the mixes that Punica's paper measures, rows shuffled.
+
+    Semantics: id 0 has the most rows, and so on down; with S adapters they have
+    distinct   1 row each: S = n
+    uniform    as equally many as can be: S = ceil(sqrt(n))
+    skewed     floor(1.5**i) rows for i = 0, 1, ... and the rest, which fewer would not take, one
+    identical  all rows one: S = 1
+
+    kind     one of the four
+    n        rows
+    seed     of the shuffle
+    returns  (n,) int64
+
+    Raises ValueRangeError for another kind, DtypeError and ValueRangeError for what is no whole
+    number >= 0. Source: Punica (arXiv 2310.18547), section 7; punica, benchmarks/.
+
+    >>> for kind in POPULARITIES:
+    ...     print(kind, np.bincount(popularity(kind, 8)))
+    distinct [1 1 1 1 1 1 1 1]
+    uniform [3 3 2]
+    skewed [3 2 1 1 1]
+    identical [8]
+    """
+    rows = _rows_per_adapter(kind, check_count("n", n, 0))
+    shuffle = np.random.default_rng(check_count("seed", seed, 0)).permutation
+    return shuffle(np.repeat(np.arange(len(rows)), rows))
+
+
+def _rows_per_adapter(kind: str, n: int) -> list[int]:
+    """The rows of adapter 0, 1, ..., descending."""
+    if kind == "distinct":
+        return [1] * n
+    if kind == "identical":
+        return [n]
+    if kind == "uniform":
+        S = math.isqrt(max(n - 1, 0)) + 1
+        return [n // S + (i < n % S) for i in range(S)]
+    if kind == "skewed":
+        rows: list[int] = []
+        while sum(rows) + math.floor(1.5 ** len(rows)) < n:
+            rows.append(math.floor(1.5 ** len(rows)))
+        return sorted([*rows, n - sum(rows)], reverse=True)
+    raise ValueRangeError("kind", f"one of {POPULARITIES}", repr(kind), "choose one of them")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import sgmv
 from benchmarks import (
+    compat,
     figures,
     gate,
     growth,
@@ -45,6 +46,7 @@ from sgmv.workers import cores
 OUTPUT = Path("bench-out")
 RED = 1
 OTHERS = {
+    "compat": compat.main,
     "growth": growth.main,
     "instructions": instructions.main,
     "paper": paper.main,
@@ -145,7 +147,8 @@ def parser() -> argparse.ArgumentParser:
         description="Time sgmv against numpy, torch and MKL; nothing is timed until it is correct.",
         epilog="python -m benchmarks growth: how time grows with rows and adapters; python -m "
         "benchmarks instructions: what the compiler made of the inner loops; python -m benchmarks "
-        "peft: what LoRA adds to a PEFT model's forward pass.",
+        "compat: vLLM's calls against what vLLM does; python -m benchmarks peft: what LoRA adds to a "
+        "PEFT model's forward pass.",
     )
     mode = found.add_mutually_exclusive_group()
     mode.add_argument(

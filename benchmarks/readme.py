@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import peft
+from benchmarks import compat, peft
 from benchmarks.figures import digest, draw, draw_growth, hub_cases
 from benchmarks.goals import markdown
 from benchmarks.growth import PREFIX
@@ -35,7 +35,7 @@ class StaleError(Exception):
 
 def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
     """The record the README shows: a full one before a quick one. Raises StaleError for none."""
-    others = PREFIX, peft.PREFIX
+    others = (PREFIX, compat.PREFIX, peft.PREFIX)
     found = [path for path in directory.glob("*.json") if not path.name.startswith(others)]
     paths = sorted(found, key=lambda p: (not p.name.startswith("full-"), p.name))
     if not paths:
@@ -169,10 +169,18 @@ def peft_table(_record: Record, _name: str) -> str:
     return peft.markdown(peft.load(paths[0]), paths[0].name)
 
 
+def compat_table(_record: Record, _name: str) -> str:
+    """The calls of vLLM, from a record of their own."""
+    paths = sorted(RECORDS.glob(f"{compat.PREFIX}*.json"))
+    if not paths:
+        return "No record is committed yet; `python -m benchmarks compat` makes one."
+    return compat.markdown(compat.load(paths[0]))
+
+
 TABLES: dict[str, dict[str, Callable[[Record, str], str]]] = {
     "README.md": {"summary": summary_table, "cases": cases_table},
     "docs/kernels.md": {"goals": goals_table},
-    "docs/engines.md": {"peft": peft_table},
+    "docs/engines.md": {"compat": compat_table, "peft": peft_table},
 }
 
 

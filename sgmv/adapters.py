@@ -188,16 +188,19 @@ class SlotTable:
     slot_of: Mapping[int, int]  # id -> slot, NO_SLOT where the id is base only
     ids: Integers  # (loaded,) the same for the kernels: the ids ascending
     slots: Integers  # (loaded,) and the slot of each
-    wa_address: Integers  # (slots,)
+    wa_address: Integers  # (slots, slices)
     wb_address: Integers  # (slots,)
     ranks: Integers  # (slots,)
     scalings: npt.NDArray[np.float64]  # (slots,)
     weights: tuple[Stored | None, ...]  # (slots,) keeps what the addresses point to alive
+    # A stack's wb is packed, and it has one slice; see kernels/call.py, and compat/ for others.
+    wb_strides: tuple[int, int] = (0, 0)
+    slices: int = 1
 
     @cached_property
     def width(self) -> int:
-        """The highest rank loaded."""
-        return int(self.ranks.max(initial=0))
+        """The columns of v: the highest rank loaded, for each slice."""
+        return int(self.ranks.max(initial=0)) * self.slices
 
     @cached_property
     def fields(self) -> Integers:
@@ -205,7 +208,8 @@ class SlotTable:
         arrays = (self.wa_address, self.wb_address, self.scalings, self.ids, self.slots, self.ranks)
         counts = [self.h_in, self.h_out, len(self.ids), len(self.ranks)]
         addresses = [array.ctypes.data for array in arrays]
-        return np.array([*counts, *addresses, columns_of(self.dtype)])
+        columns = columns_of(self.dtype)
+        return np.array([*counts, *addresses, columns, *self.wb_strides, self.slices])
 
     @cached_property
     def address(self) -> int:

@@ -32,8 +32,8 @@ def check_segments(segments: object) -> None:
         )
 
 
-def check_x(x: Array, n: int, h_in: int) -> None:
-    _check_shape("x", x, n, "h_in", h_in)
+def check_x(x: Array, n: int, h_in: int, argument: str = "x") -> None:
+    _check_shape(argument, x, n, "h_in", h_in)
 
 
 def _check_shape(argument: str, array: Array, n: int, name: str, width: int) -> None:
@@ -62,21 +62,23 @@ def check_v(v: Array, n: int, rank: int) -> None:
         )
 
 
-def check_y(y: Array, n: int, h_out: int, source: str, operand: Any) -> None:
+def check_y(y: Array, n: int, h_out: int, source: str, operand: Any, argument: str = "y") -> None:
     """Refuse a y whose writing would change `operand`, the array named `source`, or y elsewhere."""
-    _check_shape("y", y, n, "h_out", h_out)
+    _check_shape(argument, y, n, "h_out", h_out)
     if not y.flags.writeable:
-        raise MemoryLayoutError("y", "a writable array", "a read-only one", "pass y.copy()")
+        raise MemoryLayoutError(
+            argument, "a writable array", "a read-only one", f"pass {argument}.copy()"
+        )
     if not y.flags.c_contiguous and _overlaps_itself(y):
         raise MemoryLayoutError(
-            "y",
+            argument,
             "elements that each have their own memory",
             f"strides {y.strides} for shape {y.shape}",
-            "pass y.copy()",
+            f"pass {argument}.copy()",
         )
     if np.may_share_memory(y, operand) and np.shares_memory(y, operand):
         raise MemoryLayoutError(
-            "y", f"memory apart from {source}", "arrays that overlap", f"pass {source}.copy()"
+            argument, f"memory apart from {source}", "arrays that overlap", f"pass {source}.copy()"
         )
 
 

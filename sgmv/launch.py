@@ -41,6 +41,7 @@ from sgmv.kernels.call import (
     SHRINK_CUTS,
     SHRINK_DONE,
     SHRINK_NEXT,
+    SLICES,
     SLOT_OF,
     SLOTS,
     TABLE_COLUMNS,
@@ -48,12 +49,17 @@ from sgmv.kernels.call import (
     TABLE_H_IN,
     TABLE_H_OUT,
     TABLE_SCALINGS,
+    TABLE_SLICES,
     TABLE_WA,
     TABLE_WB,
+    TABLE_WB_COLUMN,
+    TABLE_WB_RANK,
     THREADS,
     V_STRIDE,
     WA,
     WB,
+    WB_COLUMN,
+    WB_RANK,
     S,
     V,
     X,
@@ -238,12 +244,13 @@ def start(
     fields[H_IN], fields[H_OUT], fields[THREADS] = h_in, h_out, threads
     fields[SHRINK], fields[EXPAND], fields[COLUMNS] = shrink, expand, layer[TABLE_COLUMNS]
     fields[WA], fields[WB] = layer[TABLE_WA], layer[TABLE_WB]
-    fields[SCALINGS] = layer[TABLE_SCALINGS]
+    fields[WB_RANK], fields[WB_COLUMN] = layer[TABLE_WB_RANK], layer[TABLE_WB_COLUMN]
+    fields[SCALINGS], fields[SLICES] = layer[TABLE_SCALINGS], layer[TABLE_SLICES]
     fields[SHRINK_NEXT] = fields[SHRINK_DONE] = fields[EXPAND_NEXT] = 0
     blocks = plan(fields, layer, segments, ids, n)
     if blocks < 0:
         return REFUSED
-    widths = (h_in if shrink != 0 else 0) + (h_out if expand != 0 else 0)
+    widths = (h_in * fields[SLICES] if shrink != 0 else 0) + (h_out if expand != 0 else 0)
     block = vector(fields[BLOCKS], blocks * 4, INTEGER).reshape((blocks, 4))
     products, weights, rank = costs(block, widths)
     cost = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS

@@ -108,7 +108,7 @@ def most_blocks(n: int) -> int:
 def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) -> int:
     """Cut every segment into row blocks `(slot, r, first, last)`; returns how many there are.
 
-    seq_start (S+1,), slot (S,), rank (S,) of each segment; segments of rank 0 get no block.
+    seq_start (S+1,), slot (S,), rank (S,) of each segment; one of rank 0, or empty, gets no block.
     """
     rows = 0
     for s in range(slot.shape[0]):
@@ -125,7 +125,7 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) 
             continue
         start = seq_start[s]
         m = seq_start[s + 1] - start
-        pieces = max(m // most, -(-m // ROWS_PER_BLOCK), 1)
+        pieces = max(m // most, -(-m // ROWS_PER_BLOCK))
         for i in range(pieces):
             blocks[count, 0], blocks[count, 1] = slot[s], rank[s]
             blocks[count, 2] = start + m * i // pieces

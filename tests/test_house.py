@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +19,15 @@ FLOORS = [
     {"errors", "kernels.jit"},
     {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
     {"compat.arrays", "kernels.amx_instructions", "kernels.call", "segment"},
-    {
-        "kernels.amx",
-        "kernels.loops",
-        "kernels.pool",
-        "kernels.tiles",
-        "serving.requests",
-        "serving.residency",
-    },
+    {"kernels.panels", "kernels.pool", "serving.requests", "serving.residency"},
+    {"kernels.amx", "kernels.loops", "kernels.tiles"},
     {"amx"},
     {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
     {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
     {
         "compat.peft",
+        "compat.products",
         "emulator.accuracy",
         "emulator.blocks",
         "emulator.device",
@@ -40,8 +36,8 @@ FLOORS = [
         "serving.report",
         "serving.slots",
     },
-    {"emulator.launch", "serving.command", "serving.step"},
-    {"emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
+    {"compat.pointers", "compat.vllm", "emulator.launch", "serving.command", "serving.step"},
+    {"compat.punica", "emulator.bgmv", "emulator.punica", "emulator.sglang", "emulator.vllm"},
     {"explain.question", "explain.terminal", "explorer.write", "models", "popularity"},
     {"explain.cpu", "explain.engines", "explain.launches", "explain.mixes"},
     {"explain.punica"},
@@ -49,7 +45,7 @@ FLOORS = [
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info tells their versions, and amx asks for the CPU's features.
-COMPILERS = {"kernels.jit", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.tiles"}
+COMPILERS = {f"kernels.{name}" for name in ("jit", "atomics", "emit", "floats", "panels", "tiles")}
 COMPILERS |= {"kernels.amx", "kernels.amx_instructions"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
 
@@ -191,6 +187,20 @@ def test_public_names_have_contracts() -> None:
         assert ">>>" in doc, f"{name} has no example"
         assert "Semantics:" in doc, f"{name} has no Semantics"
         assert name in ours or "Source:" in doc, f"{name} has no source"
+
+
+@pytest.mark.parametrize("engine", ["punica", "vllm"])
+def test_calls_of_other_engines_have_contracts(engine: str) -> None:
+    module = importlib.import_module(f"sgmv.compat.{engine}")
+    calls = {
+        name: value
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+    }
+    assert len(calls) >= 8
+    for name, value in calls.items():
+        for part in ("Semantics:", "Source:", ">>>"):
+            assert part in (value.__doc__ or ""), f"{name} has no {part}"
 
 
 def test_no_bare_assert_refuses_a_user() -> None:

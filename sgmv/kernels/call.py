@@ -22,7 +22,7 @@ from sgmv.kernels.jit import jit, vector
 X, X_STRIDE, Y, Y_STRIDE, V, V_STRIDE, H_IN, H_OUT = range(8)
 # Which row stands at each sorted position: the address of int64 (n,).
 ROWS = 8
-# The slot table: addresses of int64 (slots,) of addresses; of float64 (slots,).
+# The slot table: addresses of int64 (slots, SLICES) and (slots,) of addresses; of float64 (slots,).
 WA, WB, SCALINGS = range(9, 12)
 # The plan: the address of int64 (blocks, 4), their number, and how often each phase cuts a block.
 BLOCKS, BLOCK_COUNT, SHRINK_CUTS, EXPAND_CUTS = range(12, 16)
@@ -30,18 +30,21 @@ BLOCKS, BLOCK_COUNT, SHRINK_CUTS, EXPAND_CUTS = range(12, 16)
 # tasks the caller runs before it looks for signals; the address of the plan's memory.
 SHRINK, EXPAND, THREADS, LIMIT, SCRATCH = range(16, 21)
 COLUMNS = 21  # of a panel of wb
+# How wb stands: 0 if in panels; else plainly, so many bytes from rank to rank and column to column.
+WB_RANK, WB_COLUMN = 22, 23
+SLICES = 24  # so many wa are one slot's: v (n, SLICES * r) has the ranks of one after the other's
 # Counters, each on a cache line of its own.
-SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT = 24, 32, 40
-FIELDS = 48
+SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT = 32, 40, 48
+FIELDS = 56
 
 # A stack's slot table, as the plan finds it: the layer's widths; how many ids are loaded, how many
 # slots there are; addresses as above, of int64 (loaded,) ids ascending and the slot of each, and of
-# int64 (slots,) ranks; the columns of a panel.
+# int64 (slots,) ranks; the columns of a panel, how wb stands, and how many slices there are.
 (
     TABLE_H_IN, TABLE_H_OUT, LOADED, SLOTS, TABLE_WA, TABLE_WB, TABLE_SCALINGS, IDS, SLOT_OF, RANKS,
-    TABLE_COLUMNS,
-) = range(11)  # fmt: skip
-TABLE_FIELDS = 11
+    TABLE_COLUMNS, TABLE_WB_RANK, TABLE_WB_COLUMN, TABLE_SLICES,
+) = range(14)  # fmt: skip
+TABLE_FIELDS = 14
 
 # Segments, likewise: their number, and the addresses of rows, seq_start and adapter_ids.
 S, SEGMENT_ROWS, SEQ_START, SEGMENT_IDS = range(4)

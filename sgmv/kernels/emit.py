@@ -110,12 +110,16 @@ class Emit:
             value = self.builder.fptrunc(value, lanes(F16))
         elif STORED[stored] is I16:
             value = self._bfloat16(value)
+        self.store_as(value, address, size(stored), mask)
+
+    def store_as(self, value, address, align, mask=None):
+        """Store the elements at this address as they are."""
         pointer = self._pointer(address, value.type)
         if mask is None:
-            self.builder.store(value, pointer, align=size(stored))
+            self.builder.store(value, pointer, align=align)
             return
         name = f"llvm.masked.store.{self._name(value.type)}.{self._name(pointer.type)}"
-        self._call(name, ir.VoidType(), [value, pointer, ir.Constant(I32, size(stored)), mask])
+        self._call(name, ir.VoidType(), [value, pointer, ir.Constant(I32, align), mask])
 
     def _bfloat16(self, value):
         # In integers: the CPU's own instruction would turn subnormal numbers to zero.
@@ -203,6 +207,24 @@ class Emit:
             ]
             step *= 2
         return vectors[0]
+
+    def transposed(self, rows):
+        """The columns of a square, LANES vectors, given as its rows.
+
+        At each step two rows swap every other part, of one lane, then of two, and so on.
+
+            a0 a1 a2 a3     b0 b1 b2 b3   ->   a0 b0 a2 b2     a1 b1 a3 b3   -> ...
+        """
+        rows = list(rows)
+        step = 1
+        while step < LANES:
+            chunks = [range(c, c + step) for c in range(0, LANES, step)]
+            for i in (i for i in range(LANES) if not i & step):
+                a, b = rows[i], rows[i + step]
+                rows[i] = self._interleave(a, b, chunks[0::2])
+                rows[i + step] = self._interleave(a, b, chunks[1::2])
+            step *= 2
+        return rows
 
     def _interleave(self, a, b, chunks):
         """These chunks of a and of b in turn."""

@@ -10,7 +10,8 @@ Threads claim tasks, parts of row blocks (see call.py), and no two tasks write t
                                                               j [ . . . . . . ]
 
 wa stands as Punica stores it, (r, h_in); wb, (r, h_out), in panels of columns, as the
-tiles want it (see tiles.py): panel after panel, (r, columns) each.
+tiles want it (see tiles.py): panel after panel, (r, columns) each. Other engines' weights stand
+plainly, and a task gathers its panels (see panels.py).
 
 Same row, same bits. An element's sum is made by one piece of code, in one order, whatever rows
 stand around it: shrink cuts k every K_BLOCK and adds the blocks in ascending order, each block
@@ -44,9 +45,9 @@ from sgmv.kernels.call import (
     SHRINK_CUTS,
     SHRINK_DONE,
     SHRINK_NEXT,
+    SLICES,
     V_STRIDE,
     WA,
-    WB,
     X_STRIDE,
     Y_STRIDE,
     V,
@@ -59,6 +60,7 @@ from sgmv.kernels.call import (
 )
 from sgmv.kernels.floats import decode, encode
 from sgmv.kernels.jit import ANY_ORDER, jit, size_of, vector
+from sgmv.kernels.panels import panel_at, plain_rank, scratch
 
 K_BLOCK = 1024  # four rows of wa and one of x stay in L1: 5 * 1024 * 4 B = 20 KiB
 
@@ -88,18 +90,20 @@ def shrink(address, limit, x_like, w_like, v_like):
         row = call[H_IN] * size_of(w_like)
         for k in range(0, call[H_IN], K_BLOCK):
             width = min(K_BLOCK, call[H_IN] - k)
-            wa = item(call[WA], slot) + k * size_of(w_like)
-            for j in range(low, high, 4):
-                # Past the last rank the last one is read again, and its sum is dropped.
-                a0 = vector(wa + j * row, width, w_like)
-                a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
-                a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
-                a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
-                for p in range(first, last):
-                    x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
-                    v = vector(call[V] + p * call[V_STRIDE], high, v_like)
-                    sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
-                    add_sums(v[j:], sums, k == 0)
+            for s in range(call[SLICES]):
+                wa = item(call[WA], slot * call[SLICES] + s) + k * size_of(w_like)
+                v_0 = call[V] + s * r * size_of(v_like)
+                for j in range(low, high, 4):
+                    # Past the last rank the last one is read again, and its sum is dropped.
+                    a0 = vector(wa + j * row, width, w_like)
+                    a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
+                    a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
+                    a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
+                    for p in range(first, last):
+                        x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
+                        v = vector(v_0 + p * call[V_STRIDE], high, v_like)
+                        sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
+                        add_sums(v[j:], sums, k == 0)
         add_atomic(address + 8 * SHRINK_DONE, 1)
 
 
@@ -180,7 +184,8 @@ def expand(address, limit, v_like, w_like, y_like):
     """Run up to `limit` tasks of the call: y[rows[p]] += scaling * v[p] @ wb, panel by panel."""
     call = vector(address, FIELDS, INTEGER)
     columns = call[COLUMNS]
-    scratch = np.zeros(4 * columns, type(v_like))
+    four = np.zeros(4 * columns, type(v_like))
+    room = scratch(plain_rank(call), min(columns, call[H_OUT]), w_like)
     for _ in range(limit):
         task = claim(address, EXPAND_NEXT)
         if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
@@ -190,11 +195,11 @@ def expand(address, limit, v_like, w_like, y_like):
         scaling = type(v_like)(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
         for c in range(low, high, columns):
             width = min(columns, high - c)
-            wb = vector(item(call[WB], slot) + c * r * size_of(w_like), r * width, w_like)
-            sums = scratch[: 4 * width].reshape((4, width))
+            wb = panel_at(call, slot, r, c, width, room, w_like)
+            sums = four[: 4 * width].reshape((4, width))
             for p in range(first, last, 4):
                 count = min(4, last - p)
-                multiply(sums, call, p, count, wb.reshape((r, width)), v_like)
+                multiply(sums, call, p, count, wb, v_like)
                 for i in range(count):
                     y = call[Y] + item(call[ROWS], p + i) * call[Y_STRIDE] + c * size_of(y_like)
                     store(vector(y, width, y_like), scaling, sums[i], y_like)

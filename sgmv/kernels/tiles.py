@@ -26,6 +26,8 @@ expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y 
                      j=1 [         |         |         ]
                      j=2 [         |         |         ]        panel 0 j=0 j=1 j=2, panel 1 j=0 ...
 
+          Other engines' weights stand plainly: a task packs what it is about to read (panels.py).
+
 Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
 every K_BLOCK whatever the tile, and blocks are added in ascending order; in expand, every element
 adds j = 0, 1, 2, ... in one register. Neither depends on MR or NR: a row's tile may have any shape.
@@ -58,9 +60,9 @@ from sgmv.kernels.call import (
     SHRINK_CUTS,
     SHRINK_DONE,
     SHRINK_NEXT,
+    SLICES,
     V_STRIDE,
     WA,
-    WB,
     X_STRIDE,
     Y_STRIDE,
     V,
@@ -73,6 +75,7 @@ from sgmv.kernels.call import (
 )
 from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
 from sgmv.kernels.jit import INT64, jit, size_of, vector
+from sgmv.kernels.panels import panels, plain_rank, scratch
 
 # Registers: 32 of 512 bits, or 16 of 256, and a tile's sums take three quarters of them.
 WIDE = LANES == 16
@@ -267,36 +270,47 @@ def shrink(address, limit, x_like, w_like):
             return
         slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
         low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
-        wa = item(call[WA], slot)
+        row = call[H_IN] * size_of(w_like)
         groups = -(-(last - first) // MOST_ROWS)
         for k in range(0, call[H_IN], K_BLOCK):
             width = min(K_BLOCK, call[H_IN] - k)
             p = first
             for g in range(groups):
                 count = (last - p) // (groups - g)
-                shrink_tiles(x_like, w_like, address, p, count, wa, low, high, k, width)
+                for s in range(call[SLICES]):  # x is read once, and stays in L1 for the others
+                    j = s * r  # in v; wa is told as if its ranks began there
+                    wa = item(call[WA], slot * call[SLICES] + s) - j * row
+                    shrink_tiles(x_like, w_like, address, p, count, wa, j + low, j + high, k, width)
                 p += count
         add_atomic(address + 8 * SHRINK_DONE, 1)
+
+
+@jit()
+def chunk_of(r, w_like):
+    """The columns of wb that stay in L2."""
+    return max(1, CHUNK_BYTES // (PANEL * max(r, 1) * size_of(w_like))) * PANEL
 
 
 @jit()
 def expand(address, limit, w_like, y_like):
     """Run up to `limit` tasks of the call: y += scaling * v @ wb, row block by row block."""
     call = vector(address, FIELDS, INTEGER)
+    rank = plain_rank(call)
+    room = scratch(rank, chunk_of(rank, w_like), w_like)
     for _ in range(limit):
         task = claim(address, EXPAND_NEXT)
         if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
             return
         slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
         low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], PANEL)
-        wb = item(call[WB], slot)
         scaling = np.float32(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
         groups = -(-(last - first) // MOST_ROWS)
-        chunk = max(1, CHUNK_BYTES // (PANEL * r * size_of(w_like))) * PANEL
+        chunk = chunk_of(r, w_like)
         for c in range(low, high, chunk):
+            end = min(c + chunk, high)
+            wb = panels(call, slot, r, c, end, room, w_like)
             p = first
             for g in range(groups):
                 count = (last - p) // (groups - g)
-                end = min(c + chunk, high)
                 expand_tiles(w_like, y_like, address, p, count, wb, r, scaling, c, end)
                 p += count

@@ -1,0 +1,253 @@
+"""The segmented products of other engines' calls, over weights where they stand.
+
+    shrink   v[p] = x[rows[p]] @ w.T           of several w for each row, x is read once
+    expand   y[rows[p]] += v[p] @ w.T
+    add      y[rows[p]] += scaling * x[rows[p]] @ w.T, by whichever of the two is the faster
+
+A call reads weights where they stand: none is copied, packed or kept, so every edit is seen, no
+stale one can be, and they are in memory once. What is kept of a stack is where it stands: numbers
+that hold for whatever array is there with that shape and type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from sgmv.adapters import SlotTable
+from sgmv.backend import kernels
+from sgmv.checks import check_y
+from sgmv.compat.arrays import as_array
+from sgmv.dtypes import FLOAT64, Array, check_dtype, check_matrix, sum_dtype
+from sgmv.errors import (
+    DtypeError,
+    MemoryLayoutError,
+    ShapeError,
+    UnknownAdapterError,
+    ValueRangeError,
+    some,
+)
+from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.launch import launch
+from sgmv.schedule import BASE_ONLY
+from sgmv.segment import Integers, Segments, segment
+
+Operand: TypeAlias = Any  # a numpy array, or a torch tensor on the CPU
+BATCHES_KNOWN = 16  # by what their indices are: all layers of a step have the same
+STACKS_KNOWN = 4096  # layers times modules times two: more than any model has
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Matrices of one shape and type, each contiguous, at these addresses.
+
+    by_input  False: they stand as (outputs, inputs), for x @ w.T; True: as (inputs, outputs)
+    holds     what keeps the addresses good, if the caller does not
+    """
+
+    addresses: Integers  # (count,)
+    outputs: int
+    inputs: int
+    dtype: np.dtype[Any]
+    by_input: bool = False
+    holds: object = None
+    tables: dict[Any, SlotTable] = field(default_factory=dict, repr=False)
+
+
+def rows_of(argument: str, operand: Operand) -> Array:
+    """The operand as a matrix, axes but the last made one, without a copy where that can be."""
+    array = as_array(argument, operand)
+    if array.ndim > 2:
+        array = array.reshape(-1, array.shape[-1])
+    return check_matrix(argument, array)
+
+
+def output_rows(argument: str, operand: Operand) -> Array:
+    """The same of an output: what is written there, the operand holds."""
+    array = as_array(argument, operand)
+    flat = rows_of(argument, array)
+    if array.size and not np.may_share_memory(array, flat):
+        raise MemoryLayoutError(
+            argument,
+            "axes that can be seen as rows without a copy",
+            f"strides {array.strides} for shape {array.shape}",
+            "pass it with contiguous rows",
+        )
+    return flat
+
+
+def check_output(argument: str, y: Array, n: int, width: int, inputs: dict[str, Array]) -> None:
+    """Refuse an output (n, width) that cannot be written, or whose writing changes an input."""
+    for name, array in inputs.items():
+        check_y(y, n, width, name, array, argument)
+
+
+class Stack(NamedTuple):
+    """Stacked weights (count, outputs, inputs): the argument's name, where, the array."""
+
+    argument: str
+    weights: Weights
+    array: Array
+
+
+def stack_of(argument: str, operand: Operand) -> Stack:
+    """Stacked weights where they stand; a 1 as the second of four axes is left out.
+
+    Weights whose own rows are not contiguous are copied, for this call.
+    """
+    array = as_array(argument, operand)
+    if array.ndim == 4 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 3:
+        raise ShapeError(
+            argument,
+            "(weights, outputs, inputs), or a 1 as the second of four axes",
+            str(array.shape),
+            "stack one matrix per weight",
+        )
+    check_dtype(argument, array.dtype)
+    if array[:1].flags.c_contiguous:
+        where = int(array.ctypes.data), array.strides[0], *array.shape, array.dtype
+        return Stack(argument, _stacked(*where), array)
+    copy = np.ascontiguousarray(array)
+    addresses = copy.ctypes.data + np.arange(len(copy)) * copy.strides[0]
+    return Stack(
+        argument, Weights(addresses, copy.shape[1], copy.shape[2], copy.dtype, holds=copy), array
+    )
+
+
+@lru_cache(STACKS_KNOWN)
+def _stacked(
+    address: int, pitch: int, count: int, outputs: int, inputs: int, dtype: np.dtype[Any]
+) -> Weights:
+    return Weights(address + np.arange(count) * pitch, outputs, inputs, dtype)
+
+
+def indices_of(argument: str, indices: Operand) -> Integers:
+    """Integers (n,) as int64, refused by the argument's name if they are not."""
+    ids = np.asarray(indices) if isinstance(indices, list | tuple) else as_array(argument, indices)
+    if ids.ndim != 1:
+        raise ShapeError(argument, "one dimension", f"shape {ids.shape}", "give one per row")
+    if ids.size and ids.dtype.kind not in "iu":
+        raise DtypeError(argument, "integers", str(ids.dtype), "convert it to int64")
+    return ids.astype(np.int64, copy=False)
+
+
+def segments_of(argument: str, ids: Integers) -> Segments:
+    """The segments of these indices; those of the same numbers as lately are there already."""
+    return _segments(argument, ids.tobytes())
+
+
+@lru_cache(BATCHES_KNOWN)
+def _segments(argument: str, ids: bytes) -> Segments:
+    indices = np.frombuffer(ids, np.int64).copy()
+    if len(indices) and indices.min() < BASE_ONLY:
+        least = str(indices.min())
+        raise ValueRangeError(
+            argument, "integers from -1 on", least, "use -1 for rows without an adapter"
+        )
+    return segment(indices)
+
+
+def check_stacks(segments: Segments, stacks: Sequence[Stack]) -> None:
+    """Whether the stacks hold a weight for every index of the batch."""
+    for stack in stacks:
+        count = len(stack.weights.addresses)
+        if segments.S and segments.adapter_ids[-1] >= count:  # they ascend
+            beyond = segments.adapter_ids[segments.adapter_ids >= count]
+            raise UnknownAdapterError(
+                stack.argument,
+                f"weights for every index of the batch, {some(beyond)}",
+                f"{count}: indices 0..{count - 1}",
+                "check the indices; -1 means base only",
+            )
+
+
+def shrink(
+    x: Array, slices: tuple[Weights, ...], segments: Segments, dtype: np.dtype[Any]
+) -> Array:
+    """The rows v (n, slices * r) in sorted order, of one slice after the other; 0 if base only."""
+    weights = slices[0]
+    table = weights.tables.get(slices[1:])
+    if table is None:
+        wa = np.stack([each.addresses for each in slices], axis=1)
+        table = _table(weights, weights.inputs, 0, weights.outputs, wa=wa, slices=len(slices))
+        if all(each.holds is None for each in slices):  # what was copied is gone after the call
+            weights.tables[slices[1:]] = table
+    v = np.zeros((segments.n, weights.outputs * len(slices)), dtype)
+    backend = None
+    if len(slices) > 1:  # AMX's shrink knows one slice
+        backend = "tiles" if VECTOR_BITS and dtype != FLOAT64 else "loops"
+    launch(kernels(backend, x.dtype, weights.dtype, None, dtype), table, segments, x, None, v)
+    return v
+
+
+def expand(y: Array, v: Array, weights: Weights, segments: Segments) -> None:
+    """Add v @ w.T to y, v in sorted order, over the columns that y and the weights both have."""
+    h_out = min(y.shape[1], weights.outputs)
+    table = weights.tables.get(h_out)
+    if table is None:
+        size = weights.dtype.itemsize
+        strides = size, weights.inputs * size  # from input to input, from output to output
+        if weights.by_input:
+            strides = weights.outputs * size, size
+        table = _table(weights, 0, h_out, weights.inputs, wb=weights.addresses, wb_strides=strides)
+        weights.tables[h_out] = table
+    launch(
+        kernels(None, None, weights.dtype, y.dtype, v.dtype), table, segments, None, y[:, :h_out], v
+    )
+
+
+def _table(
+    weights: Weights,
+    h_in: int,
+    h_out: int,
+    r: int,
+    *,
+    wa: Integers | None = None,
+    wb: Integers | None = None,
+    wb_strides: tuple[int, int] = (0, 0),
+    slices: int = 1,
+) -> SlotTable:
+    """Every weight is a slot of its own, and its number the id."""
+    ids = np.arange(len(weights.addresses))
+    none = np.zeros(len(ids), np.int64)
+    wa, wb = none if wa is None else wa, none if wb is None else wb
+    ranks, scalings = np.full(len(ids), r), np.ones(len(ids))
+    layer = h_in, h_out, weights.dtype, dict(enumerate(ids.tolist()))
+    return SlotTable(*layer, ids, ids, wa, wb, ranks, scalings, (), wb_strides, slices)
+
+
+def add(y: Array, x: Array, weights: Weights, segments: Segments, scaling: float) -> None:
+    """Add scaling * x @ w.T to y; base-only rows keep their bits."""
+    dtype = sum_dtype(x.dtype, weights.dtype, y.dtype)
+    if weights.by_input or weights.inputs < weights.outputs:
+        expand(y, scaled(in_order(x, segments, dtype), scaling), weights, segments)
+        return
+    v = scaled(shrink(x, (weights,), segments, dtype), scaling)
+    start = first_adapted(segments)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y[segments.rows[start:]] += v[start:]
+
+
+def first_adapted(segments: Segments) -> int:
+    """The sorted position of the first row that has an adapter: base-only ones are before it."""
+    base = segments.S > 0 and segments.adapter_ids[0] == BASE_ONLY
+    return int(segments.seq_start[1]) if base else 0
+
+
+def in_order(rows: Array, segments: Segments, dtype: np.dtype[Any]) -> Array:
+    """Rows as they stand -> a copy in sorted order."""
+    return rows[segments.rows].astype(dtype, copy=False)
+
+
+def scaled(v: Array, scaling: float) -> Array:
+    """The rows themselves, multiplied in place."""
+    if scaling != 1.0:
+        with np.errstate(over="ignore", invalid="ignore"):
+            v *= scaling
+    return v

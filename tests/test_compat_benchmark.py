@@ -1,0 +1,167 @@
+"""The benchmark of vLLM's calls times two forms of the same thing, and says what it found."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import compat, machine, readme
+from benchmarks.compat import CompatCase, CompatRecord
+from benchmarks.record import RecordError
+from benchmarks.timing import Budget
+from sgmv.compat.arrays import as_array
+
+pytestmark = pytest.mark.once
+ONE_CALL = Budget(rounds=1, turn_s=0.0)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("H", 24), ("RANK", 2), ("QKV", (24, 5, 5)), ("MOST_LORAS", 5), ("LEAST_SETTLE_S", 0.0)
+    ):  # fmt: skip
+        monkeypatch.setattr(compat, name, value)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(("library", "dtype"), compat.KINDS)
+def test_both_forms_compute_the_same(library: str, dtype: str) -> None:
+    pytest.importorskip(library)
+    A, B = compat.stacks(library, dtype)
+    o = compat.operands(library, dtype, A, B, np.array([3, 0, 3, 1, 0]))
+    compat.check(o)
+    for name, both in compat.forms(o).items():
+        results = []
+        for form in ("vllm", "sgmv"):
+            as_array("y", o.y)[:] = 1
+            as_array("v", o.v)[:] = 0.5
+            both[form]()
+            results.append([as_array("y", each).astype("f") for each in (o.y, o.v)])
+        # vLLM's form rounds the weights' products and v to y's type: two units of it, at size 4.
+        slack = 2**-5 if dtype == "bfloat16" else 2**-20
+        for theirs, ours in zip(*results, strict=True):
+            np.testing.assert_allclose(theirs, ours, rtol=slack, atol=slack, err_msg=name)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_cases_are_of_the_batches_they_name() -> None:
+    found = compat.measure("numpy", "float32", (1, 4, 9), ("shrink", "qkv"), ONE_CALL)
+    assert [(c["call"], c["rows"], c["popularity"], c["S"]) for c in found if c["rows"] != 4] == [
+        ("shrink", 1, "distinct", 1), ("qkv", 1, "distinct", 1),
+        ("shrink", 9, "uniform", 3), ("qkv", 9, "uniform", 3),
+        ("shrink", 9, "skewed", 5), ("qkv", 9, "skewed", 5),
+        ("shrink", 9, "identical", 1), ("qkv", 9, "identical", 1),
+    ]  # fmt: skip
+    assert all(set(case["times"]) == {"vllm", "sgmv"} for case in found)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(compat.vllm.PunicaWrapper):
+        def add_lora_linear(self, y: Any, *args: Any, **kwargs: Any) -> None:
+            super().add_lora_linear(y, *args, **kwargs)
+            y[-1, -1] += 1
+
+    monkeypatch.setattr(compat.vllm, "PunicaWrapper", Wrong)
+    with pytest.raises(AssertionError, match=r"1 of .* elements wrong"):
+        compat.measure("numpy", "float32", (4,), ("shrink",), ONE_CALL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not say")
+def test_peak_memory_is_that_of_the_call() -> None:
+    size = 48 << 20
+
+    def allocate() -> None:
+        np.ones(size, np.uint8).sum()
+
+    allocate()
+    for _ in range(2):  # what an earlier call freed does not count
+        peak = compat.peak_bytes(allocate)
+        assert peak is not None
+        assert abs(peak - size) < 2 << 20
+    assert (compat.peak_bytes(lambda: None) or 0) < 2 << 20
+
+
+def case(call: str, rows: int, popularity: str, vllm_us: float, mib: int) -> CompatCase:
+    def times(q50: float) -> Any:
+        return {"q20": q50, "q50": q50, "q80": q50, "calls": 1}
+
+    return {
+        "library": "numpy",
+        "dtype": "float32",
+        "call": call,
+        "rows": rows,
+        "popularity": popularity,
+        "S": 1,
+        "times": {"vllm": times(vllm_us), "sgmv": times(10.0)},
+        "peak_bytes": {"vllm": mib << 20, "sgmv": 0},
+        "foreign_cores": 0.0,
+    }
+
+
+def record() -> CompatRecord:
+    return {
+        "schema": compat.SCHEMA,
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": {"hash": "0123456789abcdef", "dirty": False},
+        "machine": machine.machine(),
+        "versions": {"python": "3"},
+        "threads": 2,
+        "h": 4096,
+        "rank": 16,
+        "qkv": [1],
+        "weights": "hot",
+        "seconds": 1.0,
+        "cases": [
+            case("shrink", 8, "uniform", 40.0, 3),
+            case("shrink", 8, "skewed", 90.0, 5),
+            case("qkv", 8, "uniform", 5.0, 7),
+        ],
+    }
+
+
+def test_the_table_has_means_worst_and_memory() -> None:
+    lines = compat.markdown(record()).splitlines()
+    assert lines[-2:] == [
+        f"| shrink | 8 | {math.sqrt(36):.3g}x (4x) | 5.0 and 0.0 |",
+        "| qkv | 8 | 0.5x (0.5x) | 7.0 and 0.0 |",
+    ]
+
+
+def test_a_record_is_saved_as_it_was_and_anything_else_refused(tmp_path: Path) -> None:
+    path = tmp_path / "compat.json"
+    compat.save(record(), path)
+    assert compat.load(path) == record()
+    path.write_text(path.read_text().replace('"rank": 16', '"rank": "16"'))
+    with pytest.raises(RecordError, match="expected int"):
+        compat.load(path)
+
+
+def test_the_page_shows_the_first_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RECORDS", tmp_path)
+    table = readme.TABLES["docs/engines.md"]["compat"]
+    anything: Any = None
+    assert "No record" in table(anything, "")
+    compat.save(record(), tmp_path / f"{compat.PREFIX}here.json")
+    assert table(anything, "") == compat.markdown(record())
+    with pytest.raises(readme.StaleError):  # it is no record of the other kind
+        readme.primary(tmp_path)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_command_prints_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compat, "BUDGET", ONE_CALL)
+    monkeypatch.setattr(compat, "KINDS", compat.KINDS[:1])
+    words = ["compat", "--rows", "2", "--calls", "expand", "--output", str(tmp_path)]
+    assert command.main(words) == 0
+    assert "| expand | 2 |" in capsys.readouterr().out
+    assert len(compat.load(tmp_path / "compat.json")["cases"]) == 4
+    with pytest.raises(SystemExit, match="--record"):
+        command.main([*words, "--record"])

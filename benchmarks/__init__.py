@@ -12,7 +12,7 @@ The way of a run, one file per stage:
                         |        |                   |
                         +------ peers (the baselines) +
 
-`peers_numpy`, `peers_torch` and `peers_mkl` hold what `peers` names; `growth`, `compat` and `peft` go
-their own ways from `timing` on; `machine` names the machine, `console` prints with or without rich. The
-words `n`, `r`, `h_in`, `h_out`, `S` are those of the library.
+`peers_numpy`, `peers_torch` and `peers_mkl` hold what `peers` names; `growth`, `compat` and `peft`
+go their own ways from `timing` on; `machine` names the machine, `console` prints with or without
+rich. The words `n`, `r`, `h_in`, `h_out`, `S` are those of the library.
 """

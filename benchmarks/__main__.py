@@ -145,10 +145,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time sgmv against numpy, torch and MKL; nothing is timed until it is correct.",
-        epilog="python -m benchmarks growth: how time grows with rows and adapters; python -m "
-        "benchmarks instructions: what the compiler made of the inner loops; python -m benchmarks "
-        "compat: vLLM's calls against what vLLM does; python -m benchmarks peft: what LoRA adds to a "
-        "PEFT model's forward pass.",
+        epilog="Others, each with a --help: "
+        + ", ".join(f"python -m benchmarks {name}" for name in OTHERS),
     )
     mode = found.add_mutually_exclusive_group()
     mode.add_argument(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from benchmarks.batch import dtype_of, popularity_ids
 from benchmarks.console import Console
 from benchmarks.machine import Commit, Machine
 from benchmarks.peers import rests
-from benchmarks.record import RecordError, Times, check_schema, geomean, is_quiet, significant
+from benchmarks.record import Times, geomean, is_quiet, load_as, save_as, significant
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
 from reference import bounds, by_row, compare
@@ -337,31 +336,14 @@ def print_table(record: CompatRecord, console: Console) -> None:
         console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")
 
 
-def validate(record: object) -> None:
-    """Raise RecordError unless `record` follows the schema."""
-    check_schema("record", record, CompatRecord)
-    schema = record["schema"]  # type: ignore[index]  # check_schema has seen to it
-    if schema != SCHEMA:
-        raise RecordError(f"record.schema: expected {SCHEMA}, got {schema}")
-
-
 def save(record: CompatRecord, path: Path) -> None:
-    """Write JSON with one case per line, so that two records can be compared with diff."""
-    validate(record)
-    head = json.dumps({**record, "cases": []}, indent=1)
-    cases = ",\n".join(json.dumps(case) for case in record["cases"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head.replace('"cases": []', f'"cases": [\n{cases}\n]') + "\n")
+    """Write the record as JSON. Raises RecordError unless it follows the schema."""
+    save_as(CompatRecord, SCHEMA, record, path)
 
 
 def load(path: Path) -> CompatRecord:
     """Read and validate a record. Raises RecordError, naming the file."""
-    try:
-        record: CompatRecord = json.loads(path.read_text())
-        validate(record)
-    except ValueError as error:
-        raise RecordError(f"{path}: {error}; make it anew: python -m benchmarks compat") from error
-    return record
+    return load_as(CompatRecord, SCHEMA, path, "python -m benchmarks compat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from benchmarks import machine
 from benchmarks.batch import popularity_ids
 from benchmarks.console import Console, Span
 from benchmarks.machine import Commit, Machine
-from benchmarks.record import RecordError, Times, check_schema, is_quiet
+from benchmarks.record import Times, is_quiet, load_as, validate_as
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
 from reference import bounds, by_row, compare
@@ -248,17 +248,9 @@ def print_table(record: GrowthRecord, console: Console) -> None:
         console.print(f"WARNING: other processes ran during: {', '.join(noisy)}", "bold red")
 
 
-def validate(record: object) -> None:
-    """Raise RecordError unless `record` follows the schema."""
-    check_schema("record", record, GrowthRecord)
-    schema = record["schema"]  # type: ignore[index]  # check_schema has seen to it
-    if schema != SCHEMA:
-        raise RecordError(f"record.schema: expected {SCHEMA}, got {schema}")
-
-
 def save(record: GrowthRecord, path: Path) -> None:
     """Write JSON with one point per line, so that two records can be compared with diff."""
-    validate(record)
+    validate_as(GrowthRecord, SCHEMA, record)
     head: Mapping[str, object] = {**record, "series": []}
     parts = []
     for series in record["series"]:
@@ -272,12 +264,7 @@ def save(record: GrowthRecord, path: Path) -> None:
 
 def load(path: Path) -> GrowthRecord:
     """Read and validate a record. Raises RecordError, naming the file."""
-    try:
-        record: GrowthRecord = json.loads(path.read_text())
-        validate(record)
-    except ValueError as error:
-        raise RecordError(f"{path}: {error}; make it anew: python -m benchmarks growth") from error
-    return record
+    return load_as(GrowthRecord, SCHEMA, path, "python -m benchmarks growth")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

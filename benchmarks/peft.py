@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ from benchmarks import machine
 from benchmarks.console import Console
 from benchmarks.machine import Commit, Machine
 from benchmarks.models import Model
-from benchmarks.record import RecordError, Times, check_schema, is_quiet
+from benchmarks.record import Times, is_quiet, load_as, save_as
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant, alternate
 from reference import bounds, by_row, compare
@@ -342,31 +341,14 @@ def print_table(record: PeftRecord, console: Console) -> None:
         console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")
 
 
-def validate(record: object) -> None:
-    """Raise RecordError unless `record` follows the schema."""
-    check_schema("record", record, PeftRecord)
-    schema = record["schema"]  # type: ignore[index]  # check_schema has seen to it
-    if schema != SCHEMA:
-        raise RecordError(f"record.schema: expected {SCHEMA}, got {schema}")
-
-
 def save(record: PeftRecord, path: Path) -> None:
-    """Write JSON with one case per line, so that two records can be compared with diff."""
-    validate(record)
-    cases = ",\n".join(json.dumps(case) for case in record["cases"])
-    text = json.dumps({**record, "cases": []}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace('"cases": []', f'"cases": [\n{cases}\n]') + "\n")
+    """Write the record as JSON. Raises RecordError unless it follows the schema."""
+    save_as(PeftRecord, SCHEMA, record, path)
 
 
 def load(path: Path) -> PeftRecord:
     """Read and validate a record. Raises RecordError, naming the file."""
-    try:
-        record: PeftRecord = json.loads(path.read_text())
-        validate(record)
-    except ValueError as error:
-        raise RecordError(f"{path}: {error}; make it anew: python -m benchmarks peft") from error
-    return record
+    return load_as(PeftRecord, SCHEMA, path, "python -m benchmarks peft")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,13 +8,25 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    TypedDict,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)  # fmt: skip
 
 from benchmarks.grid import label
 from benchmarks.machine import Blas, Commit, Machine
+
+T = TypeVar("T")
 
 SCHEMA = 2
 QUIET = 0.1  # cores that others may use while a case is timed; beyond, its figures mean nothing
@@ -239,31 +251,47 @@ def significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
+def validate(record: object) -> None:
+    """Raise RecordError unless `record` follows the schema."""
+    validate_as(Record, SCHEMA, record)
+
+
 def save(record: Record, path: Path) -> None:
-    """Write JSON with one case per line, so that two records can be compared with diff."""
-    validate(record)
-    head = json.dumps({**record, "cases": []}, indent=1)
-    cases = ",\n".join(json.dumps(case) for case in record["cases"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head.replace('"cases": []', f'"cases": [\n{cases}\n]') + "\n")
+    """Write the record as JSON. Raises RecordError unless it follows the schema."""
+    save_as(Record, SCHEMA, record, path)
 
 
 def load(path: Path) -> Record:
     """Read and validate a record. Raises RecordError, naming the file."""
+    return load_as(Record, SCHEMA, path, "python -m benchmarks")
+
+
+def save_as(kind: type[T], schema: int, record: T, path: Path) -> None:
+    """Write JSON with one case per line, so that two records can be compared with diff."""
+    validate_as(kind, schema, record)
+    fields = dict(cast(Mapping[str, Any], record))
+    head = json.dumps({**fields, "cases": []}, indent=1)
+    cases = ",\n".join(json.dumps(case) for case in fields["cases"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head.replace('"cases": []', f'"cases": [\n{cases}\n]') + "\n")
+
+
+def load_as(kind: type[T], schema: int, path: Path, command: str) -> T:
+    """Read and validate a record of any benchmark. Raises RecordError, naming file and command."""
     try:
-        record: Record = json.loads(path.read_text())
-        validate(record)
+        record = json.loads(path.read_text())
+        validate_as(kind, schema, record)
     except ValueError as error:
-        raise RecordError(f"{path}: {error}; make it anew with python -m benchmarks") from error
-    return record
+        raise RecordError(f"{path}: {error}; make it anew: {command}") from error
+    return cast(T, record)
 
 
-def validate(record: object) -> None:
-    """Raise RecordError unless `record` follows the schema."""
-    check_schema("record", record, Record)
-    schema = record["schema"]  # type: ignore[index]  # check_schema has seen to it
-    if schema != SCHEMA:
-        raise RecordError(f"record.schema: expected {SCHEMA}, got {schema}")
+def validate_as(kind: type[T], schema: int, record: object) -> None:
+    """Raise RecordError unless `record` is of this kind and schema."""
+    check_schema("record", record, kind)
+    found = cast(Mapping[str, Any], record)["schema"]
+    if found != schema:
+        raise RecordError(f"record.schema: expected {schema}, got {found}")
 
 
 def check_schema(where: str, value: object, expected: Any) -> None:

@@ -1,0 +1,43 @@
+"""Operands of engines: numpy's as they are, torch's over the same memory, all else refused."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sgmv.compat.arrays import as_array
+from sgmv.errors import DtypeError, MemoryLayoutError
+
+pytestmark = pytest.mark.once
+
+
+def test_numpy_arrays_are_themselves() -> None:
+    array = np.ones((2, 3))[:, ::2]
+    assert as_array("x", array) is array
+
+
+def test_others_are_refused_by_name() -> None:
+    with pytest.raises(DtypeError, match=r"^x: expected a numpy array or a torch tensor.*got list"):
+        as_array("x", [1.0])
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int64"])
+def test_tensors_share_their_memory(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = (
+        torch.arange(12, dtype=getattr(torch, name)).reshape(3, 4).requires_grad_(name[0] != "i")
+    )
+    array = as_array("x", tensor[:, 1::2])
+    assert array.dtype == (ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    assert array.ctypes.data == tensor.data_ptr() + tensor.element_size()
+    array[0, 0] = 7
+    assert tensor[0, 1] == 7
+
+
+def test_a_tensor_elsewhere_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(
+        MemoryLayoutError, match=r"^x: expected a tensor on the CPU, got one on meta"
+    ):
+        as_array("x", torch.ones(3, device="meta"))

@@ -307,15 +307,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "series": series,
     }
     print_table(record, console)
-    directory, name = args.output, "growth.json"
-    if args.record and all(is_quiet(each["foreign_cores"]) for each in series):
-        directory, name = readme.RECORDS, f"{PREFIX}{machine.slug(facts)}.json"
-    elif args.record:
-        console.print("not recorded: run again on a quiet machine", "bold red")
-    save(record, directory / name)
-    written = [directory / name]
+    quiet = all(is_quiet(each["foreign_cores"]) for each in series)
+    written = [readme.destination(PREFIX, args.record, quiet, args.output, facts, console)]
+    save(record, written[0])
     if find_spec("matplotlib"):
-        written.append(figures.draw_growth(record, directory))
+        written.append(figures.draw_growth(record, written[0].parent))
     console.print(f"written: {', '.join(map(str, written))}")
     return 0
 

@@ -399,13 +399,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cases": cases,
     }
     print_table(record, console)
-    directory, name = args.output, "peft.json"
-    if args.record and all(is_quiet(case["foreign_cores"]) for case in cases):
-        directory, name = readme.RECORDS, f"{PREFIX}{machine.slug(facts)}.json"
-    elif args.record:
-        console.print("not recorded: run again on a quiet machine", "bold red")
-    save(record, directory / name)
-    console.print(f"written: {directory / name}")
-    if directory == readme.RECORDS:
+    quiet = all(is_quiet(case["foreign_cores"]) for case in cases)
+    path = readme.destination(PREFIX, args.record, quiet, args.output, facts, console)
+    save(record, path)
+    console.print(f"written: {path}")
+    if path.parent == readme.RECORDS:
         console.print("now: python -m benchmarks.readme", "bold")
     return 0

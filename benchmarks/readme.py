@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import compat, peft
+from benchmarks.console import Console
 from benchmarks.figures import digest, draw, draw_growth, hub_cases
 from benchmarks.goals import markdown
 from benchmarks.growth import PREFIX
 from benchmarks.growth import load as load_growth
+from benchmarks.machine import Machine, slug
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, by_dtype, load, main_variant, summarise
 from benchmarks.table import LOSS, microseconds, ran, ratio_text
@@ -66,7 +68,7 @@ def stale_parts(
     parts = [page for page, text in pages.items() if rendered(page, text, record, name) != text]
     wanted = digest(record).encode()
     figures = dict.fromkeys(FIGURES, wanted)
-    if growths := growth_paths(directory):
+    if growths := records_of(PREFIX, directory):
         figures[GROWTH_FIGURE] = digest(load_growth(growths[0])).encode()
     for figure, content in figures.items():
         path = directory / figure
@@ -75,9 +77,20 @@ def stale_parts(
     return parts
 
 
-def growth_paths(directory: Path = RECORDS) -> list[Path]:
-    """The records of `python -m benchmarks growth`; the first is the one that is drawn."""
-    return sorted(directory.glob(f"{PREFIX}*.json"))
+def records_of(prefix: str, directory: Path | None = None) -> list[Path]:
+    """The records of one of the other benchmarks; the first is the one that is shown."""
+    return sorted((directory or RECORDS).glob(f"{prefix}*.json"))
+
+
+def destination(
+    prefix: str, wanted: bool, quiet: bool, output: Path, facts: Machine, console: Console
+) -> Path:
+    """Where such a benchmark writes: among the records, if that is wanted and nobody disturbed."""
+    if wanted and quiet:
+        return RECORDS / f"{prefix}{slug(facts)}.json"
+    if wanted:
+        console.print("not recorded: run again on a quiet machine", "bold red")
+    return output / f"{prefix.removesuffix('-')}.json"
 
 
 def summary_table(record: Record, name: str) -> str:
@@ -163,7 +176,7 @@ def goals_table(record: Record, _name: str) -> str:
 
 def peft_table(_record: Record, _name: str) -> str:
     """From the first record of `python -m benchmarks peft`."""
-    paths = sorted(RECORDS.glob(f"{peft.PREFIX}*.json"))
+    paths = records_of(peft.PREFIX)
     if not paths:
         return "Not measured yet: `python -m benchmarks peft --record`."
     return peft.markdown(peft.load(paths[0]), paths[0].name)
@@ -171,7 +184,7 @@ def peft_table(_record: Record, _name: str) -> str:
 
 def compat_table(_record: Record, _name: str) -> str:
     """The calls of vLLM, from a record of their own."""
-    paths = sorted(RECORDS.glob(f"{compat.PREFIX}*.json"))
+    paths = records_of(compat.PREFIX)
     if not paths:
         return "No record is committed yet; `python -m benchmarks compat` makes one."
     return compat.markdown(compat.load(paths[0]))
@@ -202,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if set(parts) & set(FIGURES):
         draw(record, RECORDS)
     if GROWTH_FIGURE in parts:
-        draw_growth(load_growth(growth_paths()[0]), RECORDS)
+        draw_growth(load_growth(records_of(PREFIX)[0]), RECORDS)
     print(f"fresh: {', '.join(parts) or 'nothing to do'}" if not check else "fresh")
     return 0
 

@@ -66,7 +66,7 @@ from sgmv.kernels.call import (
     Y,
 )
 from sgmv.kernels.jit import JITTED, jit, vector, where
-from sgmv.kernels.pool import abandon, open_gate, shut_gate, take_part
+from sgmv.kernels.pool import abandon, all_begun, fork_join, open_gate, shut_gate, take_part
 from sgmv.schedule import (
     BASE_ONLY,
     costs,
@@ -143,7 +143,8 @@ def launch(
         n, segments, ids = batch.most, batch.address, 0
     else:
         n, segments, ids = len(batch), 0, address(batch)
-    threads, pool, space = workers.get_num_threads(), workers.pool, _workspace()
+    threads, space = workers.get_num_threads(), _workspace()
+    pool = workers.pool_of(x if y is None else y)
     held = threads > 1 and JITTED and pool.lock.acquire(False)
     gate = pool.address if held else 0
     dense: Any = y
@@ -269,7 +270,9 @@ def start(
 @jit()
 def resume(call: int, gate: int) -> Any:
     """Run tasks until none is left, or for as long as signals may wait."""
-    if not take_part(call, vector(call, FIELDS, INTEGER)[LIMIT]):
+    if gate == 0 or not fork_join(gate, call):
+        take_part(call, vector(call, FIELDS, INTEGER)[LIMIT])
+    if not all_begun(call):
         return MORE
     if gate != 0:
         shut_gate(gate)

@@ -1,7 +1,7 @@
-"""The threads that help with a call: how many, when they are made, and what ends them.
+"""The threads that help with a call: how many, whose, when they are made, and what ends them.
 
 The caller always works; helpers join it (see kernels/pool.py). A caller who finds them busy with
-another caller's tasks simply runs alone.
+another caller's tasks simply runs alone. They are sgmv's own, or torch's where it has as many.
 
 Not numba's prange: its OpenMP layer dies in a forked child and took 4-8 ms a barrier after 20 ms of
 idleness; its workqueue layer aborts the process when two Python threads call at once.
@@ -15,11 +15,23 @@ import os
 import platform
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 
 from sgmv.errors import ValueRangeError
-from sgmv.kernels.pool import CLOSED, FUTEX, POOL_FIELDS, SYSCALL, close_gate, help_out
+from sgmv.kernels.jit import entry
+from sgmv.kernels.pool import (
+    CLOSED,
+    FUTEX,
+    MEMBER,
+    POOL_FIELDS,
+    SYSCALL,
+    TEAM,
+    close_gate,
+    help_out,
+    member,
+)
 from sgmv.segment import check_count
 
 # The number of Linux's futex system call; elsewhere helpers sleep on a Python semaphore, which
@@ -134,19 +146,68 @@ def _futex() -> tuple[int, int]:
     return ctypes.cast(syscall, ctypes.c_void_p).value or 0, number
 
 
+class Team(Pool):
+    """The threads of OpenMP: made by its first parallel region, and ended by OpenMP itself.
+
+    parallel  the address of its GOMP_parallel
+    """
+
+    def __init__(self, parallel: int) -> None:
+        super().__init__()
+        self.fields[TEAM], self.fields[MEMBER] = parallel, entry(member, integers=1)
+
+    def prepare(self, helpers: int) -> None:
+        """They come by themselves."""
+
+    def close(self) -> None:
+        """From now on every caller finds them busy."""
+        self.lock.acquire()
+
+
 pool = Pool()
+_teams: dict[str, Pool] = {}  # what helps with torch's tensors, once that is known
+
+
+def pool_of(array: Any) -> Pool:
+    """Who helps with a call: torch's OpenMP threads if torch made the array, and has as many.
+
+    Measured: two of our own threads beside torch's two took longer than one (docs/engines.md).
+    """
+    owner = array.base
+    if owner is None:
+        return pool
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not isinstance(owner, torch.Tensor):
+        return pool
+    found = _teams.get("torch")
+    if found is None:
+        parallel = _gomp_parallel(torch)
+        found = _teams["torch"] = Team(parallel) if parallel else pool
+    return found if torch.get_num_threads() >= get_num_threads() else pool
+
+
+def _gomp_parallel(torch: Any) -> int:
+    """Of the OpenMP library that torch itself was linked with; 0 if that has no such function."""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):  # Windows, or macOS, whose OpenMP is Clang's
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _renew_pool() -> None:
-    """In a forked child the parent's helpers are gone, and its lock may have been held."""
+    """In a forked child the parent's helpers are gone, torch's too, and a lock may be held."""
     global pool
-    pool = Pool()
+    pool = _teams["torch"] = Pool()
 
 
-def _close_pool() -> None:
-    pool.close()
+def _close_pools() -> None:
+    for each in {pool, *_teams.values()}:
+        each.close()
 
 
-atexit.register(_close_pool)
+atexit.register(_close_pools)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_pool)

@@ -6,6 +6,9 @@ are there, or for a second or so, and leaves what it saw in the call's v.
 
 from __future__ import annotations
 
+import _ctypes
+import ctypes
+import ctypes.util
 import os
 import signal
 import subprocess
@@ -13,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ import sgmv
 from reference.workloads import popularity, real
 from sgmv import launch, workers
 from sgmv.backend import Kernels
+from sgmv.compat.arrays import as_array
 from sgmv.errors import SgmvError
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause
 from sgmv.kernels.call import (
@@ -41,6 +46,7 @@ from tests.planting import run_python
 
 jitted = pytest.mark.skipif(not JITTED, reason="without the jit every call runs alone")
 on_a_futex = pytest.mark.parametrize("pool", ["futex"], indirect=True)
+on_both_kinds = pytest.mark.parametrize("pool", ["futex", "team"], indirect=True)
 on_a_bell = pytest.mark.parametrize("pool", ["bell"], indirect=True)
 posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 
@@ -136,10 +142,29 @@ class Meeting:
         assert not self.done[self.begun :].any()
 
 
-@pytest.fixture(params=["futex", "bell"])
+TEAM_THREADS = 5
+
+
+@pytest.fixture
+def parallel() -> Iterator[int]:
+    """The address of GOMP_parallel, of an OpenMP that has TEAM_THREADS."""
+    name = ctypes.util.find_library("gomp")
+    if name is None:
+        pytest.skip("this system has no OpenMP")
+    openmp = ctypes.CDLL(name)
+    before = openmp.omp_get_max_threads()
+    openmp.omp_set_num_threads(TEAM_THREADS)
+    yield ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p).value or 0
+    openmp.omp_set_num_threads(before)
+
+
+@pytest.fixture(params=["futex", "bell", "team"])
 def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[workers.Pool]:
-    """A pool without helpers yet, whose helpers sleep on a futex, or else on the bell."""
-    fresh = workers.Pool()
+    """A pool without helpers yet, which sleep on a futex, or else on the bell; or OpenMP's team."""
+    if request.param == "team":
+        fresh: workers.Pool = workers.Team(request.getfixturevalue("parallel"))
+    else:
+        fresh = workers.Pool()
     if request.param == "bell":
         fresh.fields[SYSCALL] = 0
     elif fresh.fields[SYSCALL] == 0:
@@ -170,7 +195,7 @@ def add(backend: str | None = None) -> np.ndarray:
 
 
 @jitted
-@on_a_futex
+@on_both_kinds
 def test_every_task_runs_once_on_whichever_thread(kernels: Kernels, pool: workers.Pool) -> None:
     sgmv.set_num_threads(3)
     for _ in range(5):
@@ -178,13 +203,13 @@ def test_every_task_runs_once_on_whichever_thread(kernels: Kernels, pool: worker
 
 
 @jitted
-@on_a_futex
+@on_both_kinds
 def test_threads_up_and_down_between_calls(kernels: Kernels, pool: workers.Pool) -> None:
     """As many as asked for take part, whether helpers spin, sleep, or are not yet made."""
     for count in (2, 5, 1, 3, 4, 1, 2, 5):
         sgmv.set_num_threads(count)
         Meeting(kernels, rows=2000, expected=count).check_all_come()
-        if count == 4:
+        if count == 4 and not isinstance(pool, workers.Team):
             wait_until(lambda: sleepers(pool) == len(pool.helpers) == 4)
 
 
@@ -245,6 +270,29 @@ def test_a_caller_who_finds_helpers_busy_runs_alone(kernels: Kernels, pool: work
     meeting.check_done_once()
 
 
+def test_whose_threads_help() -> None:
+    """Torch's, for a call on torch's memory, where it has as many; else sgmv's own."""
+    torch = pytest.importorskip("torch")
+    ours, tensor = np.zeros((4, 6), "f"), torch.zeros(4, 6)
+    theirs = [tensor.numpy(), tensor.numpy()[1:, ::2], as_array("x", tensor.bfloat16())]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        sgmv.set_num_threads(2)
+        assert all(isinstance(workers.pool_of(array), workers.Team) for array in theirs)
+        assert workers.pool_of(ours) is workers.pool_of(ours[1:]) is workers.pool
+        sgmv.set_num_threads(3)
+        assert all(workers.pool_of(array) is workers.pool for array in theirs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_library_without_openmp() -> None:
+    library = SimpleNamespace(_C=SimpleNamespace(__file__=_ctypes.__file__))
+    assert workers._gomp_parallel(library) == 0
+    assert workers._gomp_parallel(SimpleNamespace(_C=SimpleNamespace(__file__="no such file"))) == 0
+
+
 @pytest.mark.usefixtures("pool")
 def test_many_python_threads_at_once() -> None:
     sgmv.set_num_threads(3)
@@ -302,11 +350,12 @@ def test_other_python_threads_run_meanwhile() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_in_a_child_after_fork(kernels: Kernels) -> None:
+@on_both_kinds
+def test_in_a_child_after_fork(kernels: Kernels, pool: workers.Pool) -> None:
     """The parent has used its helpers; the child must not wait for theirs, and gets its own."""
     sgmv.set_num_threads(3)
     expected = add()
-    with workers.pool.lock:  # as if another thread of the parent were calling
+    with pool.lock:  # as if another thread of the parent were calling
         child = os.fork()
     if child == 0:  # pragma: no cover
         status = 1
@@ -362,7 +411,7 @@ def check_nobody_works(meeting: Meeting, pool: workers.Pool) -> None:
 
 @posix
 @jitted
-@on_a_futex
+@on_both_kinds
 @pytest.mark.parametrize("threads", [1, 3])
 def test_ctrl_c_stops_a_long_call(threads: int, kernels: Kernels, pool: workers.Pool) -> None:
     """Its tasks would take a minute; helpers have stopped when the interrupt is raised."""
@@ -378,7 +427,7 @@ def test_ctrl_c_stops_a_long_call(threads: int, kernels: Kernels, pool: workers.
 
 
 @jitted
-@on_a_futex
+@on_both_kinds
 def test_a_failure_is_raised_after_all_have_stopped(
     kernels: Kernels, pool: workers.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +481,7 @@ def test_long_work_is_cut_into_batches_that_hear_signals(kernels: Kernels) -> No
     assert 10 <= meeting.entered <= 20
 
 
+@pytest.mark.parametrize("pool", ["futex", "bell"], indirect=True)
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
 def test_the_caller_goes_on_where_no_thread_can_be_had(
     error: Exception, pool: workers.Pool, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""How threads in compiled code talk to each other: atomic int64s, and a futex to sleep on.
+"""How threads in compiled code meet: atomic int64s, a futex to sleep on, OpenMP's parallel region.
 
 Each is sequentially consistent, and plain Python under NUMBA_DISABLE_JIT=1.
 """
@@ -42,6 +42,10 @@ def pause():
 
 def futex(syscall, number, address, operation, value):
     """Sleep on an int64, or wake who does: Linux's system call, reached through libc's."""
+
+
+def parallel(region, member, argument):
+    """Call `member(argument)` on every thread of OpenMP's team, and wait for all: GOMP_parallel."""
 
 
 @intrinsic
@@ -95,6 +99,20 @@ def _futex(typingctx, syscall, number, address, operation, value):
     return types.int64(*[types.int64] * 5), codegen
 
 
+@intrinsic
+def _parallel(typingctx, region, member, argument):
+    """`void GOMP_parallel(fn, data, num_threads, flags)`; 0 threads are as many as OpenMP's own."""
+
+    def codegen(context, builder, signature, args):
+        unsigned = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [INT64, INT64, unsigned, unsigned])
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, [*args[1:], ir.Constant(unsigned, 0), ir.Constant(unsigned, 0)])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
 @overload(add_atomic)
 def _add_jitted(address, amount):
     return lambda address, amount: _add(address, amount)
@@ -120,3 +138,8 @@ def _futex_jitted(syscall, number, address, operation, value):
     return lambda syscall, number, address, operation, value: _futex(
         syscall, number, address, operation, value
     )
+
+
+@overload(parallel)
+def _parallel_jitted(region, member, argument):
+    return lambda region, member, argument: _parallel(region, member, argument)

@@ -34,8 +34,8 @@ COLUMNS = 21  # of a panel of wb
 WB_RANK, WB_COLUMN = 22, 23
 SLICES = 24  # so many wa are one slot's: v (n, SLICES * r) has the ranks of one after the other's
 # Counters, each on a cache line of its own.
-SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT = 32, 40, 48
-FIELDS = 56
+SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT, MEMBERS = 32, 40, 48, 56  # MEMBERS: of an OpenMP team
+FIELDS = 64
 
 # A stack's slot table, as the plan finds it: the layer's widths; how many ids are loaded, how many
 # slots there are; addresses as above, of int64 (loaded,) ids ascending and the slot of each, and of

@@ -3,8 +3,9 @@
 `jit`      every kernel's decorator
 `where`    the address of an array's first element, an int64 like every integer here
 `vector`   the numbers behind an address; `size_of` one of them
-`entry`    a kernel, compiled now, as an address; `enter` calls it. A kernel is compiled once for
-           each mix of float types; who runs its tasks needs to know nothing of types
+`entry`    a function of integers, compiled now, as an address that C could call; `enter` calls a
+           kernel's. A kernel is compiled once for each mix of float types; who runs its tasks needs
+           to know nothing of types
 
 All of it is also plain Python, so that the loops run under NUMBA_DISABLE_JIT=1.
 """
@@ -102,11 +103,11 @@ def telling_if_slow() -> Any:
         timer.cancel()
 
 
-_entries: dict[int, Callable[[int, int], None]] = {}
+_entries: dict[int, Callable[..., None]] = {}
 
 
-def entry(function: Callable[[int, int], None]) -> int:
-    """A kernel `(call, limit) -> None` as an address that `enter` takes.
+def entry(function: Callable[..., None], integers: int = 2) -> int:
+    """A function of so many int64s, such as a kernel `(call, limit) -> None`, as an address.
 
     It is compiled, or loaded from the cache, here and now.
     """
@@ -114,7 +115,7 @@ def entry(function: Callable[[int, int], None]) -> int:
         _entries[id(function)] = function
         return id(function)
     compiled: Any = jit()(function)
-    signature = (types.int64, types.int64)
+    signature = (types.int64,) * integers
     with telling_if_slow():
         compiled.compile(types.void(*signature))
     found = compiled.overloads[signature]

@@ -9,13 +9,17 @@
 
 The caller never waits for a helper that has not come in: it finds the gate shut. One wake serves
 both phases. Helpers hold no GIL, so a busy interpreter does not delay them.
+
+Where torch made the call's arrays, the helpers are the OpenMP team that torch computed them with.
+A thread of that team spins for some milliseconds after each product: a helper of ours, woken onto
+its core, would have to wait for it. All of a team come to every parallel region and leave together.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from sgmv.kernels.atomics import add_atomic, futex, load_atomic, pause, store_atomic
+from sgmv.kernels.atomics import add_atomic, futex, load_atomic, parallel, pause, store_atomic
 from sgmv.kernels.call import (
     BLOCK_COUNT,
     EXPAND,
@@ -23,6 +27,8 @@ from sgmv.kernels.call import (
     EXPAND_NEXT,
     FIELDS,
     INTEGER,
+    LIMIT,
+    MEMBERS,
     SHRINK,
     SHRINK_CUTS,
     SHRINK_DONE,
@@ -32,9 +38,10 @@ from sgmv.kernels.call import (
 from sgmv.kernels.jit import enter, jit, vector
 
 # The pool's int64s, each on a cache line of its own. GATE is SHUT, or the number of the call that
-# stands in CALL, where no number comes twice, or CLOSED for good.
-GATE, INSIDE, SLEEPERS, CALL, NUMBER, SYSCALL, FUTEX = range(0, 56, 8)
-POOL_FIELDS = 56
+# stands in CALL, where no number comes twice, or CLOSED for good. TEAM is GOMP_parallel's address,
+# or 0, and MEMBER that of `member`.
+GATE, INSIDE, SLEEPERS, CALL, NUMBER, SYSCALL, FUTEX, TEAM, MEMBER = range(0, 72, 8)
+POOL_FIELDS = 72
 SHUT, CLOSED = 0, -1
 WAIT_PRIVATE, WAKE_PRIVATE = 128, 129
 # Turns at the gate before a helper falls asleep, some 100 us: the next call of a loop finds it
@@ -44,20 +51,27 @@ EVERY_TASK = 1 << 62
 
 
 @jit()
-def take_part(call: int, limit: int) -> Any:
-    """Run tasks of both phases, at most `limit` of each; returns whether none is left."""
+def take_part(call: int, limit: int) -> None:
+    """Run tasks of both phases, at most `limit` of each."""
     fields = vector(call, FIELDS, INTEGER)
     if fields[SHRINK] != 0:
         tasks = fields[BLOCK_COUNT] * fields[SHRINK_CUTS]
         enter(fields[SHRINK], call, limit)
         if load_atomic(call + 8 * SHRINK_NEXT) < tasks:
-            return False
+            return
         while load_atomic(call + 8 * SHRINK_DONE) < tasks:
             pause()
     if fields[EXPAND] != 0:
         enter(fields[EXPAND], call, limit)
+
+
+@jit()
+def all_begun(call: int) -> Any:
+    """Whether no task is left that nobody has begun."""
+    fields = vector(call, FIELDS, INTEGER)
+    if fields[EXPAND] != 0:
         return load_atomic(call + 8 * EXPAND_NEXT) >= fields[BLOCK_COUNT] * fields[EXPAND_CUTS]
-    return True
+    return load_atomic(call + 8 * SHRINK_NEXT) >= fields[BLOCK_COUNT] * fields[SHRINK_CUTS]
 
 
 @jit()
@@ -89,6 +103,24 @@ def shut_gate(pool: int) -> None:
     store_atomic(pool + 8 * GATE, SHUT)
     while load_atomic(pool + 8 * INSIDE) > 0:
         pause()
+
+
+@jit()
+def fork_join(pool: int, call: int) -> Any:
+    """Run tasks on all threads of the team, if the pool is one; returns whether it is."""
+    fields = vector(pool, POOL_FIELDS, INTEGER)
+    if fields[TEAM] == 0:
+        return False
+    store_atomic(call + 8 * MEMBERS, 0)
+    parallel(fields[TEAM], fields[MEMBER], call)
+    return True
+
+
+def member(call: int) -> None:
+    """What each thread of a team does: its part, unless enough threads do theirs already."""
+    fields = vector(call, FIELDS, INTEGER)
+    if add_atomic(call + 8 * MEMBERS, 1) < fields[THREADS]:
+        take_part(call, fields[LIMIT])
 
 
 @jit()

@@ -23,20 +23,26 @@ from sgmv.errors import ValueRangeError
 from sgmv.kernels.jit import entry
 from sgmv.kernels.pool import (
     CLOSED,
-    FUTEX,
+    CPU_WORDS,
+    CPUS,
+    HELPERS,
+    KEPT_CLEAR,
+    MASK,
     MEMBER,
     POOL_FIELDS,
+    SETAFFINITY,
     SYSCALL,
     TEAM,
+    THREAD_IDS,
     close_gate,
     help_out,
     member,
 )
 from sgmv.segment import check_count
 
-# The number of Linux's futex system call; elsewhere helpers sleep on a Python semaphore, which
-# woke them 10 us later here, and needs the GIL.
-FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
+# The numbers of Linux's futex, getcpu and sched_setaffinity. Elsewhere helpers sleep on a Python
+# semaphore, which woke them 10 us later here, and needs the GIL.
+SYSTEM_CALLS = {"x86_64": (202, 309, 203), "aarch64": (98, 168, 122)}
 
 
 def cores() -> int:
@@ -101,7 +107,9 @@ class Pool:
         memory = np.zeros(POOL_FIELDS + 8, np.int64)
         start = -memory.ctypes.data // 8 % 8  # to the next cache line
         self.fields = memory[start : start + POOL_FIELDS]
-        self.fields[SYSCALL], self.fields[FUTEX] = _futex()
+        self.fields[SYSCALL : SETAFFINITY + 1] = _system_calls()
+        self.cpus, self.mask = np.zeros((2, CPU_WORDS), np.int64)
+        self.fields[CPUS], self.fields[MASK] = self.cpus.ctypes.data, self.mask.ctypes.data
         self.address = int(self.fields.ctypes.data)
 
     def prepare(self, helpers: int) -> None:
@@ -115,6 +123,7 @@ class Pool:
             except RuntimeError:  # no thread to be had, or the interpreter is shutting down
                 return
             self.helpers.append(helper)
+            self._know_helpers()
         while self.asleep > 0:  # only where there is no futex
             self.asleep -= 1
             self.bell.release()
@@ -127,6 +136,15 @@ class Pool:
             for helper in self.helpers:
                 helper.join()
 
+    def _know_helpers(self) -> None:
+        """Note who they are, and on which cores they may run, as they did not yet."""
+        if self.fields[SYSCALL]:
+            self.thread_ids = np.array([helper.native_id for helper in self.helpers], np.int64)
+            self.fields[THREAD_IDS] = self.thread_ids.ctypes.data
+            self.fields[HELPERS], self.fields[KEPT_CLEAR] = len(self.helpers), -1
+            allowed = sum(1 << cpu for cpu in os.sched_getaffinity(0) if cpu < 64 * CPU_WORDS)
+            self.cpus[:] = np.frombuffer(allowed.to_bytes(8 * CPU_WORDS, "little"), np.int64)
+
     def _help(self, index: int) -> None:
         served = 0
         while (served := help_out(self.address, index, served)) != CLOSED:
@@ -134,16 +152,16 @@ class Pool:
             self.bell.acquire()
 
 
-def _futex() -> tuple[int, int]:
-    """Address of libc's syscall(2), and futex's number; zeros where there is no futex."""
-    number = FUTEX_NUMBERS.get(platform.machine(), 0)
-    if not sys.platform.startswith("linux") or number == 0:
-        return 0, 0
+def _system_calls() -> tuple[int, ...]:
+    """Address of libc's syscall(2), and SYSTEM_CALLS; zeros where there is no such thing."""
+    numbers = SYSTEM_CALLS.get(platform.machine())
+    if not sys.platform.startswith("linux") or numbers is None:
+        return 0, 0, 0, 0
     try:
         syscall = ctypes.CDLL(None).syscall
     except (OSError, AttributeError):
-        return 0, 0
-    return ctypes.cast(syscall, ctypes.c_void_p).value or 0, number
+        return 0, 0, 0, 0
+    return ctypes.cast(syscall, ctypes.c_void_p).value or 0, *numbers
 
 
 class Team(Pool):

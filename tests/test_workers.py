@@ -261,6 +261,25 @@ def test_small_work_wakes_nobody(
 
 
 @jitted
+@on_a_futex
+@pytest.mark.skipif(workers.cores() < 2, reason="needs two cores")
+def test_sleeping_helpers_are_woken_off_the_callers_core(
+    kernels: Kernels, pool: workers.Pool
+) -> None:
+    sgmv.set_num_threads(2)
+    allowed = os.sched_getaffinity(0)
+    Meeting(kernels, rows=2000, expected=2).check_all_come()
+    try:
+        for cpu in sorted(allowed)[:2]:
+            wait_until(lambda: sleepers(pool) == 1)
+            os.sched_setaffinity(0, {cpu})
+            Meeting(kernels, rows=2000, expected=2).check_all_come()
+            assert os.sched_getaffinity(pool.helpers[0].native_id or 0) == allowed - {cpu}
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@jitted
 def test_a_caller_who_finds_helpers_busy_runs_alone(kernels: Kernels, pool: workers.Pool) -> None:
     sgmv.set_num_threads(3)
     meeting = Meeting(kernels, rows=200, expected=1)

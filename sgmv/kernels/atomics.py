@@ -1,4 +1,4 @@
-"""How threads in compiled code meet: atomic int64s, a futex to sleep on, OpenMP's parallel region.
+"""How threads in compiled code meet: atomic int64s, system calls, OpenMP's parallel region.
 
 Each is sequentially consistent, and plain Python under NUMBA_DISABLE_JIT=1.
 """
@@ -40,8 +40,8 @@ def pause():
     """Tell the core that this is a waiting loop."""
 
 
-def futex(syscall, number, address, operation, value):
-    """Sleep on an int64, or wake who does: Linux's system call, reached through libc's."""
+def system_call(syscall, number, one, two, three):
+    """Linux's, by number, with three integers; through libc's syscall(2), at address `syscall`."""
 
 
 def parallel(region, member, argument):
@@ -88,8 +88,8 @@ def _pause(typingctx):
 
 
 @intrinsic
-def _futex(typingctx, syscall, number, address, operation, value):
-    """Linux's futex, through libc's syscall(2): six arguments after the number, three unused."""
+def _system_call(typingctx, syscall, number, one, two, three):
+    """syscall(2) has six arguments after the number, three of them unused here."""
 
     def codegen(context, builder, signature, args):
         unused = ir.Constant(INT64, 0)
@@ -133,11 +133,9 @@ def _pause_jitted():
     return lambda: _pause()
 
 
-@overload(futex)
-def _futex_jitted(syscall, number, address, operation, value):
-    return lambda syscall, number, address, operation, value: _futex(
-        syscall, number, address, operation, value
-    )
+@overload(system_call)
+def _system_call_jitted(syscall, number, one, two, three):
+    return lambda syscall, number, one, two, three: _system_call(syscall, number, one, two, three)
 
 
 @overload(parallel)

@@ -20,7 +20,6 @@ import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,12 +29,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks import machine
 from benchmarks.batch import dtype_of, popularity_ids
 from benchmarks.console import Console
-from benchmarks.machine import Commit, Machine
 from benchmarks.peers import rests
-from benchmarks.record import Times, geomean, is_quiet, load_as, save_as, significant
+from benchmarks.record import (
+    Head,
+    Times,
+    geomean,
+    is_quiet,
+    load_as,
+    record_head,
+    save_as,
+)
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
 from reference import bounds, by_row, compare
@@ -71,20 +76,13 @@ class CompatCase(TypedDict):
     foreign_cores: float | None
 
 
-class CompatRecord(TypedDict):
+class CompatRecord(Head):
     """One run of this file."""
 
-    schema: int
-    date: str
-    commit: Commit
-    machine: Machine
-    versions: dict[str, str]
-    threads: int
     h: int
     rank: int
     qkv: list[int]
     weights: str
-    seconds: float
     cases: list[CompatCase]
 
 
@@ -370,24 +368,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         console.print(f"  {library} {dtype}")
         cases += measure(library, dtype, args.rows, args.calls)
-    facts = machine.machine()
     record: CompatRecord = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(readme.ROOT),
-        "machine": facts,
-        "versions": machine.versions(),
-        "threads": sgmv.get_num_threads(),
+        **record_head(SCHEMA, sgmv.get_num_threads(), started),
         "h": H,
         "rank": RANK,
         "qkv": list(QKV),
         "weights": "hot",
-        "seconds": significant(time.perf_counter() - started),
         "cases": cases,
     }
     print_table(record, console)
     quiet = all(is_quiet(case["foreign_cores"]) for case in cases)
-    path = readme.destination(PREFIX, args.record, quiet, args.output, facts, console)
+    path = readme.destination(PREFIX, args.record, quiet, args.output, record["machine"], console)
     save(record, path)
     console.print(f"written: {path}")
     if path.parent == readme.RECORDS:

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +27,7 @@ import sgmv
 from benchmarks import machine
 from benchmarks.batch import popularity_ids
 from benchmarks.console import Console, Span
-from benchmarks.machine import Commit, Machine
-from benchmarks.record import Times, is_quiet, load_as, validate_as
+from benchmarks.record import Head, Times, is_quiet, load_as, record_head, validate_as
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
 from reference import bounds, by_row, compare
@@ -93,21 +91,14 @@ class SeriesRecord(TypedDict):
     points: list[PointRecord]
 
 
-class GrowthRecord(TypedDict):
+class GrowthRecord(Head):
     """One run of this file: raw times; fits are computed from them where they are shown."""
 
-    schema: int
-    date: str
-    commit: Commit
-    machine: Machine
-    versions: dict[str, str]
-    threads: int
     h_in: int
     h_out: int
     rank: int
     dtype: str
     weights: str
-    seconds: float
     series: list[SeriesRecord]
 
 
@@ -290,25 +281,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for curve in curves(MOST_ROWS, loaded):
         console.print(f"  {curve.name}")
         series.append(measure(curve, args.threads))
-    facts = machine.machine()
     record: GrowthRecord = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(readme.ROOT),
-        "machine": facts,
-        "versions": machine.versions(),
-        "threads": args.threads,
+        **record_head(SCHEMA, args.threads, started),
         "h_in": H_IN,
         "h_out": H_OUT,
         "rank": RANK,
         "dtype": "float32",
         "weights": "hot",
-        "seconds": round(time.perf_counter() - started, 1),
         "series": series,
     }
     print_table(record, console)
     quiet = all(is_quiet(each["foreign_cores"]) for each in series)
-    written = [readme.destination(PREFIX, args.record, quiet, args.output, facts, console)]
+    written = [
+        readme.destination(PREFIX, args.record, quiet, args.output, record["machine"], console)
+    ]
     save(record, written[0])
     if find_spec("matplotlib"):
         written.append(figures.draw_growth(record, written[0].parent))

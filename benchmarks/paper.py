@@ -17,7 +17,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +29,7 @@ from benchmarks import machine
 from benchmarks.batch import popularity_ids
 from benchmarks.console import Console
 from benchmarks.growth import check
-from benchmarks.machine import Commit, Machine
-from benchmarks.record import Times, check_schema, is_quiet, significant
+from benchmarks.record import Head, Times, is_quiet, record_head, significant, validate_as
 from reference.workloads import POPULARITIES
 from sgmv import emulator
 from sgmv.workers import cores
@@ -88,16 +86,9 @@ class Point(TypedDict):
     foreign_cores: float | None
 
 
-class PaperRecord(TypedDict):
+class PaperRecord(Head):
     """One run of this file."""
 
-    schema: int
-    date: str
-    commit: Commit
-    machine: Machine
-    versions: dict[str, str]
-    threads: int
-    seconds: float
     axis: list[AxisPoint]
     points: list[Point]
 
@@ -282,12 +273,12 @@ def print_table(lines: Sequence[Sequence[str]], console: Console) -> None:
 
 def validate(record: object) -> None:
     """Raise RecordError unless `record` follows the schema."""
-    check_schema("record", record, PaperRecord)
+    validate_as(PaperRecord, SCHEMA, record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count, measure, print, save; returns 0."""
-    from benchmarks import figures, readme
+    from benchmarks import figures
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks paper", description=__doc__,
@@ -311,13 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.progress(len(points)) as step:
             points = measure(points, args.threads, args.repeats, step)
     record: PaperRecord = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(readme.ROOT),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "threads": args.threads,
-        "seconds": round(time.perf_counter() - started, 1),
+        **record_head(SCHEMA, args.threads, started),
         "axis": axis(),
         "points": points,
     }

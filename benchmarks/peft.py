@@ -25,9 +25,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -37,11 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks import machine
 from benchmarks.console import Console
-from benchmarks.machine import Commit, Machine
 from benchmarks.models import Model
-from benchmarks.record import Times, is_quiet, load_as, save_as
+from benchmarks.record import Head, Times, is_quiet, load_as, record_head, save_as
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant, alternate
 from reference import bounds, by_row, compare
@@ -109,20 +105,13 @@ class CaseRecord(TypedDict):
     foreign_cores: float | None
 
 
-class PeftRecord(TypedDict):
+class PeftRecord(Head):
     """One run of this file: raw times; what LoRA adds is computed from them where it is shown."""
 
-    schema: int
-    date: str
-    commit: Commit
-    machine: Machine
-    versions: dict[str, str]
-    threads: int
     hidden: int
     intermediate: int
     layers: int
     rank: int
-    seconds: float
     cases: list[CaseRecord]
 
 
@@ -380,27 +369,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             for case in its:
                 console.print(f"  {case.label()}")
                 cases.append(measure(case, models))
-    facts = machine.machine()
     record: PeftRecord = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(readme.ROOT),
-        "machine": facts,
-        "versions": {
-            **machine.versions(),
-            **{package: version(package) for package in ("peft", "transformers")},
-        },
-        "threads": args.threads,
+        **record_head(SCHEMA, args.threads, started, ("peft", "transformers")),
         "hidden": LLAMA.hidden,
         "intermediate": LLAMA.intermediate,
         "layers": LAYERS,
         "rank": RANK,
-        "seconds": round(time.perf_counter() - started, 1),
         "cases": cases,
     }
     print_table(record, console)
     quiet = all(is_quiet(case["foreign_cores"]) for case in cases)
-    path = readme.destination(PREFIX, args.record, quiet, args.output, facts, console)
+    path = readme.destination(PREFIX, args.record, quiet, args.output, record["machine"], console)
     save(record, path)
     console.print(f"written: {path}")
     if path.parent == readme.RECORDS:

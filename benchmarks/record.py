@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import (
     Any,
@@ -24,7 +27,7 @@ from typing import (
 )  # fmt: skip
 
 from benchmarks.grid import label
-from benchmarks.machine import Blas, Commit, Machine
+from benchmarks.machine import Blas, Commit, Machine, commit, machine, versions
 
 T = TypeVar("T")
 
@@ -34,6 +37,18 @@ QUIET = 0.1  # cores that others may use while a case is timed; beyond, its figu
 
 class RecordError(ValueError):
     """A file that does not follow the schema: where, what was expected, what stands there."""
+
+
+class Head(TypedDict):
+    """What the record of a benchmark beside the main one begins with: the run. Units: seconds."""
+
+    schema: int
+    date: str
+    commit: Commit
+    machine: Machine
+    versions: dict[str, str]
+    threads: int
+    seconds: float
 
 
 class Times(TypedDict):
@@ -125,6 +140,22 @@ class Record(TypedDict):
     call_us: CallTimes
     untimed: dict[str, str]
     cases: list[CaseRecord]
+
+
+def record_head(schema: int, threads: int, started: float, packages: Iterable[str] = ()) -> Head:
+    """The head of a record made now, by a run that began at perf_counter's `started`.
+
+    packages  whose versions it names, beside those that every record names
+    """
+    return {
+        "schema": schema,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(Path(__file__).parent),
+        "machine": machine(),
+        "versions": {**versions(), **{package: version(package) for package in packages}},
+        "threads": threads,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def main_variant(record: Record) -> str:

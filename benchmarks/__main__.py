@@ -17,6 +17,7 @@ from benchmarks import (
     gate,
     growth,
     instructions,
+    layer,
     machine,
     paper,
     peft,
@@ -49,6 +50,7 @@ OTHERS = {
     "compat": compat.main,
     "growth": growth.main,
     "instructions": instructions.main,
+    "layer": layer.main,
     "paper": paper.main,
     "peft": peft.main,
 }

@@ -1,6 +1,6 @@
 """What LoRA adds to a model's forward pass: PEFT's mixed batch, and the same through add_lora.
 
-    python -m benchmarks peft            check, timings, table; about ten minutes
+    python -m benchmarks peft            check, timings, table; about twenty minutes
     python -m benchmarks peft --record   the same, into benchmarks/records/, to commit
 
 A Llama of random weights, as wide as Llama-3.2-1B and LAYERS deep, all its linear layers adapted.
@@ -51,7 +51,7 @@ LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's c
 LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 8
 GOAL = 0.25  # of what PEFT's own mixed batch adds
 CHECKED_ROWS = 6
-BUDGET = Budget(rounds=8, turn_s=0.3, max_calls=20)
+BUDGET = Budget(rounds=16, turn_s=0.3, max_calls=20)
 ONCE = Budget(rounds=1, turn_s=0.0)  # for what takes many times as long, so that no turns matter
 
 

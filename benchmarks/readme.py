@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import compat, peft
+from benchmarks import compat, layer, peft
 from benchmarks.console import Console
 from benchmarks.figures import digest, draw, draw_growth, hub_cases
 from benchmarks.goals import markdown
@@ -37,7 +37,7 @@ class StaleError(Exception):
 
 def primary(directory: Path = RECORDS) -> tuple[Path, Record]:
     """The record the README shows: a full one before a quick one. Raises StaleError for none."""
-    others = (PREFIX, compat.PREFIX, peft.PREFIX)
+    others = (PREFIX, compat.PREFIX, layer.PREFIX, peft.PREFIX)
     found = [path for path in directory.glob("*.json") if not path.name.startswith(others)]
     paths = sorted(found, key=lambda p: (not p.name.startswith("full-"), p.name))
     if not paths:
@@ -182,6 +182,14 @@ def peft_table(_record: Record, _name: str) -> str:
     return peft.markdown(peft.load(paths[0]), paths[0].name)
 
 
+def layer_table(_record: Record, _name: str) -> str:
+    """From the first record of `python -m benchmarks layer`."""
+    paths = records_of(layer.PREFIX)
+    if not paths:
+        return "Not measured yet: `python -m benchmarks layer --record`."
+    return layer.markdown(layer.load(paths[0]), paths[0].name)
+
+
 def compat_table(_record: Record, _name: str) -> str:
     """The calls of vLLM, from a record of their own."""
     paths = records_of(compat.PREFIX)
@@ -192,7 +200,7 @@ def compat_table(_record: Record, _name: str) -> str:
 
 TABLES: dict[str, dict[str, Callable[[Record, str], str]]] = {
     "README.md": {"summary": summary_table, "cases": cases_table},
-    "docs/kernels.md": {"goals": goals_table},
+    "docs/kernels.md": {"goals": goals_table, "layer": layer_table},
     "docs/engines.md": {"compat": compat_table, "peft": peft_table},
 }
 

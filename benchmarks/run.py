@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from benchmarks.timing import Budget, Timing, Variant, alternate
 IDS_ROWS = 64
 MIXED = "mixed"
 ATTEMPTS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,17 +186,22 @@ def measure(case: Case, pool: Pool, ids: NDArray[np.int64], terms: Terms) -> Cas
 def time_quietly(
     turns: Sequence[Variant], budget: Budget
 ) -> tuple[dict[str, Timing], float | None]:
-    """Timings, and the cores that other processes kept busy meanwhile.
+    """Timings, and the cores that other processes kept busy meanwhile: see `quietly`."""
+    return quietly(partial(alternate, turns, budget))
+
+
+def quietly(measure: Callable[[], T]) -> tuple[T, float | None]:
+    """What a measurement gives, and the cores that other processes kept busy meanwhile.
 
     Semantics: repeated, up to ATTEMPTS times, while others are busy; the quietest attempt counts,
     whatever its timings are. Beside one other busy process on two cores, numpy's threaded product
     took ten times its time (256 rows, one segment): such a case would flatter sgmv.
     """
-    attempts: list[tuple[dict[str, Timing], float | None]] = []
+    attempts: list[tuple[T, float | None]] = []
     while not attempts or (len(attempts) < ATTEMPTS and not is_quiet(attempts[-1][1])):
         before = cpu_use()
-        times = alternate(turns, budget)
-        attempts.append((times, foreign_cores(before, cpu_use())))
+        found = measure()
+        attempts.append((found, foreign_cores(before, cpu_use())))
     return min(attempts, key=lambda attempt: attempt[1] or 0.0)
 
 

@@ -60,7 +60,7 @@ def alternate(variants: Sequence[Variant], budget: Budget) -> dict[str, Timing]:
     finally:
         if collecting:
             gc.enable()
-    return {name: _summary(times) for name, times in samples.items()}
+    return {name: summary(times) for name, times in samples.items()}
 
 
 def _settle(variant: Variant) -> None:
@@ -82,6 +82,7 @@ def _turn(call: Callable[[], object], budget: Budget) -> list[int]:
     return times
 
 
-def _summary(nanoseconds: list[int]) -> Timing:
+def summary(nanoseconds: list[int]) -> Timing:
+    """The quantiles of such calls."""
     q20, q50, q80 = np.quantile(nanoseconds, (0.2, 0.5, 0.8)) / 1e3
     return Timing(float(q20), float(q50), float(q80), len(nanoseconds))

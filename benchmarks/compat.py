@@ -40,6 +40,7 @@ from benchmarks.record import (
     load_as,
     record_head,
     save_as,
+    source,
 )
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
@@ -58,6 +59,7 @@ MOST_LORAS = 64  # stacked; rows that are all distinct are no more than these
 CHECKED_ROWS = 5
 LEAST_SETTLE_S = 0.003
 BUDGET = Budget(rounds=3, turn_s=0.03)
+GOAL, GOAL_ROWS = 5.0, 64  # times as fast as vLLM's form, from so many rows on
 KINDS = (("numpy", "float32"), ("torch", "float32"), ("torch", "bfloat16"))
 CALLS = ("shrink", "expand", "qkv")
 
@@ -294,8 +296,7 @@ def markdown(record: CompatRecord) -> str:
     kinds = list(dict.fromkeys((case["library"], case["dtype"]) for case in cases))
     heads = [f"{library} {dtype}" for library, dtype in kinds]
     lines = [
-        f"{record['machine']['cpu']}, {record['threads']} threads, {record['date'][:10]}, commit "
-        f"`{record['commit']['hash'][:10]}`: vLLM's form / sgmv, geometric mean and worst over the "
+        f"{source(record)}: vLLM's form / sgmv, geometric mean and worst over the "
         "popularities, above 1 sgmv is faster; and the peak memory of a call in MiB, vLLM's form "
         f"and sgmv, of {heads[-1]} and the popularity that needs most.",
         "",
@@ -310,7 +311,22 @@ def markdown(record: CompatRecord) -> str:
                 ratios = [ratio(c) for c in same if (c["library"], c["dtype"]) == kind]
                 cells.append(f"{geomean(ratios):.3g}x ({min(ratios):.3g}x)" if ratios else "-")
             lines.append(f"| {call} | {n} | {' | '.join(cells)} | {_peaks(same, kinds[-1])} |")
+    late = [case for case in cases if case["rows"] >= GOAL_ROWS and ratio(case) < GOAL]
+    told = [
+        f"{case['library']} {case['dtype']} {case['call']}, {case['rows']} {case['popularity']} "
+        f"rows: {ratio(case):.3g}x, {weight_bytes(record, case) / 1e6:.3g} MB of weights at "
+        f"{weight_bytes(record, case) / case['times']['sgmv']['q50'] / 1e3:.0f} GB/s"
+        for case in late
+    ]
+    lines += ["", f"Below {GOAL:g}x from {GOAL_ROWS} rows on: {'; '.join(told) or 'none'}."]
     return "\n".join(lines)
+
+
+def weight_bytes(record: CompatRecord, case: CompatCase) -> int:
+    """What the call's weights take, each segment's once."""
+    h, qkv = record["h"], record["qkv"]
+    widths = len(qkv) * h + sum(qkv) if case["call"] == "qkv" else h
+    return case["S"] * record["rank"] * widths * dtype_of(case["dtype"]).itemsize
 
 
 def _peaks(cases: Sequence[CompatCase], kind: tuple[str, str]) -> str:

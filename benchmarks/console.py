@@ -32,6 +32,14 @@ class Console:
 
         self._rich.print(Text.assemble(*spans))
 
+    def table(self, lines: Sequence[Sequence[str]], left: int = 0) -> None:
+        """Aligned columns under their heads, to the right but for the first so many."""
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for number, line in enumerate(lines):
+            cells = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
+            cells[:left] = [line[i].ljust(widths[i]) for i in range(left)]
+            self.print("  ".join(cells), "" if number else "dim")
+
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
         """Yields a function to be called with a label as each step begins.

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 import sgmv
 from benchmarks import machine
 from benchmarks.batch import popularity_ids
-from benchmarks.console import Console, Span
+from benchmarks.console import Console
 from benchmarks.record import Head, Times, is_quiet, load_as, record_head, validate_as
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
@@ -220,13 +220,7 @@ def table(record: GrowthRecord) -> list[list[str]]:
 
 
 def print_table(record: GrowthRecord, console: Console) -> None:
-    lines = table(record)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for number, line in enumerate(lines):
-        cells = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-        cells[0] = line[0].ljust(widths[0])
-        spans: list[Span] = [("  ".join(cells), "" if number else "dim")]
-        console.spans(spans)
+    console.table(table(record), left=1)
     for note in (
         "t = a + b n by least squares on relative error; deviates: largest |fit - t| / t;",
         f"slope: of log t over log n, from the largest n / {END} on.",

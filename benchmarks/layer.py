@@ -29,7 +29,16 @@ from benchmarks.batch import dtype_of
 from benchmarks.console import Console
 from benchmarks.growth import check
 from benchmarks.models import MODELS
-from benchmarks.record import Head, Times, geomean, is_quiet, load_as, record_head, save_as
+from benchmarks.record import (
+    Head,
+    Times,
+    geomean,
+    is_quiet,
+    load_as,
+    record_head,
+    save_as,
+    source,
+)
 from benchmarks.run import quietly, times_record
 from benchmarks.timing import summary
 from sgmv.compat.arrays import as_array
@@ -160,14 +169,12 @@ def lines(record: LayerRecord) -> list[list[str]]:
 
 def markdown(record: LayerRecord, name: str) -> str:
     """The table of docs/kernels.md, and where it comes from."""
-    commit = record["commit"]
     head, *rest = lines(record)
     return "\n".join(
         [
             f"{record['model']}'s layers ({', '.join(NAMES)}; geometric means), rank "
-            f"{record['rank']}, {record['adapters']} adapters, {record['machine']['cpu']}, "
-            f"{record['threads']} threads, {record['date'][:10]}, commit `{commit['hash'][:10]}`"
-            f"{' with changes' if commit['dirty'] else ''}; record: `benchmarks/records/{name}`.",
+            f"{record['rank']}, {record['adapters']} adapters, {source(record)}; record: "
+            f"`benchmarks/records/{name}`.",
             "",
             "| " + " | ".join(head) + " |",
             "| --- " + "| ---: " * (len(head) - 1) + "|",
@@ -177,11 +184,7 @@ def markdown(record: LayerRecord, name: str) -> str:
 
 
 def print_table(record: LayerRecord, console: Console) -> None:
-    table = lines(record)
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for number, line in enumerate(table):
-        cells = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-        console.print("  ".join(cells), "" if number else "dim")
+    console.table(lines(record))
     noisy = [case for case in record["cases"] if not is_quiet(case["foreign_cores"])]
     if noisy:
         console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")

@@ -262,15 +262,6 @@ def printed(point: Point) -> str:
     return ", ".join(map(str, found)) or "-"
 
 
-def print_table(lines: Sequence[Sequence[str]], console: Console) -> None:
-    """Columns to the right, the first two to the left."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for number, line in enumerate(lines):
-        cells = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-        cells[:2] = [line[i].ljust(widths[i]) for i in range(2)]
-        console.print("  ".join(cells), "" if number else "dim")
-
-
 def validate(record: object) -> None:
     """Raise RecordError unless `record` follows the schema."""
     validate_as(PaperRecord, SCHEMA, record)
@@ -307,9 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "points": points,
     }
     validate(record)
-    print_table(axis_table(record), console)
+    console.table(axis_table(record), left=2)
     console.print()
-    print_table(point_table(record), console)
+    console.table(point_table(record), left=2)
     h_in, h_out = LAYER
     console.print(
         f"{h_in} > r > {h_out} float16, shrink and expand; medians of {args.repeats} calls on "

@@ -37,7 +37,15 @@ from numpy.typing import NDArray
 import sgmv
 from benchmarks.console import Console
 from benchmarks.models import Model
-from benchmarks.record import Head, Times, is_quiet, load_as, record_head, save_as
+from benchmarks.record import (
+    Head,
+    Times,
+    is_quiet,
+    load_as,
+    record_head,
+    save_as,
+    source,
+)
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant, alternate
 from reference import bounds, by_row, compare
@@ -301,15 +309,13 @@ def lines(record: PeftRecord) -> list[list[str]]:
 
 def markdown(record: PeftRecord, name: str) -> str:
     """The table of docs/engines.md, and where it comes from."""
-    facts, commit, versions = record["machine"], record["commit"], record["versions"]
+    versions = record["versions"]
     head, *rest = lines(record)
     return "\n".join(
         [
             f"Llama of width {record['hidden']} / {record['intermediate']}, {record['layers']} "
-            f"layers, all linear ones adapted, rank {record['rank']}; {facts['cpu']}, "
-            f"{record['threads']} threads, torch {versions['torch']}, PEFT {versions['peft']}, "
-            f"{record['date'][:10]}, commit `{commit['hash'][:10]}`"
-            f"{' with changes' if commit['dirty'] else ''}; record: `benchmarks/records/{name}`. "
+            f"layers, all linear ones adapted, rank {record['rank']}; torch {versions['torch']}, "
+            f"PEFT {versions['peft']}, {source(record)}; record: `benchmarks/records/{name}`. "
             f"share: what sgmv adds / what PEFT's mixed batch adds; ! marks more than {GOAL}.",
             "",
             "| " + " | ".join(head) + " |",
@@ -320,11 +326,7 @@ def markdown(record: PeftRecord, name: str) -> str:
 
 
 def print_table(record: PeftRecord, console: Console) -> None:
-    table = lines(record)
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for number, line in enumerate(table):
-        cells = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-        console.print("  ".join(cells), "" if number else "dim")
+    console.table(lines(record))
     noisy = [case for case in record["cases"] if not is_quiet(case["foreign_cores"])]
     if noisy:
         console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")

@@ -158,6 +158,15 @@ def record_head(schema: int, threads: int, started: float, packages: Iterable[st
     }
 
 
+def source(record: Head) -> str:
+    """Where a table's figures come from, as the pages say it."""
+    commit, cpu = record["commit"], record["machine"]["cpu"]
+    return (
+        f"{cpu}, {record['threads']} threads, {record['date'][:10]}, commit "
+        f"`{commit['hash'][:10]}`{' with changes' if commit['dirty'] else ''}"
+    )
+
+
 def main_variant(record: Record) -> str:
     """The name of sgmv's variant with the most threads."""
     return f"sgmv@{max(record['threads'])}"

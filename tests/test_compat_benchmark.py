@@ -127,10 +127,22 @@ def record() -> CompatRecord:
 
 def test_the_table_has_means_worst_and_memory() -> None:
     lines = compat.markdown(record()).splitlines()
-    assert lines[-2:] == [
+    assert lines[-4:-2] == [
         f"| shrink | 8 | {math.sqrt(36):.3g}x (4x) | 5.0 and 0.0 |",
         "| qkv | 8 | 0.5x (0.5x) | 7.0 and 0.0 |",
     ]
+    assert lines[-1] == "Below 5x from 64 rows on: none."
+
+
+def test_what_is_below_the_goal_is_told_with_its_reading() -> None:
+    found = record()
+    slow, wide = case("expand", 64, "distinct", 49.0, 3), case("qkv", 64, "uniform", 40.0, 3)
+    found["cases"] += [slow, wide, case("shrink", 64, "skewed", 50.0, 3)]
+    # 16 ranks of 4096 float32, and of one slice more than 4096, in 10 us.
+    assert compat.markdown(found).splitlines()[-1] == (
+        "Below 5x from 64 rows on: numpy float32 expand, 64 distinct rows: 4.9x, 0.262 MB of "
+        "weights at 26 GB/s; numpy float32 qkv, 64 uniform rows: 4x, 0.262 MB of weights at 26 GB/s."
+    )
 
 
 def test_a_record_is_saved_as_it_was_and_anything_else_refused(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_every_call_adds_to_a_fresh_base_product(
     monkeypatch.setattr(sgmv, "add_lora", keep)
     case = layer.measure(library, dtype, "kv", 5, threads=2, rounds=2)
     assert [threads for threads, _ in seen] == 2 * (4 * [1] + 4 * [2])
-    assert all((y == seen[0][1]).all() for _, y in seen)
+    for _, y in seen:  # a product's last bits may depend on where its operands stand
+        np.testing.assert_allclose(y.astype("f"), seen[0][1].astype("f"), rtol=0.02, atol=0.02)
     assert (case["h_in"], case["h_out"], case["rows"]) == (24, 8, 5)
     assert {name: times["calls"] for name, times in case["times"].items()} == {
         "base": 12, "1": 6, "2": 6

@@ -1,6 +1,6 @@
 """What LoRA adds to a model's forward pass: PEFT's mixed batch, and the same through add_lora.
 
-    python -m benchmarks peft            check, timings, table; about twenty minutes
+    python -m benchmarks peft            check, timings, table; about a quarter of an hour
     python -m benchmarks peft --record   the same, into benchmarks/records/, to commit
 
 A Llama of random weights, as wide as Llama-3.2-1B and LAYERS deep, all its linear layers adapted.
@@ -13,8 +13,9 @@ take turns, all but the last:
     one_at_a_time  for each adapter: set_adapter, then its samples alone
 
 A decode step is one of STEPS that `generate` makes from one token per sample; a prefill step is one
-forward pass. What LoRA adds is a variant's time less that of base. The past is short and the output
-layer small, as neither is LoRA's: base is faster than in a full model.
+forward pass. What LoRA adds is a variant's time less that of base in the same round, as a machine's
+speed changes from minute to minute by more than LoRA adds; the median of all rounds counts. The
+past is short and the output layer small, as neither is LoRA's: base is faster than in a full model.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any, TypedDict
 
 import numpy as np
@@ -44,22 +46,23 @@ from benchmarks.record import (
     load_as,
     record_head,
     save_as,
+    significant,
     source,
 )
-from benchmarks.run import time_quietly, times_record
-from benchmarks.timing import Budget, Variant, alternate
+from benchmarks.run import quietly, times_record
+from benchmarks.timing import Budget, Variant, alternate, summary, turns
 from reference import bounds, by_row, compare
 from sgmv.compat.arrays import as_array
 from sgmv.compat.peft import accelerate
 from sgmv.workers import cores
 
-SCHEMA = 1
+SCHEMA = 2
 PREFIX = "peft-"
 LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's config.json
 LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 8
 GOAL = 0.25  # of what PEFT's own mixed batch adds
 CHECKED_ROWS = 6
-BUDGET = Budget(rounds=16, turn_s=0.3, max_calls=20)
+BUDGET = Budget(rounds=10, turn_s=0.3, max_calls=20)
 ONCE = Budget(rounds=1, turn_s=0.0)  # for what takes many times as long, so that no turns matter
 
 
@@ -100,7 +103,8 @@ CASES = [Case(*types, *batch) for types in TYPES for batch in BATCHES]
 class CaseRecord(TypedDict):
     """One case as it was measured; `times` by variant, `foreign_cores` as in the other record.
 
-    `steps`: the forward passes of one timed call.
+    `steps`: the forward passes of one timed call. `rounds`: by variant, but for one_at_a_time, the
+    median of each round's calls. Units: microseconds.
     """
 
     dtype: str
@@ -110,6 +114,7 @@ class CaseRecord(TypedDict):
     tokens: int
     steps: int
     times: dict[str, Times]
+    rounds: dict[str, list[float]]
     foreign_cores: float | None
 
 
@@ -177,14 +182,13 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
     mixed = partial(run, models.sgmv, tokens, adapter_names=names)
     with torch.inference_mode():
         check(models.sgmv, mixed, names, case.label())
-        timed, foreign = time_quietly(
-            [
-                Variant("base", partial(run, models.base, tokens)),
-                Variant("peft", partial(run, models.peft, tokens, adapter_names=names)),
-                Variant("sgmv", mixed),
-            ],
-            budget,
-        )
+        variants = [
+            Variant("base", partial(run, models.base, tokens)),
+            Variant("peft", partial(run, models.peft, tokens, adapter_names=names)),
+            Variant("sgmv", mixed),
+        ]
+        samples, foreign = quietly(partial(turns, variants, budget))
+        timed = {name: summary(chain(*its)) for name, its in samples.items()}
         alone = partial(one_at_a_time, run, models.peft, tokens, names)
         timed |= alternate([Variant("one_at_a_time", alone)], ONCE)
     return {
@@ -195,6 +199,9 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
         "tokens": case.tokens,
         "steps": case.steps,
         "times": times_record(timed),
+        "rounds": {
+            name: [significant(median(turn) / 1e3) for turn in its] for name, its in samples.items()
+        },
         "foreign_cores": foreign,
     }
 
@@ -273,8 +280,11 @@ def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
 
 
 def adds(case: CaseRecord, variant: str) -> float:
-    """What LoRA adds to a step, by medians. Units: milliseconds."""
-    return per_step(case, variant) - per_step(case, "base")
+    """What LoRA adds to a step: the median over rounds, by medians if it had none. Units: ms."""
+    if variant not in case["rounds"]:
+        return per_step(case, variant) - per_step(case, "base")
+    pairs = zip(case["rounds"][variant], case["rounds"]["base"], strict=True)
+    return median(its - base for its, base in pairs) / case["steps"] / 1e3
 
 
 def per_step(case: CaseRecord, variant: str) -> float:

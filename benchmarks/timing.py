@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -43,12 +44,17 @@ class Timing:
 
 
 def alternate(variants: Sequence[Variant], budget: Budget) -> dict[str, Timing]:
-    """Time all variants in turns: A B C A B C ...
+    """The quantiles of all variants, over all their `turns`."""
+    return {name: summary(chain(*its)) for name, its in turns(variants, budget).items()}
+
+
+def turns(variants: Sequence[Variant], budget: Budget) -> dict[str, list[list[int]]]:
+    """The times of all variants, turn by turn: A B C A B C ... Units: nanoseconds.
 
     Semantics: a turn is first untimed calls (the variant's settle_s), then timed calls for
     `turn_s` (at least one, at most max_calls).
     """
-    samples: dict[str, list[int]] = {variant.name: [] for variant in variants}
+    samples: dict[str, list[list[int]]] = {variant.name: [] for variant in variants}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -56,11 +62,11 @@ def alternate(variants: Sequence[Variant], budget: Budget) -> dict[str, Timing]:
             for variant in variants:
                 variant.before()
                 _settle(variant)
-                samples[variant.name] += _turn(variant.call, budget)
+                samples[variant.name].append(_turn(variant.call, budget))
     finally:
         if collecting:
             gc.enable()
-    return {name: summary(times) for name, times in samples.items()}
+    return samples
 
 
 def _settle(variant: Variant) -> None:
@@ -82,7 +88,8 @@ def _turn(call: Callable[[], object], budget: Budget) -> list[int]:
     return times
 
 
-def summary(nanoseconds: list[int]) -> Timing:
+def summary(nanoseconds: Iterable[int]) -> Timing:
     """The quantiles of such calls."""
-    q20, q50, q80 = np.quantile(nanoseconds, (0.2, 0.5, 0.8)) / 1e3
-    return Timing(float(q20), float(q50), float(q80), len(nanoseconds))
+    times = list(nanoseconds)
+    q20, q50, q80 = np.quantile(times, (0.2, 0.5, 0.8)) / 1e3
+    return Timing(float(q20), float(q50), float(q80), len(times))

@@ -33,7 +33,10 @@ ONE_CALL = Budget(rounds=1, turn_s=0.0)
 
 
 def synthetic_record() -> peft.PeftRecord:
-    """Two cases: sgmv adds 1 ms where PEFT adds 10, and 4 ms where PEFT adds 8."""
+    """Two cases: sgmv adds 1 ms where PEFT adds 10, and 4 ms where PEFT adds 8.
+
+    The machine's speed changes between rounds by more than that, and one round is off.
+    """
 
     def times(**milliseconds: float) -> Any:
         return {
@@ -41,15 +44,27 @@ def synthetic_record() -> peft.PeftRecord:
             for name, t in milliseconds.items()
         }
 
+    def rounds(**added: float) -> Any:
+        slow = [160.0, 320.0, 170.0]
+        off = [0.0, 0.0, 90.0]
+        return {
+            name: [1000 * (t + more + wrong) for t, wrong in zip(slow, off, strict=True)]
+            if more
+            else [1000 * t for t in slow]
+            for name, more in added.items()
+        }
+
     sizes = {"dtype": "bfloat16", "adapter_dtype": "float32", "adapters": 16, "samples": 32}
     cases: list[Any] = [
         {**sizes, "tokens": 1, "steps": 8, "foreign_cores": 0.0,
-         "times": times(base=160, peft=240, sgmv=168, one_at_a_time=2560)},
+         "times": times(base=160, peft=240, sgmv=168, one_at_a_time=2560),
+         "rounds": rounds(base=0, peft=80, sgmv=8)},
         {**sizes, "tokens": 64, "steps": 1, "foreign_cores": None,
-         "times": times(base=200, peft=208, sgmv=204, one_at_a_time=250)},
+         "times": times(base=200, peft=208, sgmv=204, one_at_a_time=250),
+         "rounds": rounds(base=0, peft=8, sgmv=4)},
     ]  # fmt: skip
     return {
-        "schema": 1, "date": "2025-01-01T00:00:00+00:00", "threads": 2,
+        "schema": peft.SCHEMA, "date": "2025-01-01T00:00:00+00:00", "threads": 2,
         "commit": {"hash": "0" * 40, "dirty": False}, "machine": machine.machine(),
         "versions": {**machine.versions(), "torch": "2", "peft": "0.21"}, "hidden": 2048,
         "intermediate": 8192, "layers": 2, "rank": 16, "seconds": 1.0, "cases": cases,
@@ -165,4 +180,7 @@ def test_command_records_what_was_quiet(
     (path,) = (tmp_path / "records").glob("peft*.json")
     (recorded,) = peft.load(path)["cases"]
     assert recorded["times"].keys() == {"base", "peft", "sgmv", "one_at_a_time"}
+    assert {name: len(its) for name, its in recorded["rounds"].items()} == {
+        "base": 1, "peft": 1, "sgmv": 1
+    }  # fmt: skip
     assert sgmv.get_num_threads() == 1

@@ -141,7 +141,8 @@ def test_what_is_below_the_goal_is_told_with_its_reading() -> None:
     # 16 ranks of 4096 float32, and of one slice more than 4096, in 10 us.
     assert compat.markdown(found).splitlines()[-1] == (
         "Below 5x from 64 rows on: numpy float32 expand, 64 distinct rows: 4.9x, 0.262 MB of "
-        "weights at 26 GB/s; numpy float32 qkv, 64 uniform rows: 4x, 0.262 MB of weights at 26 GB/s."
+        "weights at 26 GB/s; numpy float32 qkv, 64 uniform rows: 4x, 0.262 MB of weights at 26 "
+        "GB/s."
     )
 
 

@@ -97,7 +97,7 @@ def test_record_survives_saving_and_is_checked(tmp_path: Path) -> None:
     record["cases"][1]["times"]["peft"]["q50"] = float("inf")
     with pytest.raises(RecordError, match=r"cases\[1\]\.times\['peft'\]\.q50: expected float"):
         peft.save(record, path)
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 9'))
+    path.write_text(path.read_text().replace(f'"schema": {peft.SCHEMA}', '"schema": 9'))
     with pytest.raises(RecordError, match=r"peft-x\.json.*expected 1, got 9.*benchmarks peft"):
         peft.load(path)
 
@@ -150,7 +150,7 @@ def test_variants_are_the_same_weights() -> None:
 @pytest.mark.usefixtures("narrow")
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     models = peft.make_models("float32", "float32", 2)
-    monkeypatch.setattr(peft, "time_quietly", must_not_run)
+    monkeypatch.setattr(peft, "quietly", must_not_run)
     monkeypatch.setattr(compat, "add_lora", lambda y, x, stack, ids: y)
     with (
         compat.accelerate(models.sgmv),

@@ -409,12 +409,14 @@ def interrupted_call(meeting: Meeting, pool: workers.Pool) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             meeting.call()
     finally:
         thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def check_nobody_works(meeting: Meeting, pool: workers.Pool) -> None:
@@ -470,7 +472,8 @@ def test_a_failure_is_raised_after_all_have_stopped(
 @jitted
 def test_ctrl_c_ends_a_program_that_runs_kernels() -> None:
     program = (
-        "import numpy as np, sgmv\n"
+        "import numpy as np, sgmv, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sgmv.set_num_threads(2)\n"
         "x = np.ones((512, 2048), 'f')\n"
         "while True:\n"

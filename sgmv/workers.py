@@ -183,7 +183,7 @@ class Team(Pool):
 
 
 pool = Pool()
-_teams: dict[str, Pool] = {}  # what helps with torch's tensors, once that is known
+_torchs: Pool | None = None  # what helps with torch's tensors, once that is known
 
 
 def pool_of(array: Any) -> Pool:
@@ -199,11 +199,11 @@ def pool_of(array: Any) -> Pool:
     torch: Any = sys.modules.get("torch")
     if torch is None or not isinstance(owner, torch.Tensor):
         return pool
-    found = _teams.get("torch")
-    if found is None:
+    global _torchs
+    if _torchs is None:
         parallel = _gomp_parallel(torch)
-        found = _teams["torch"] = Team(parallel) if parallel else pool
-    return found if torch.get_num_threads() >= get_num_threads() else pool
+        _torchs = Team(parallel) if parallel else pool
+    return _torchs if torch.get_num_threads() >= get_num_threads() else pool
 
 
 def _gomp_parallel(torch: Any) -> int:
@@ -217,13 +217,14 @@ def _gomp_parallel(torch: Any) -> int:
 
 def _renew_pool() -> None:
     """In a forked child the parent's helpers are gone, torch's too, and a lock may be held."""
-    global pool
-    pool = _teams["torch"] = Pool()
+    global pool, _torchs
+    pool = _torchs = Pool()
 
 
 def _close_pools() -> None:
-    for each in {pool, *_teams.values()}:
-        each.close()
+    pool.close()
+    if _torchs is not None and _torchs is not pool:
+        _torchs.close()
 
 
 atexit.register(_close_pools)

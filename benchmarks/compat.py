@@ -41,6 +41,7 @@ from benchmarks.record import (
     record_head,
     save_as,
     source,
+    warn_if_noisy,
 )
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
@@ -345,9 +346,7 @@ def _peaks(cases: Sequence[CompatCase], kind: tuple[str, str]) -> str:
 def print_table(record: CompatRecord, console: Console) -> None:
     for line in markdown(record).splitlines():
         console.print(line)
-    noisy = [case for case in record["cases"] if not is_quiet(case["foreign_cores"])]
-    if noisy:
-        console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")
+    warn_if_noisy(record["cases"], console)
 
 
 def save(record: CompatRecord, path: Path) -> None:

@@ -38,6 +38,7 @@ from benchmarks.record import (
     record_head,
     save_as,
     source,
+    warn_if_noisy,
 )
 from benchmarks.run import quietly, times_record
 from benchmarks.timing import summary
@@ -185,9 +186,7 @@ def markdown(record: LayerRecord, name: str) -> str:
 
 def print_table(record: LayerRecord, console: Console) -> None:
     console.table(lines(record))
-    noisy = [case for case in record["cases"] if not is_quiet(case["foreign_cores"])]
-    if noisy:
-        console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")
+    warn_if_noisy(record["cases"], console)
 
 
 def load(path: Path) -> LayerRecord:

@@ -48,6 +48,7 @@ from benchmarks.record import (
     save_as,
     significant,
     source,
+    warn_if_noisy,
 )
 from benchmarks.run import quietly, times_record
 from benchmarks.timing import Budget, Variant, alternate, summary, turns
@@ -337,9 +338,7 @@ def markdown(record: PeftRecord, name: str) -> str:
 
 def print_table(record: PeftRecord, console: Console) -> None:
     console.table(lines(record))
-    noisy = [case for case in record["cases"] if not is_quiet(case["foreign_cores"])]
-    if noisy:
-        console.print(f"WARNING: other processes ran during {len(noisy)} cases", "bold red")
+    warn_if_noisy(record["cases"], console)
 
 
 def save(record: PeftRecord, path: Path) -> None:

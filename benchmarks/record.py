@@ -26,6 +26,7 @@ from typing import (
     is_typeddict,
 )  # fmt: skip
 
+from benchmarks.console import Console
 from benchmarks.grid import label
 from benchmarks.machine import Blas, Commit, Machine, commit, machine, versions
 
@@ -260,6 +261,13 @@ def is_quiet(foreign_cores: float | None) -> bool:
     (True, False, True)
     """
     return foreign_cores is None or foreign_cores <= QUIET
+
+
+def warn_if_noisy(cases: Iterable[Mapping[str, Any]], console: Console) -> None:
+    """Say during how many cases others did not keep still."""
+    noisy = sum(not is_quiet(case["foreign_cores"]) for case in cases)
+    if noisy:
+        console.print(f"WARNING: other processes ran during {noisy} cases", "bold red")
 
 
 def case_label(case: CaseRecord) -> str:

@@ -36,7 +36,6 @@ from benchmarks.record import (
     Head,
     Times,
     geomean,
-    is_quiet,
     load_as,
     record_head,
     save_as,
@@ -392,10 +391,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cases": cases,
     }
     print_table(record, console)
-    quiet = all(is_quiet(case["foreign_cores"]) for case in cases)
-    path = readme.destination(PREFIX, args.record, quiet, args.output, record["machine"], console)
-    save(record, path)
-    console.print(f"written: {path}")
-    if path.parent == readme.RECORDS:
-        console.print("now: python -m benchmarks.readme", "bold")
+    readme.keep(PREFIX, record, save, args.record, args.output, console)
     return 0

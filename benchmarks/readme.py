@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import compat, layer, peft
 from benchmarks.console import Console
@@ -21,7 +22,7 @@ from benchmarks.growth import PREFIX
 from benchmarks.growth import load as load_growth
 from benchmarks.machine import Machine, slug
 from benchmarks.peers import PEERS
-from benchmarks.record import CaseRecord, Record, by_dtype, load, main_variant, summarise
+from benchmarks.record import CaseRecord, Record, by_dtype, is_quiet, load, main_variant, summarise
 from benchmarks.table import LOSS, microseconds, ran, ratio_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,23 @@ def destination(
     if wanted:
         console.print("not recorded: run again on a quiet machine", "bold red")
     return output / f"{prefix.removesuffix('-')}.json"
+
+
+def keep(
+    prefix: str,
+    record: Any,
+    save: Callable[[Any, Path], None],
+    wanted: bool,
+    output: Path,
+    console: Console,
+) -> None:
+    """Save a record of cases at its destination, and say where that is."""
+    quiet = all(is_quiet(case["foreign_cores"]) for case in record["cases"])
+    path = destination(prefix, wanted, quiet, output, record["machine"], console)
+    save(record, path)
+    console.print(f"written: {path}")
+    if path.parent == RECORDS:
+        console.print("now: python -m benchmarks.readme", "bold")
 
 
 def summary_table(record: Record, name: str) -> str:

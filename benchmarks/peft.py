@@ -62,7 +62,7 @@ LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's c
 LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 8
 GOAL = 0.25  # of what PEFT's own mixed batch adds
 CHECKED_ROWS = 6
-BUDGET = Budget(rounds=10, turn_s=0.3, max_calls=20)
+BUDGET = Budget(rounds=20, turn_s=0.3, max_calls=20)
 ONCE = Budget(rounds=1, turn_s=0.0)  # for what takes many times as long, so that no turns matter
 
 
@@ -182,11 +182,14 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
     mixed = partial(run, models.sgmv, tokens, adapter_names=names)
     with torch.inference_mode():
         check(models.sgmv, mixed, names, case.label())
-        variants = [
-            Variant("base", partial(run, models.base, tokens)),
-            Variant("peft", partial(run, models.peft, tokens, adapter_names=names)),
-            Variant("sgmv", mixed),
-        ]
+        calls = {
+            "base": partial(run, models.base, tokens),
+            "peft": partial(run, models.peft, tokens, adapter_names=names),
+            "sgmv": mixed,
+        }
+        for call in calls.values():
+            call()
+        variants = [Variant(name, call, settle_s=0) for name, call in calls.items()]
         samples, foreign = quietly(partial(turns, variants, budget))
         timed = {name: summary(chain(*its)) for name, its in samples.items()}
         alone = partial(one_at_a_time, run, models.peft, tokens, names)

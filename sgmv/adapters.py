@@ -34,10 +34,9 @@ from sgmv.errors import (
 )
 from sgmv.kernels.call import PANEL, WIDE_PANEL
 from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.memory import aligned
 from sgmv.schedule import NO_SLOT, UNKNOWN, find
 from sgmv.segment import Integers, check_count, is_integer
-
-CACHE_LINE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +140,7 @@ class Stored:
     @classmethod
     def pack(cls, A: Array, B: Array, scaling: float) -> Stored:
         """Copy A (r, h_in) and B (h_out, r) into storage order."""
-        wa, wb = _aligned(A.shape, A.dtype), _aligned((B.size,), B.dtype)
+        wa, wb = aligned(A.shape, A.dtype), aligned((B.size,), B.dtype)
         wa[:] = A
         columns = columns_of(A.dtype)
         for panel, its in _panels(wb, len(A), len(B), columns):
@@ -169,13 +168,6 @@ def _panels(wb: Array, r: int, h_out: int, columns: int) -> Iterator[tuple[Array
     for c in range(0, h_out, columns):
         end = min(c + columns, h_out)
         yield wb[c * r : end * r].reshape(r, end - c), slice(c, end)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An empty array that begins on a cache line, so that no vector of it straddles two."""
-    memory = np.empty(math.prod(shape) * dtype.itemsize + CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)

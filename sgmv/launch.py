@@ -105,6 +105,11 @@ class Workspace:
             self.scratch = np.empty(scratch_size(n), np.int64)
             self.call[SCRATCH], self.rows = address(self.scratch), n
 
+    def place(self, x: int, x_row_bytes: int, y: int, y_row_bytes: int) -> None:
+        """Have x and y at these addresses, their rows so far apart."""
+        self.call[X], self.call[X + 1] = x, x_row_bytes
+        self.call[Y], self.call[Y + 1] = y, y_row_bytes
+
     def place_v(self, n: int, row_bytes: int) -> None:
         """Have v (n, row_bytes) here."""
         if n * row_bytes > self.v_bytes:
@@ -139,30 +144,48 @@ def launch(
     x, y     checked for this batch, any strides
     v        (n, r) contiguous; a workspace's, if left out
     """
+    pool = workers.pool_of(x if y is None else y)
+    dense: Any = y
+    if x is not None:
+        x = as_bits(x if _is_dense(x) else np.ascontiguousarray(x))
+    if y is not None:
+        dense = y if _is_dense(y) else np.ascontiguousarray(y)
+    space = workspace()
+    if v is None:
+        space.place_v(len(dense), table.width * kernels.v_itemsize)
+        place(space.address, x, X, as_bits(dense), Y)
+    elif x is None:
+        place(space.address, v, V, as_bits(dense), Y)
+    else:
+        place(space.address, x, X, v, V)
+    run(space, pool, kernels, table, batch)
+    if dense is not y:
+        _write_back(y, dense, table, batch)
+
+
+def run(
+    space: Workspace,
+    pool: workers.Pool,
+    kernels: Kernels,
+    table: SlotTable,
+    batch: Segments | Integers,
+) -> None:
+    """`launch`, once the operands have their places in the workspace.
+
+    The caller keeps their memory alive. `pool` helps, unless another caller has it; the workspace
+    is for another call then.
+    """
     if isinstance(batch, Segments):
         n, segments, ids = batch.most, batch.address, 0
     else:
         n, segments, ids = len(batch), 0, address(batch)
-    threads, space = workers.get_num_threads(), _workspace()
-    pool = workers.pool_of(x if y is None else y)
+    threads = workers.get_num_threads()
     held = threads > 1 and JITTED and pool.lock.acquire(False)
     gate = pool.address if held else 0
-    dense: Any = y
     try:
         if held:
             pool.prepare(threads - 1)
         space.plan_rows(n)
-        if x is not None:
-            x = as_bits(x if _is_dense(x) else np.ascontiguousarray(x))
-        if y is not None:
-            dense = y if _is_dense(y) else np.ascontiguousarray(y)
-        if v is None:
-            space.place_v(n, table.width * kernels.v_itemsize)
-            place(space.address, x, X, as_bits(dense), Y)
-        elif x is None:
-            place(space.address, v, V, as_bits(dense), Y)
-        else:
-            place(space.address, x, X, v, V)
         whose = space.address, gate, kernels.shrink, kernels.expand
         outcome = start(*whose, table.address, segments, ids, n, threads, WORTH_SHARING_NS)
         while outcome == MORE:  # between two bytecodes Python hears signals
@@ -176,8 +199,6 @@ def launch(
         _idle.append(space)
     if outcome == REFUSED:
         table.find((batch if isinstance(batch, Segments) else segment(batch)).adapter_ids)
-    elif dense is not y:
-        _write_back(y, dense, table, batch)
 
 
 def _is_dense(array: Array) -> bool:
@@ -193,7 +214,8 @@ def _write_back(y: Any, dense: Any, table: SlotTable, batch: Segments | Integers
     y[changed] = dense[changed]
 
 
-def _workspace() -> Workspace:
+def workspace() -> Workspace:
+    """One for a call; `run` hands it back."""
     try:
         return _idle.pop()
     except IndexError:

@@ -187,10 +187,7 @@ _torchs: Pool | None = None  # what helps with torch's tensors, once that is kno
 
 
 def pool_of(array: Any) -> Pool:
-    """Who helps with a call: torch's OpenMP threads if torch made the array, and has as many.
-
-    Measured: two of our own threads beside torch's two took longer than one (docs/engines.md).
-    """
+    """Who helps with a call: torch's OpenMP threads if torch made the array, and has as many."""
     owner = array.base
     if owner is None:
         return pool
@@ -199,6 +196,14 @@ def pool_of(array: Any) -> Pool:
     torch: Any = sys.modules.get("torch")
     if torch is None or not isinstance(owner, torch.Tensor):
         return pool
+    return torchs_pool(torch)
+
+
+def torchs_pool(torch: Any) -> Pool:
+    """Who helps with a call on torch's memory: its OpenMP threads, if it has as many.
+
+    Measured: two of our own threads beside torch's two took longer than one (docs/engines.md).
+    """
     global _torchs
     if _torchs is None:
         parallel = _gomp_parallel(torch)

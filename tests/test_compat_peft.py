@@ -23,7 +23,7 @@ from reference import bounds, by_row, compare
 from sgmv.compat import peft as compat
 from sgmv.compat.arrays import as_array
 from sgmv.compat.peft import accelerate
-from sgmv.errors import PeftError
+from sgmv.errors import MemoryLayoutError, PeftError, ShapeError
 
 pytestmark = [
     pytest.mark.once,
@@ -216,6 +216,26 @@ def test_x_and_result_may_have_any_strides(model: Any, x: Any) -> None:
     with accelerate(model):
         check(model, x.transpose(0, 1).contiguous().transpose(0, 1))
         check(model, x.repeat(1, 1, 2)[..., ::2])
+
+
+@needs_peft
+def test_a_base_layer_that_returns_what_it_should_not_is_refused(model: Any, x: Any) -> None:
+    """The kernels take addresses: what they would read or write amiss is told before."""
+    gate, n = model.base_model.model.gate, len(NAMES)
+    memory = x.new_ones(n, 1, 33)
+    x = memory.flatten()[: n * 20].view(n, 1, 20)
+    with accelerate(model):
+        with pytest.raises(ShapeError, match="gate: x and result"):
+            gate._mixed_batch_forward(x, adapter_names=NAMES[:2])
+        for returned, error, message in (
+            (memory[..., :5], ShapeError, r"gate: x and result.*33\).*5\)"),
+            (memory, MemoryLayoutError, "gate: result.*apart from x"),
+        ):
+            hook = gate.base_layer.register_forward_hook(lambda *_, its=returned: its)
+            with pytest.raises(error, match=message):
+                gate(x, adapter_names=NAMES)
+            hook.remove()
+    assert (memory == 1).all()
 
 
 @needs_peft

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "kernels.jit"},
     {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "schedule"},
-    {"compat.arrays", "kernels.amx_instructions", "kernels.call", "segment"},
+    {"compat.arrays", "kernels.amx_instructions", "kernels.call", "memory", "segment"},
     {"kernels.panels", "kernels.pool", "serving.requests", "serving.residency"},
     {"kernels.amx", "kernels.loops", "kernels.tiles"},
     {"amx"},

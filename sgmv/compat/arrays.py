@@ -6,11 +6,12 @@ torch is never imported here: a torch tensor can only come from a caller who did
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from sgmv.dtypes import Array
+from sgmv.dtypes import Array, check_dtype
 from sgmv.errors import DtypeError, MemoryLayoutError
 
 
@@ -33,19 +34,28 @@ def as_array(argument: str, operand: object) -> Array:
             "convert it first, for example with np.asarray",
         )
     tensor: Any = operand.detach()
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise MemoryLayoutError(
             argument, "a tensor on the CPU", f"one on {tensor.device}", "pass tensor.cpu()"
         )
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()  # type: ignore[no-any-return]  # torch is untyped here
-    try:
-        import ml_dtypes
-    except ModuleNotFoundError as error:
-        raise DtypeError(
-            argument,
-            "a float type that numpy has",
-            "torch.bfloat16",
-            "pip install ml_dtypes, which gives numpy this type",
-        ) from error
-    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    array: Array = tensor.view(torch.int16).numpy()
+    return array.view(float_dtype(argument, tensor.dtype))
+
+
+@cache
+def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
+    """The type as numpy has it; raises DtypeError for what is no float type that sgmv takes."""
+    name = str(dtype).removeprefix("torch.")
+    if name == "bfloat16":
+        try:
+            import ml_dtypes  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise DtypeError(
+                argument,
+                "a float type that numpy has",
+                "torch.bfloat16",
+                "pip install ml_dtypes, which gives numpy this type",
+            ) from error
+    return check_dtype(argument, name)

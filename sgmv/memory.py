@@ -3,10 +3,12 @@
     chunk 0  [ A of 7 ][ B of 7 ][ free  ][ A of 9 ][ B of 9 ][ free               ]
     chunk 1  [ A of 3          ][ B of 3          ][ free                          ]
 
-One adapter's weights are too small for such pages, and in those of 4 KiB the CPU's prefetching ends
-every 64th cache line. numpy asks Linux for them for each array from 4 MiB on. A step of 14 layers,
-16 rows of 16 adapters, which all come from memory: 3.9 ms, and 3.4 ms with large pages; on one
-thread 5.5 and 4.4 ms.
+One adapter's weights are too small for such pages, and those of 4 KiB end the CPU's prefetching at
+every 64th cache line. numpy asks Linux for large ones for each array from 4 MiB on. Measured: cold
+weights of 16 adapters took 1.16x as long to read in pages of 4 KiB, 1.08x on two threads
+(docs/kernels.md).
+
+A chunk goes back to the system with its last piece, but for the latest, which stays for the next.
 """
 
 from __future__ import annotations

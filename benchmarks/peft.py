@@ -189,7 +189,7 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
         }
         for call in calls.values():
             call()
-        variants = [Variant(name, call, settle_s=0) for name, call in calls.items()]
+        variants = [Variant(name, call, settles=False) for name, call in calls.items()]
         samples, foreign = quietly(partial(turns, variants, budget))
         timed = {name: summary(chain(*its)) for name, its in samples.items()}
         alone = partial(one_at_a_time, run, models.peft, tokens, names)

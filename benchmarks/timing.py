@@ -15,14 +15,15 @@ import numpy as np
 class Variant:
     """One way to compute a case: `before` is called ahead of each turn, off the clock.
 
-    Units: `settle_s` is the seconds of untimed calls ahead of each turn: at least one call, and
-    none at all if 0.
+    Units: `settle_s` is the seconds of untimed calls ahead of each turn: at least one call, but for
+    a variant that does not settle.
     """
 
     name: str
     call: Callable[[], object]
     before: Callable[[], object] = lambda: None
     settle_s: float = 0.003
+    settles: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def alternate(variants: Sequence[Variant], budget: Budget) -> dict[str, Timing]:
 def turns(variants: Sequence[Variant], budget: Budget) -> dict[str, list[list[int]]]:
     """The times of all variants, turn by turn: A B C A B C ... Units: nanoseconds.
 
-    Semantics: a turn is first untimed calls (the variant's settle_s), then timed calls for
+    Semantics: a turn is first untimed calls (the variant's settle_s, if it settles), then timed calls for
     `turn_s` (at least one, at most max_calls).
     """
     samples: dict[str, list[list[int]]] = {variant.name: [] for variant in variants}
@@ -62,7 +63,8 @@ def turns(variants: Sequence[Variant], budget: Budget) -> dict[str, list[list[in
         for _ in range(budget.rounds):
             for variant in variants:
                 variant.before()
-                _settle(variant)
+                if variant.settles:
+                    _settle(variant)
                 samples[variant.name].append(_turn(variant.call, budget))
     finally:
         if collecting:
@@ -71,8 +73,6 @@ def turns(variants: Sequence[Variant], budget: Budget) -> dict[str, list[list[in
 
 
 def _settle(variant: Variant) -> None:
-    if variant.settle_s == 0:
-        return
     end = time.perf_counter() + variant.settle_s
     variant.call()
     while time.perf_counter() < end:

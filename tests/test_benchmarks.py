@@ -357,6 +357,9 @@ def test_variants_take_turns_after_untimed_calls() -> None:
     ]
     times = alternate(variants, Budget(rounds=3, turn_s=0.0))
     assert calls == ["set A", "A", "A", "set B", "B", "B"] * 3
+    calls.clear()
+    alternate([replace(variant, settles=False) for variant in variants], Budget(1, 0.0))
+    assert calls == ["set A", "A", "set B", "B"]
     assert {name: timing.calls for name, timing in times.items()} == {"A": 3, "B": 3}
     assert all(0 < t.q20 <= t.q50 <= t.q80 for t in times.values())
 

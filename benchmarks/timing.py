@@ -53,8 +53,8 @@ def alternate(variants: Sequence[Variant], budget: Budget) -> dict[str, Timing]:
 def turns(variants: Sequence[Variant], budget: Budget) -> dict[str, list[list[int]]]:
     """The times of all variants, turn by turn: A B C A B C ... Units: nanoseconds.
 
-    Semantics: a turn is first untimed calls (the variant's settle_s, if it settles), then timed calls for
-    `turn_s` (at least one, at most max_calls).
+    Semantics: a turn is first untimed calls, for settle_s if the variant settles, then timed calls
+    for `turn_s` (at least one, at most max_calls).
     """
     samples: dict[str, list[list[int]]] = {variant.name: [] for variant in variants}
     collecting = gc.isenabled()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,21 +124,14 @@ def test_the_latest_chunk_stays_for_the_next_call() -> None:
 
 
 def test_threads_get_pieces_apart() -> None:
-    failures: list[str] = []
-
     def work(value: int) -> None:
         for size in range(1, 300):
             array = piece(size)
             array[:] = value
-            if (array != value).any():
-                failures.append(f"{value}, {size}")
+            assert (array == value).all(), f"{value}, {size}"
 
-    threads = [threading.Thread(target=work, args=(value,)) for value in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(work, range(6))) == [None] * 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -48,14 +48,15 @@ def as_array(argument: str, operand: object) -> Array:
 def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
     """The type as numpy has it; raises DtypeError for what is no float type that sgmv takes."""
     name = str(dtype).removeprefix("torch.")
-    if name == "bfloat16":
-        try:
-            import ml_dtypes  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise DtypeError(
-                argument,
-                "a float type that numpy has",
-                "torch.bfloat16",
-                "pip install ml_dtypes, which gives numpy this type",
-            ) from error
-    return check_dtype(argument, name)
+    if name != "bfloat16":
+        return check_dtype(argument, name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise DtypeError(
+            argument,
+            "a float type that numpy has",
+            "torch.bfloat16",
+            "pip install ml_dtypes, which gives numpy this type",
+        ) from error
+    return check_dtype(argument, ml_dtypes.bfloat16)

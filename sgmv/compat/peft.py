@@ -29,7 +29,7 @@ import numpy as np
 from sgmv.adapters import Adapter, AdapterStack
 from sgmv.backend import kernels
 from sgmv.compat.arrays import as_array, float_dtype
-from sgmv.dtypes import promote
+from sgmv.dtypes import BITS, promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
 from sgmv.launch import run, workspace
 from sgmv.layouts.names import BASE_NAME
@@ -38,7 +38,6 @@ from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Segments, segment
 from sgmv.workers import torchs_pool
 
-FLOATS = ("float32", "float16", "bfloat16", "float64")
 CORNER = 8  # how many values of the first rows of A and of B are held to tell a swap
 HOOKS, MIXED = "_enable_peft_forward_hooks", "_mixed_batch_forward"
 
@@ -431,4 +430,4 @@ def _why_odd(module: Any, name: str) -> str:
 
 @cache
 def _is_float(dtype: object) -> bool:
-    return str(dtype).removeprefix("torch.") in FLOATS
+    return str(dtype).removeprefix("torch.") in BITS

@@ -13,6 +13,7 @@ A chunk goes back to the system with its last piece, but for the latest, which s
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
@@ -85,21 +86,22 @@ class _Piece:
         self._chunk.returned.append(self._range)  # takes no lock: this may interrupt `_take_back`
 
 
-_chunks: weakref.WeakSet[_Chunk] = weakref.WeakSet()
+_chunks: weakref.WeakValueDictionary[int, _Chunk] = weakref.WeakValueDictionary()  # oldest first
+_number = itertools.count()
 _latest: _Chunk | None = None  # kept, so that an adapter loaded for one call at a time is cheap
 _cutting = threading.Lock()
 
 
 def _piece(size: int) -> _Piece:
     with _cutting:
-        chunk = next((each for each in _chunks if each.has_room(size)), None)
+        chunk = next((each for each in _chunks.values() if each.has_room(size)), None)
         return (chunk or _new_chunk(size)).cut(size)
 
 
 def _new_chunk(size: int) -> _Chunk:
     global _latest
     chunk = _Chunk(max(size, CHUNK))
-    _chunks.add(chunk)
+    _chunks[next(_number)] = chunk
     if size <= CHUNK:
         _latest = chunk
     return chunk

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
+from benchmarks.console import Console
 from benchmarks.grid import ONE_ROW
 from reference import workloads
+
+# Whose arrays a layer's x, y and weights are, and of what type.
+KINDS = (("numpy", "float32"), ("torch", "float32"), ("torch", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,16 @@ def dtype_of(name: str) -> np.dtype[Any]:
         raise SystemExit("--dtype bfloat16 needs ml_dtypes; pip install ml_dtypes") from error
     found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return found
+
+
+def installed_kinds(console: Console) -> Iterator[tuple[str, str]]:
+    """Each of KINDS that can be had here; the console says which, and which are left out."""
+    for library, dtype in KINDS:
+        if find_spec(library) and (dtype != "bfloat16" or find_spec("ml_dtypes")):
+            console.print(f"  {library} {dtype}")
+            yield library, dtype
+        else:
+            console.print(f"  {library} {dtype}: not installed, left out", "yellow")
 
 
 def popularity_ids(popularity: str, n: int, seed: int) -> NDArray[np.int64]:

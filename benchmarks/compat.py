@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -29,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.batch import dtype_of, popularity_ids
+from benchmarks.batch import dtype_of, installed_kinds, popularity_ids
 from benchmarks.console import Console
 from benchmarks.peers import rests
 from benchmarks.record import (
@@ -60,7 +59,6 @@ CHECKED_ROWS = 5
 LEAST_SETTLE_S = 0.003
 BUDGET = Budget(rounds=3, turn_s=0.03)
 GOAL, GOAL_ROWS = 5.0, 64  # times as fast as vLLM's form, from so many rows on
-KINDS = (("numpy", "float32"), ("torch", "float32"), ("torch", "bfloat16"))
 CALLS = ("shrink", "expand", "qkv")
 
 
@@ -376,11 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     started = time.perf_counter()
     cases: list[CompatCase] = []
-    for library, dtype in KINDS:
-        if find_spec(library) is None or (dtype == "bfloat16" and find_spec("ml_dtypes") is None):
-            console.print(f"  {library} {dtype}: not installed, left out", "yellow")
-            continue
-        console.print(f"  {library} {dtype}")
+    for library, dtype in installed_kinds(console):
         cases += measure(library, dtype, args.rows, args.calls)
     record: CompatRecord = {
         **record_head(SCHEMA, sgmv.get_num_threads(), started),

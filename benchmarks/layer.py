@@ -17,7 +17,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.batch import dtype_of
+from benchmarks.batch import dtype_of, installed_kinds
 from benchmarks.console import Console
 from benchmarks.growth import check
 from benchmarks.models import MODELS
@@ -48,7 +47,6 @@ SCHEMA = 1
 PREFIX = "layer-"
 MODEL, NAMES, RANK, ADAPTERS = "Llama-3-8B", ("q", "kv", "down"), 16, 16
 ROWS = (1, 16, 64, 256)
-KINDS = (("numpy", "float32"), ("torch", "float32"), ("torch", "bfloat16"))
 ROUNDS, TURN_S, LEAST_CALLS = 6, 0.15, 3
 
 
@@ -207,15 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console, started = Console(), time.perf_counter()
     cases = []
-    for library, dtype in KINDS:
-        if find_spec(library) is None or (dtype == "bfloat16" and find_spec("ml_dtypes") is None):
-            console.print(f"  {library} {dtype}: not installed, left out", "yellow")
-            continue
+    for library, dtype in installed_kinds(console):
         if library == "torch":
             import torch
 
             torch.set_num_threads(args.threads)
-        console.print(f"  {library} {dtype}")
         cases += [
             measure(library, dtype, layer, rows, args.threads) for rows in ROWS for layer in NAMES
         ]

@@ -69,7 +69,7 @@ from sgmv.kernels.jit import JITTED, jit, vector, where
 from sgmv.kernels.pool import abandon, all_begun, fork_join, open_gate, shut_gate, take_part
 from sgmv.schedule import (
     BASE_ONLY,
-    costs,
+    cost,
     cuts,
     find,
     most_blocks,
@@ -81,12 +81,9 @@ from sgmv.segment import Integers, Segments, segment
 
 # Outcomes of a launch.
 DONE, MORE, REFUSED = 0, 1, -1
-# What tasks cost a core, roughly: it decides whether to share them, as two cores that meet over
-# less than this lose more than they gain, helpers awake or not; and about how long to run before
-# looking for signals, such as Ctrl-C.
-PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
+# Two cores that meet over less work than this lose more than they gain, helpers awake or not.
 WORTH_SHARING_NS = 20_000
-BETWEEN_SIGNALS_NS = 50_000_000
+BETWEEN_SIGNALS_NS = 50_000_000  # of work, about, until it hears signals, such as Ctrl-C
 
 
 class Workspace:
@@ -275,15 +272,14 @@ def start(
         return REFUSED
     widths = (h_in * fields[SLICES] if shrink != 0 else 0) + (h_out if expand != 0 else 0)
     block = vector(fields[BLOCKS], blocks * 4, INTEGER).reshape((blocks, 4))
-    products, weights, rank = costs(block, widths)
-    cost = products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS
-    if cost < worth_sharing_ns:
+    cost_ns, rank = cost(block, widths)
+    if cost_ns < worth_sharing_ns:
         threads, gate = 1, 0
     fields[BLOCK_COUNT] = blocks
     fields[SHRINK_CUTS] = cuts(blocks, -(-rank // RANK_UNIT), threads)
     fields[EXPAND_CUTS] = cuts(blocks, -(-h_out // fields[COLUMNS]), threads)
     tasks = blocks * max(fields[SHRINK_CUTS], fields[EXPAND_CUTS])
-    fields[LIMIT] = max(1, tasks * BETWEEN_SIGNALS_NS // max(cost, 1))
+    fields[LIMIT] = max(1, tasks * BETWEEN_SIGNALS_NS // max(cost_ns, 1))
     if gate != 0:
         open_gate(gate, call)
     return resume(call, gate)

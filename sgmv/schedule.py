@@ -21,6 +21,8 @@ UNKNOWN = -2
 
 ROWS_PER_BLOCK = 96  # 96 rows of one K block are 384 KiB of float32 x: they stay in L2
 FEWEST_ROWS_PER_BLOCK = 12  # fewer rows would read the weights once more for too little work
+# What a core does per nanosecond, roughly: multiply-adds, and weights read.
+PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
 TASKS_PER_THREAD = 4  # enough that a thread which falls behind leaves work to the others
 
 
@@ -143,8 +145,8 @@ def cuts(blocks: int, units: int, threads: int) -> int:
 
 
 @jit()
-def costs(blocks: Any, widths: int) -> Any:
-    """Of row blocks: multiply-adds, weights read, and the highest rank.
+def cost(blocks: Any, widths: int) -> Any:
+    """What row blocks cost one core, roughly, and their highest rank. Units: nanoseconds.
 
     widths  h_in, h_out or their sum: what every row and every rank meet
     """
@@ -154,4 +156,4 @@ def costs(blocks: Any, widths: int) -> Any:
         products += m * r * widths
         weights += r * widths
         rank = max(rank, r)
-    return products, weights, rank
+    return products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS, rank

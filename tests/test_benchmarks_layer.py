@@ -9,7 +9,8 @@ import pytest
 
 import sgmv
 from benchmarks import __main__ as command
-from benchmarks import layer, machine, readme
+from benchmarks import batch, layer, machine, readme
+from benchmarks.console import Console
 from benchmarks.layer import LayerCase, LayerRecord
 from benchmarks.record import RecordError, Times, save_as
 from sgmv.models import Model
@@ -27,8 +28,17 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layer, name, value)
 
 
+@pytest.mark.parametrize(("missing", "left"), [("torch", 1), ("ml_dtypes", 2), ("", 3)])
+def test_kinds_that_are_not_installed_are_left_out(
+    missing: str, left: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch, "find_spec", lambda name: name != missing)
+    assert list(batch.installed_kinds(Console(rich=False))) == list(batch.KINDS[:left])
+    assert capsys.readouterr().out.count("not installed, left out") == len(batch.KINDS) - left
+
+
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize(("library", "dtype"), layer.KINDS)
+@pytest.mark.parametrize(("library", "dtype"), batch.KINDS)
 def test_every_call_adds_to_a_fresh_base_product(
     library: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

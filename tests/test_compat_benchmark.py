@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import compat, machine, readme
+from benchmarks import batch, compat, machine, readme
 from benchmarks.compat import CompatCase, CompatRecord
 from benchmarks.record import RecordError
 from benchmarks.timing import Budget
@@ -29,7 +29,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize(("library", "dtype"), compat.KINDS)
+@pytest.mark.parametrize(("library", "dtype"), batch.KINDS)
 def test_both_forms_compute_the_same(library: str, dtype: str) -> None:
     pytest.importorskip(library)
     A, B = compat.stacks(library, dtype)
@@ -171,7 +171,7 @@ def test_command_prints_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compat, "BUDGET", ONE_CALL)
-    monkeypatch.setattr(compat, "KINDS", compat.KINDS[:1])
+    monkeypatch.setattr(batch, "KINDS", batch.KINDS[:1])
     words = ["compat", "--rows", "2", "--calls", "expand", "--output", str(tmp_path)]
     assert command.main(words) == 0
     assert "| expand | 2 |" in capsys.readouterr().out

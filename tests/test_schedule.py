@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from sgmv.kernels.call import PANEL, RANK_UNIT, cut_of
 from sgmv.schedule import (
     NO_SLOT,
+    PRODUCTS_PER_NS,
     ROWS_PER_BLOCK,
     TASKS_PER_THREAD,
     UNKNOWN,
-    costs,
+    WEIGHTS_PER_NS,
+    cost,
     cuts,
     find,
     most_blocks,
@@ -102,13 +104,14 @@ def test_there_is_always_one_cut_at_least() -> None:
 
 
 @given(segment_lists, st.integers(1, 9), st.sampled_from([1, 65, 8192]))
-def test_costs_are_those_of_the_segments(
+def test_the_cost_is_that_of_the_segments(
     segments: list[tuple[int, int]], threads: int, widths: int
 ) -> None:
     blocks = blocks_of(segments, threads)
-    products, weights, rank = costs(blocks, widths)
-    assert products == widths * sum(m * r for m, r in segments)
-    assert weights == widths * sum(r for _, r, _, _ in blocks)
+    cost_ns, rank = cost(blocks, widths)
+    products = widths * sum(m * r for m, r in segments)
+    weights = widths * sum(r for _, r, _, _ in blocks)
+    assert cost_ns == products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS
     assert rank == max((r for _, r in segments), default=0)
 
 

@@ -15,7 +15,7 @@ from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
-from sgmv.schedule import BASE_ONLY, NO_SLOT, costs, cuts, most_blocks, row_blocks
+from sgmv.schedule import BASE_ONLY, NO_SLOT, cost, cuts, most_blocks, row_blocks
 
 
 def group(question: Question) -> Facts:
@@ -88,9 +88,8 @@ def tasks(question: Question) -> Facts:
     rank = np.where(has_adapter, question.rank, 0)
     room = np.empty((most_blocks(segments.most), 4), np.int64)
     blocks = room[: row_blocks(segments.seq_start, slot, rank, threads, room)]
-    products, weights, _ = costs(blocks, question.h_in + question.h_out)
-    cost = products // launch.PRODUCTS_PER_NS + weights // launch.WEIGHTS_PER_NS
-    shared = cost >= launch.WORTH_SHARING_NS
+    cost_ns, _ = cost(blocks, question.h_in + question.h_out)
+    shared = cost_ns >= launch.WORTH_SHARING_NS
     threads = threads if shared else 1
     panel = columns_of(np.dtype(np.float32))
     shrink_cuts = cuts(len(blocks), -(-question.rank // RANK_UNIT), threads)

@@ -1,6 +1,6 @@
 """What LoRA adds to a model's forward pass: PEFT's mixed batch, and the same through add_lora.
 
-    python -m benchmarks peft            check, timings, table; about a quarter of an hour
+    python -m benchmarks peft            check, timings, table; about twenty minutes
     python -m benchmarks peft --record   the same, into benchmarks/records/, to commit
 
 A Llama of random weights, as wide as Llama-3.2-1B and LAYERS deep, all its linear layers adapted.
@@ -13,9 +13,10 @@ take turns, all but the last:
     one_at_a_time  for each adapter: set_adapter, then its samples alone
 
 A decode step is one of STEPS that `generate` makes from one token per sample; a prefill step is one
-forward pass. What LoRA adds is a variant's time less that of base in the same round, as a machine's
-speed changes from minute to minute by more than LoRA adds; the median of all rounds counts. The
-past is short and the output layer small, as neither is LoRA's: base is faster than in a full model.
+forward pass. What LoRA adds is a variant's time less that of base in the same round: a machine's
+speed changes by more than LoRA adds, so a round is one call of each, as short as can be, and the
+median of many counts. `share` tells its standard error. The past is short and the output layer
+small, as neither is LoRA's: base is faster than in a full model.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ from sgmv.workers import cores
 SCHEMA = 2
 PREFIX = "peft-"
 LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's config.json
-LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 8
+LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 2
 GOAL = 0.25  # of what PEFT's own mixed batch adds
 CHECKED_ROWS = 6
-BUDGET = Budget(rounds=20, turn_s=0.3, max_calls=20)
+DRAWS = 1000
+DECODE_ROUNDS, PREFILL_ROUNDS = 80, 30
 ONCE = Budget(rounds=1, turn_s=0.0)  # for what takes many times as long, so that no turns matter
 
 
@@ -85,6 +87,11 @@ class Case:
         """The forward passes of one timed call."""
         return STEPS if self.tokens == 1 else 1
 
+    @property
+    def rounds(self) -> int:
+        """How often the variants take turns."""
+        return DECODE_ROUNDS if self.tokens == 1 else PREFILL_ROUNDS
+
     def label(self) -> str:
         """Its name in messages.
 
@@ -103,8 +110,8 @@ CASES = [Case(*types, *batch) for types in TYPES for batch in BATCHES]
 class CaseRecord(TypedDict):
     """One case as it was measured; `times` by variant, `foreign_cores` as in the other record.
 
-    `steps`: the forward passes of one timed call. `rounds`: by variant, but for one_at_a_time, the
-    median of each round's calls. Units: microseconds.
+    `steps`: the forward passes of one timed call. `rounds`: by variant, but for one_at_a_time, each
+    round's call. Units: microseconds.
     """
 
     dtype: str
@@ -171,7 +178,7 @@ def _sharing(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
-def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
+def measure(case: Case, models: Models) -> CaseRecord:
     """Check and time one case; `models.sgmv` is accelerated already."""
     import torch
 
@@ -190,7 +197,7 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
         for call in calls.values():
             call()
         variants = [Variant(name, call, settles=False) for name, call in calls.items()]
-        samples, foreign = quietly(partial(turns, variants, budget))
+        samples, foreign = quietly(partial(turns, variants, Budget(case.rounds, turn_s=0.0)))
         timed = {name: summary(chain(*its)) for name, its in samples.items()}
         alone = partial(one_at_a_time, run, models.peft, tokens, names)
         timed |= alternate([Variant("one_at_a_time", alone)], ONCE)
@@ -203,7 +210,7 @@ def measure(case: Case, models: Models, budget: Budget = BUDGET) -> CaseRecord:
         "steps": case.steps,
         "times": times_record(timed),
         "rounds": {
-            name: [significant(median(turn) / 1e3) for turn in its] for name, its in samples.items()
+            name: [significant(call / 1e3) for call in chain(*its)] for name, its in samples.items()
         },
         "foreign_cores": foreign,
     }
@@ -282,12 +289,25 @@ def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
     return sgmv.Adapter(A, B, module.scaling[name])
 
 
-def adds(case: CaseRecord, variant: str) -> float:
-    """What LoRA adds to a step: the median over rounds, by medians if it had none. Units: ms."""
+def added(case: CaseRecord, variant: str) -> NDArray[np.float64]:
+    """What LoRA adds to a step, round by round; all of it at once if there was none. Units: ms."""
     if variant not in case["rounds"]:
-        return per_step(case, variant) - per_step(case, "base")
-    pairs = zip(case["rounds"][variant], case["rounds"]["base"], strict=True)
-    return median(its - base for its, base in pairs) / case["steps"] / 1e3
+        return np.array([per_step(case, variant) - per_step(case, "base")])
+    its, base = (np.array(case["rounds"][name]) for name in (variant, "base"))
+    added: NDArray[np.float64] = (its - base) / case["steps"] / 1e3
+    return added
+
+
+def share(case: CaseRecord) -> tuple[float, float]:
+    """What sgmv adds as a part of what PEFT adds, and its standard error.
+
+    Semantics: a ratio of medians over rounds; its standard deviation among draws of as many rounds,
+    with replacement (the bootstrap: Efron, Annals of Statistics 7, 1979).
+    """
+    ours, theirs = added(case, "sgmv"), added(case, "peft")
+    drawn = np.random.default_rng(0).integers(len(ours), size=(DRAWS, len(ours)))
+    shares = np.median(ours[drawn], axis=1) / np.median(theirs[drawn], axis=1)
+    return float(np.median(ours) / np.median(theirs)), float(np.std(shares))
 
 
 def per_step(case: CaseRecord, variant: str) -> float:
@@ -304,7 +324,7 @@ def lines(record: PeftRecord) -> list[list[str]]:
         ]
     ]  # fmt: skip
     for case in record["cases"]:
-        share = adds(case, "sgmv") / adds(case, "peft")
+        part, error = share(case)
         found.append(
             [
                 case["dtype"],
@@ -312,9 +332,9 @@ def lines(record: PeftRecord) -> list[list[str]]:
                 "decode" if case["steps"] > 1 else "prefill",
                 f"{case['samples']} x {case['tokens']}",
                 f"{per_step(case, 'base'):.1f}",
-                *(f"{adds(case, variant):.2f}" for variant in ("peft", "sgmv")),
-                f"{share:.2f}{'!' * (share > GOAL)}",
-                f"{adds(case, 'one_at_a_time'):.0f}",
+                *(f"{median(added(case, variant)):.2f}" for variant in ("peft", "sgmv")),
+                f"{part:.2f} ± {error:.2f}{' !' * (part > GOAL)}",
+                f"{median(added(case, 'one_at_a_time')):.0f}",
             ]
         )
     return found
@@ -329,7 +349,8 @@ def markdown(record: PeftRecord, name: str) -> str:
             f"Llama of width {record['hidden']} / {record['intermediate']}, {record['layers']} "
             f"layers, all linear ones adapted, rank {record['rank']}; torch {versions['torch']}, "
             f"PEFT {versions['peft']}, {source(record)}; record: `benchmarks/records/{name}`. "
-            f"share: what sgmv adds / what PEFT's mixed batch adds; ! marks more than {GOAL}.",
+            "share: what sgmv adds / what PEFT's mixed batch adds, ± its standard error; "
+            f"! marks more than {GOAL}.",
             "",
             "| " + " | ".join(head) + " |",
             "| --- | --- | --- | --- " + "| ---: " * (len(head) - 4) + "|",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sgmv
@@ -16,7 +18,6 @@ from benchmarks import machine, peft, readme
 from benchmarks.console import Console
 from benchmarks.models import Model
 from benchmarks.record import RecordError
-from benchmarks.timing import Budget
 from sgmv.compat import peft as compat
 from tests.test_benchmarks import must_not_run
 
@@ -29,7 +30,6 @@ MISSING = [name for name in ("torch", "peft", "transformers") if find_spec(name)
 needs_peft = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install -e '.[torch]')"
 )
-ONE_CALL = Budget(rounds=1, turn_s=0.0)
 
 
 def synthetic_record() -> peft.PeftRecord:
@@ -74,11 +74,27 @@ def synthetic_record() -> peft.PeftRecord:
 def test_table_tells_what_lora_adds() -> None:
     (_, decode, prefill) = peft.lines(synthetic_record())
     types = ["bfloat16", "16 float32"]
-    assert decode == [*types, "decode", "32 x 1", "20.0", "10.00", "1.00", "0.10", "300"]
-    assert prefill == [*types, "prefill", "32 x 64", "200.0", "8.00", "4.00", "0.50!", "50"]
+    low, high = (f"± {peft.share(case)[1]:.2f}" for case in synthetic_record()["cases"])
+    assert decode == [*types, "decode", "32 x 1", "20.0", "10.00", "1.00", f"0.10 {low}", "300"]
+    assert prefill == [
+        *types, "prefill", "32 x 64", "200.0", "8.00", "4.00", f"0.50 {high} !", "50"
+    ]  # fmt: skip
     text = peft.markdown(synthetic_record(), "peft-x.json")
     assert "| bfloat16 | 16 float32 | decode |" in text
     assert "`benchmarks/records/peft-x.json`" in text
+
+
+def test_the_error_of_a_share_is_that_of_its_medians() -> None:
+    """Of n rounds with normal noise s, a median's standard error is about s sqrt(pi / 2n)."""
+    case, rng, n = synthetic_record()["cases"][1], np.random.default_rng(0), 200
+    noise = 1000 * rng.normal(0, 2, n)
+    base = 1000 * rng.normal(200, 50, n)
+    for name, added in (("base", 0.0), ("peft", 80_000.0), ("sgmv", 8_000.0 + noise)):
+        case["rounds"][name] = list(base + added)
+    part, error = peft.share(case)
+    expected = 2 * math.sqrt(math.pi / 2 / n) / 80
+    assert abs(part - 0.1) < 3 * expected
+    assert expected / 2 < error < 2 * expected
 
 
 def test_noise_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +142,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
             import_module(name)
     monkeypatch.setattr(peft, "LLAMA", Model(32, 80, heads=4, kv_heads=2, head_dim=8))
     monkeypatch.setattr(peft, "LAYERS", 1)
-    monkeypatch.setattr(peft, "BUDGET", ONE_CALL)
+    monkeypatch.setattr(peft, "DECODE_ROUNDS", 3)
+    monkeypatch.setattr(peft, "PREFILL_ROUNDS", 1)
 
 
 @needs_peft
@@ -167,11 +184,11 @@ def test_command_records_what_was_quiet(
     measure = peft.measure
 
     def quick(case: peft.Case, models: peft.Models) -> peft.CaseRecord:
-        return {**measure(case, models, ONE_CALL), "foreign_cores": (case.tokens - 1) / 2}
+        return {**measure(case, models), "foreign_cores": (case.tokens - 1) / 2}
 
     monkeypatch.setattr(peft, "measure", quick)
     monkeypatch.setattr(readme, "RECORDS", tmp_path / "records")
-    for tokens, folder in ((1, "records"), (2, "out")):
+    for tokens, folder in ((2, "out"), (1, "records")):
         case = peft.Case("bfloat16", "float32", 2, 4, tokens)
         monkeypatch.setattr(peft, "CASES", [case])
         argv = ["peft", "--record", "--threads", "1", "--output", str(tmp_path / "out")]
@@ -181,6 +198,6 @@ def test_command_records_what_was_quiet(
     (recorded,) = peft.load(path)["cases"]
     assert recorded["times"].keys() == {"base", "peft", "sgmv", "one_at_a_time"}
     assert {name: len(its) for name, its in recorded["rounds"].items()} == {
-        "base": 1, "peft": 1, "sgmv": 1
+        "base": 3, "peft": 3, "sgmv": 3
     }  # fmt: skip
     assert sgmv.get_num_threads() == 1

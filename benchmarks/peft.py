@@ -1,6 +1,6 @@
 """What LoRA adds to a model's forward pass: PEFT's mixed batch, and the same through add_lora.
 
-    python -m benchmarks peft            check, timings, table; about twenty minutes
+    python -m benchmarks peft            check, timings, table; under half an hour
     python -m benchmarks peft --record   the same, into benchmarks/records/, to commit
 
 A Llama of random weights, as wide as Llama-3.2-1B and LAYERS deep, all its linear layers adapted.
@@ -15,8 +15,12 @@ take turns, all but the last:
 A decode step is one of STEPS that `generate` makes from one token per sample; a prefill step is one
 forward pass. What LoRA adds is a variant's time less that of base in the same round: a machine's
 speed changes by more than LoRA adds, so a round is one call of each, as short as can be, and the
-median of many counts. `share` tells its standard error. The past is short and the output layer
-small, as neither is LoRA's: base is faster than in a full model.
+median of many counts. The standard error of a share tells what that is worth. Inside the layers
+LoRA is timed apart from the base layers' noise: what adapted layers take, less what their base
+layers take within them, in calls of their own.
+
+The past is short and the output layer small, as neither is LoRA's: base is faster than in a full
+model. What PEFT and sgmv do once per call, a few steps bear here.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -57,14 +62,14 @@ from sgmv.compat.arrays import as_array
 from sgmv.compat.peft import accelerate
 from sgmv.workers import cores
 
-SCHEMA = 2
+SCHEMA = 3
 PREFIX = "peft-"
 LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's config.json
 LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 2
 GOAL = 0.25  # of what PEFT's own mixed batch adds
 CHECKED_ROWS = 6
 DRAWS = 1000
-DECODE_ROUNDS, PREFILL_ROUNDS = 80, 30
+DECODE_ROUNDS, PREFILL_ROUNDS, INSIDE_ROUNDS = 60, 40, 12
 ONCE = Budget(rounds=1, turn_s=0.0)  # for what takes many times as long, so that no turns matter
 
 
@@ -111,7 +116,8 @@ class CaseRecord(TypedDict):
     """One case as it was measured; `times` by variant, `foreign_cores` as in the other record.
 
     `steps`: the forward passes of one timed call. `rounds`: by variant, but for one_at_a_time, each
-    round's call. Units: microseconds.
+    round's call. `inside`: what LoRA adds within the adapted layers, in each clocked call.
+    Units: microseconds.
     """
 
     dtype: str
@@ -122,6 +128,7 @@ class CaseRecord(TypedDict):
     steps: int
     times: dict[str, Times]
     rounds: dict[str, list[float]]
+    inside: dict[str, list[float]]
     foreign_cores: float | None
 
 
@@ -198,6 +205,11 @@ def measure(case: Case, models: Models) -> CaseRecord:
             call()
         variants = [Variant(name, call, settles=False) for name, call in calls.items()]
         samples, foreign = quietly(partial(turns, variants, Budget(case.rounds, turn_s=0.0)))
+        clocked = {"peft": models.peft, "sgmv": models.sgmv}
+        inside: dict[str, list[float]] = {name: [] for name in clocked}
+        for _ in range(INSIDE_ROUNDS):
+            for name, model in clocked.items():
+                inside[name].append(significant(inside_us(model, calls[name])))
         timed = {name: summary(chain(*its)) for name, its in samples.items()}
         alone = partial(one_at_a_time, run, models.peft, tokens, names)
         timed |= alternate([Variant("one_at_a_time", alone)], ONCE)
@@ -212,8 +224,30 @@ def measure(case: Case, models: Models) -> CaseRecord:
         "rounds": {
             name: [significant(call / 1e3) for call in chain(*its)] for name, its in samples.items()
         },
+        "inside": inside,
         "foreign_cores": foreign,
     }
+
+
+def inside_us(model: Any, call: Callable[[], object]) -> float:
+    """The time of one call in all adapted layers, less that of their base layers. Units: us."""
+    spent = 0
+    handles = []
+
+    def clock(sign: int) -> Callable[..., None]:
+        def read(*_: Any) -> None:
+            nonlocal spent
+            spent += sign * time.perf_counter_ns()
+
+        return read
+
+    for layer in adapted(model).values():
+        for module, sign in ((layer, 1), (layer.base_layer, -1)):
+            handles.append(module.register_forward_pre_hook(clock(-sign)))
+            handles.append(module.register_forward_hook(clock(sign)))
+    with removed(handles):
+        call()
+    return spent / 1e3
 
 
 def forward(model: Any, tokens: Any, **names: Any) -> None:
@@ -258,16 +292,12 @@ def check(
     def keep(name: str, _module: Any, _inputs: Any, output: Any) -> None:
         after[name] = as_array("y", output)
 
-    modules = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    handles = []
+    modules, handles = adapted(model), []
     for name, module in modules.items():
         handles.append(module.base_layer.register_forward_hook(partial(keep_base, name)))
         handles.append(module.register_forward_hook(partial(keep, name)))
-    try:
+    with removed(handles):
         forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, module in modules.items():
         x, y = before[name]
         tokens = math.prod(x.shape[1:-1])
@@ -279,6 +309,21 @@ def check(
         expected = by_row.add_lora(y, x, adapters, ids)
         bound = bounds.add_lora_bound(y, x, adapters, ids, expected=expected)
         compare.check(result, expected, bound, f"{label}, {name}")
+
+
+def adapted(model: Any) -> dict[str, Any]:
+    """The model's adapted layers, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextmanager
+def removed(handles: Sequence[Any]) -> Iterator[None]:
+    """These hooks are gone afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
@@ -320,7 +365,7 @@ def lines(record: PeftRecord) -> list[list[str]]:
     found = [
         [
             "base", "adapters", "step", "samples", "base ms", "PEFT adds ms", "sgmv adds ms",
-            "share", "one at a time adds ms",
+            "share", "inside the layers", "one at a time adds ms",
         ]
     ]  # fmt: skip
     for case in record["cases"]:
@@ -334,6 +379,7 @@ def lines(record: PeftRecord) -> list[list[str]]:
                 f"{per_step(case, 'base'):.1f}",
                 *(f"{median(added(case, variant)):.2f}" for variant in ("peft", "sgmv")),
                 f"{part:.2f} ± {error:.2f}{' !' * (part > GOAL)}",
+                f"{median(case['inside']['sgmv']) / median(case['inside']['peft']):.2f}",
                 f"{median(added(case, 'one_at_a_time')):.0f}",
             ]
         )
@@ -349,8 +395,8 @@ def markdown(record: PeftRecord, name: str) -> str:
             f"Llama of width {record['hidden']} / {record['intermediate']}, {record['layers']} "
             f"layers, all linear ones adapted, rank {record['rank']}; torch {versions['torch']}, "
             f"PEFT {versions['peft']}, {source(record)}; record: `benchmarks/records/{name}`. "
-            "share: what sgmv adds / what PEFT's mixed batch adds, ± its standard error; "
-            f"! marks more than {GOAL}.",
+            "share: what sgmv adds / what PEFT's mixed batch adds, ± its standard error, of "
+            f"the whole pass and inside the adapted layers; ! marks more than {GOAL}.",
             "",
             "| " + " | ".join(head) + " |",
             "| --- | --- | --- | --- " + "| ---: " * (len(head) - 4) + "|",

@@ -58,10 +58,10 @@ def synthetic_record() -> peft.PeftRecord:
     cases: list[Any] = [
         {**sizes, "tokens": 1, "steps": 8, "foreign_cores": 0.0,
          "times": times(base=160, peft=240, sgmv=168, one_at_a_time=2560),
-         "rounds": rounds(base=0, peft=80, sgmv=8)},
+         "rounds": rounds(base=0, peft=80, sgmv=8), "inside": {"peft": [7e4], "sgmv": [6300.0]}},
         {**sizes, "tokens": 64, "steps": 1, "foreign_cores": None,
          "times": times(base=200, peft=208, sgmv=204, one_at_a_time=250),
-         "rounds": rounds(base=0, peft=8, sgmv=4)},
+         "rounds": rounds(base=0, peft=8, sgmv=4), "inside": {"peft": [8e3], "sgmv": [3e3]}},
     ]  # fmt: skip
     return {
         "schema": peft.SCHEMA, "date": "2025-01-01T00:00:00+00:00", "threads": 2,
@@ -75,9 +75,11 @@ def test_table_tells_what_lora_adds() -> None:
     (_, decode, prefill) = peft.lines(synthetic_record())
     types = ["bfloat16", "16 float32"]
     low, high = (f"± {peft.share(case)[1]:.2f}" for case in synthetic_record()["cases"])
-    assert decode == [*types, "decode", "32 x 1", "20.0", "10.00", "1.00", f"0.10 {low}", "300"]
+    assert decode == [
+        *types, "decode", "32 x 1", "20.0", "10.00", "1.00", f"0.10 {low}", "0.09", "300"
+    ]  # fmt: skip
     assert prefill == [
-        *types, "prefill", "32 x 64", "200.0", "8.00", "4.00", f"0.50 {high} !", "50"
+        *types, "prefill", "32 x 64", "200.0", "8.00", "4.00", f"0.50 {high} !", "0.38", "50"
     ]  # fmt: skip
     text = peft.markdown(synthetic_record(), "peft-x.json")
     assert "| bfloat16 | 16 float32 | decode |" in text
@@ -144,6 +146,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft, "LAYERS", 1)
     monkeypatch.setattr(peft, "DECODE_ROUNDS", 3)
     monkeypatch.setattr(peft, "PREFILL_ROUNDS", 1)
+    monkeypatch.setattr(peft, "INSIDE_ROUNDS", 2)
 
 
 @needs_peft
@@ -161,6 +164,35 @@ def test_variants_are_the_same_weights() -> None:
     assert theirs is not None
     assert ours.B.ctypes.data == theirs.B.ctypes.data
     assert (ours.dtype.name, ours.r) == ("float32", peft.RANK)
+
+
+@needs_peft
+def test_inside_the_layers_only_lora_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    now = 0
+    monkeypatch.setattr(peft.time, "perf_counter_ns", lambda: now)
+
+    class Other(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            nonlocal now
+            now += 1_000_000
+            return x
+
+    class Adapted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A, self.base_layer = torch.nn.ModuleDict(), Other()
+
+        def forward(self, x: Any) -> Any:
+            nonlocal now
+            x = self.base_layer(x)
+            now += 7_000
+            return x
+
+    model = torch.nn.Sequential(Adapted(), Other(), Adapted())
+    assert peft.inside_us(model, lambda: model(1)) == 14
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @needs_peft
@@ -200,4 +232,5 @@ def test_command_records_what_was_quiet(
     assert {name: len(its) for name, its in recorded["rounds"].items()} == {
         "base": 3, "peft": 3, "sgmv": 3
     }  # fmt: skip
+    assert {name: len(its) for name, its in recorded["inside"].items()} == {"peft": 2, "sgmv": 2}
     assert sgmv.get_num_threads() == 1

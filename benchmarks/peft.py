@@ -339,8 +339,8 @@ def added(case: CaseRecord, variant: str) -> NDArray[np.float64]:
     if variant not in case["rounds"]:
         return np.array([per_step(case, variant) - per_step(case, "base")])
     its, base = (np.array(case["rounds"][name]) for name in (variant, "base"))
-    added: NDArray[np.float64] = (its - base) / case["steps"] / 1e3
-    return added
+    each: NDArray[np.float64] = (its - base) / case["steps"] / 1e3
+    return each
 
 
 def share(case: CaseRecord) -> tuple[float, float]:

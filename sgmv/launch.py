@@ -83,7 +83,7 @@ from sgmv.segment import Integers, Segments, segment
 DONE, MORE, REFUSED = 0, 1, -1
 # Two cores that meet over less work than this lose more than they gain, helpers awake or not.
 WORTH_SHARING_NS = 20_000
-BETWEEN_SIGNALS_NS = 50_000_000  # of work, about, until it hears signals, such as Ctrl-C
+BETWEEN_SIGNALS_NS = 50_000_000  # of work, about, until a call hears signals, such as Ctrl-C
 
 
 class Workspace:

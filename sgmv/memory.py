@@ -50,17 +50,14 @@ class _Chunk:
         self._free = [(start, start + size)]  # ascending, and none ends where the next begins
         self.returned: deque[tuple[int, int]] = deque()  # filled by any thread, at any time
 
-    def has_room(self, size: int) -> bool:
-        """Whether so many bytes are free in one place."""
+    def cut(self, size: int) -> _Piece | None:
+        """So many bytes from the first place that has them, if there is one."""
         self._take_back()
-        return any(end - start >= size for start, end in self._free)
-
-    def cut(self, size: int) -> _Piece:
-        """So many bytes from the first place that has them; there is one."""
-        i = next(i for i, (start, end) in enumerate(self._free) if end - start >= size)
-        start, end = self._free[i]
-        self._free[i : i + 1] = [(start + size, end)] if start + size < end else []
-        return _Piece(self, self._address, start, size)
+        for i, (start, end) in enumerate(self._free):
+            if end - start >= size:
+                self._free[i : i + 1] = [(start + size, end)] if start + size < end else []
+                return _Piece(self, self._address, start, size)
+        return None
 
     def _take_back(self) -> None:
         while self.returned:
@@ -94,8 +91,8 @@ _cutting = threading.Lock()
 
 def _piece(size: int) -> _Piece:
     with _cutting:
-        chunk = next((each for each in _chunks.values() if each.has_room(size)), None)
-        return (chunk or _new_chunk(size)).cut(size)
+        chunks = itertools.chain(_chunks.values(), map(_new_chunk, [size]))  # made if none has room
+        return next(filter(None, (chunk.cut(size) for chunk in chunks)))
 
 
 def _new_chunk(size: int) -> _Chunk:

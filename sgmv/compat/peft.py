@@ -380,7 +380,7 @@ class _Layer:
         """Compile, on one row, what the layer's float types need."""
         weight = getattr(self.module.get_base_layer(), "weight", None)
         if weight is not None and weight.is_cpu and _is_float(weight.dtype):
-            dtype = as_array("weight", weight[:0]).dtype
+            dtype = float_dtype("weight", weight.dtype)
             y, x = np.zeros((1, self.stack.h_out), dtype), np.zeros((1, self.stack.h_in), dtype)
             add_lora(y, x, self.stack, self.stack.ids[:1])
 

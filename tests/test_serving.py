@@ -489,7 +489,9 @@ def test_a_model_served_from_peft_directories(dtype: str, rng: np.random.Generat
     slots, scheduler = AdapterSlots(2, 3, 17, dtype=dtype), Scheduler[int](2, 4, 3)
     peft = {one.lora_int_id: sgmv.load_peft(one.lora_path) for one in loras}
     left: dict[int, int] = {}
-    for number, k in enumerate(rng.integers(-1, len(loras), 14).tolist()):
+    every = np.arange(-1, len(loras))  # one adapter more than fit into host memory
+    picks = rng.permutation(np.concatenate([every, rng.choice(every, 9)]))
+    for number, k in enumerate(picks.tolist()):
         scheduler.add(number, None if k < 0 else loras[k])
         left[number] = int(rng.integers(1, 4))
     widths: set[tuple[int, int]] = set()

@@ -5,6 +5,7 @@ Figures need Chromium or node, the page needs Chromium; without, these tests are
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from sgmv.__main__ import main
 from sgmv.emulator import DEVICES, DeadlockError, Launch
 from sgmv.emulator.punica import RELEASES
 from sgmv.errors import SgmvError
-from sgmv.explorer.write import HUNG, KERNELS, MOST_ROWS, write_html
+from sgmv.explorer.write import DOCS, FIVE_ROWS, KERNELS, MOST_ROWS, write_html
 from tests.chromium import FOUND, Page, chromium
 
 pytestmark = pytest.mark.once
@@ -34,6 +35,7 @@ FOLDER = ROOT / "sgmv" / "explorer"
 SCRIPT = "".join(
     (FOLDER / f"{name}.js").read_text() for name in ("emulator", "timeline", "layouts")
 )
+HUNG = [1] * 50 + [0] + [1] * 82  # segments of 1 and 132 rows
 NODE = shutil.which("node")
 NO_CHROMIUM = "no Chromium on the path: apt-get install chromium"
 needs_chromium = pytest.mark.skipif(FOUND is None, reason=NO_CHROMIUM)
@@ -199,9 +201,10 @@ def test_tiles_make_up_the_lanes(javascript: Javascript) -> None:
 TIMELINE = """(() => { const t = timeline(launch); const placed = new Map(); let overlaps = 0;
   for (const b of t.bars) { if (b.start < (placed.get(b.place) ?? 0) - 1e-9) overlaps += 1;
     placed.set(b.place, b.end); }
-  const of = (kind) => new Set(t.bars.filter((b) => b.kind === kind).map((b) => b.block)).size;
-  return { blocks: new Set(t.bars.map((b) => b.block)).size, places: placed.size, overlaps,
-    exits: of("exit"), opened: t.moments.filter((m) => m.kind === "open").length,
+  const exits = t.bars.filter((b) => b.kind === "exit").reduce((all, b) => all + b.blocks, 0);
+  const others = t.bars.filter((b) => b.kind !== "exit").map((b) => b.block);
+  return { blocks: new Set(others).size + exits, places: placed.size, overlaps,
+    exits, opened: t.moments.filter((m) => m.kind === "open").length,
     stuck: t.stuck, end: t.end, last: t.moments.length ? t.moments.at(-1).time : 0 };
 })()"""
 
@@ -308,10 +311,21 @@ def test_layouts_are_each_engines(javascript: Javascript) -> None:
 
 def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
     text = write_html(tmp_path / "explorer.html").read_text()
-    assert re.findall(r"https?://[^\"' ]+", text) == ["http://www.w3.org/2000/svg"]
+    paper = (
+        "https://arxiv.org/abs/2310.18547"  # a link, which asks for nothing until it is followed
+    )
+    assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg", paper}
     assert not re.search(r"<link[^>]+stylesheet|<script[^>]+src=|@import|url\((?!#)", text)
     start = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["start"]  # type: ignore[index]
-    assert start["ids"] == "1*50, 0, 1*82"
+    assert start["ids"] == "2, 0, -1, 2, 0"
+
+
+def test_the_page_links_to_the_documents_beside_it(tmp_path: Path) -> None:
+    path = write_html(tmp_path / "explorer.html")
+    linked = json.loads(re.search(r'id="data">(.*?)</script>', path.read_text())[1])["docs"]  # type: ignore[index]
+    assert [each["text"] for each in linked] == list(DOCS.values())
+    for each, name in zip(linked, DOCS, strict=True):
+        assert (tmp_path / each["href"]).resolve() == ROOT / name
 
 
 def test_a_device_of_ones_own_stands_in_the_page(tmp_path: Path) -> None:
@@ -396,11 +410,43 @@ def choose(page: Page, name: str, value: object) -> None:
     )
 
 
+def stories(page: Page) -> int:
+    return int(page.evaluate("STORIES.length"))
+
+
+def click(page: Page, link: str, story: int) -> None:
+    """Click a link to a story; its state is there once the browser has noticed the new address."""
+    page.evaluate(
+        f"(async () => {{ document.querySelector({json.dumps(link)}).click();"
+        f"while (story_of(state) !== {story})"
+        "await new Promise((done) => setTimeout(done, 5)); })()"
+    )
+
+
+def follow(page: Page, story: int) -> None:
+    click(page, f"#stories li:nth-child({story + 1}) a", story)
+
+
+HANG, FIX, CLIFF, DISTINCT = 4, 5, 6, 2  # places of stories
+
+
 @needs_chromium
-def test_the_page_opens_on_the_hang_and_says_why(explorer: Page) -> None:
+def test_the_page_opens_on_five_rows_and_leads_through_all_stories(explorer: Page) -> None:
+    assert text(explorer, "story-title") == "What is seq_start?"
+    assert "seq_start = [0, 1, 3, 5]" in text(explorer, "segments-now")
+    assert explorer.evaluate("state.ids") == FIVE_ROWS
+    met = []
+    for _ in range(stories(explorer)):
+        met.append(explorer.evaluate("document.querySelector('#stories [aria-current]').innerText"))
+        click(explorer, "#story-next", len(met) % stories(explorer))
+    assert met == explorer.evaluate("STORIES.map(({ title }) => title)")
+    assert explorer.evaluate("story_of(state)") == 0  # and round again
+
+
+@needs_chromium
+def test_the_hang_is_shown_and_says_why(explorer: Page) -> None:
+    follow(explorer, HANG)
     told = text(explorer, "verdict")
-    pressed = "document.querySelector('#stories [aria-pressed=true]').innerText"
-    assert explorer.evaluate(pressed) == "Why [1, 132] hung"
     assert "This launch hangs." in told
     assert "adapter 0, 1 row: 1 step of 64 rows, so its blocks come to the barrier once" in told
     assert (
@@ -408,13 +454,17 @@ def test_the_page_opens_on_the_hang_and_says_why(explorer: Page) -> None:
     )
     deadlock = emulator.punica_sgmv_shrink(HUNG, 4096, 16, release="1.0.0").deadlock
     assert str(deadlock) in told
+    explorer.evaluate("go(shown.timeline.moments.length - 1)")
     assert "16 blocks wait at barrier 2 for 16 that will not come" in text(explorer, "moment-text")
+    assert "16 blocks returned" in explorer.evaluate("document.getElementById('time').textContent")
     explorer.evaluate("document.querySelector('#verdict button').click()")
     assert "This launch runs" in text(explorer, "verdict")
 
 
 @needs_chromium
 def test_the_page_shows_the_emulators_figures(explorer: Page) -> None:
+    choose(explorer, "ids", "1*50, 0, 1*82")
+    choose(explorer, "release", "1.0.0")
     for kernel in KERNELS:
         choose(explorer, "kernel", kernel)
         case = Case(HUNG, kernel, 4096, 16, 4096, "A100", "1.0.0", 8, 16)
@@ -425,20 +475,73 @@ def test_the_page_shows_the_emulators_figures(explorer: Page) -> None:
 @needs_chromium
 def test_every_story_runs_and_says_what_it_promises(explorer: Page) -> None:
     verdicts = []
-    for i in range(explorer.evaluate("STORIES.length")):
-        explorer.evaluate(f"document.querySelectorAll('#stories button')[{i}].click()")
-        pressed = "[...document.querySelectorAll('#stories [aria-pressed=true]')].length"
-        assert explorer.evaluate(pressed) == 1
+    for i in range(stories(explorer)):
+        follow(explorer, i)
+        assert explorer.evaluate("document.querySelectorAll('#stories [aria-current]').length") == 1
         verdicts.append(text(explorer, "verdict-title"))
     assert verdicts == [
+        "This launch runs.",
+        "This launch runs.",
+        "This launch runs, but takes at least 13.6 times as long as identical.",
         "This launch runs.",
         "This launch hangs.",
         "This launch runs, with a race.",
         "This launch runs, but K is no longer split.",
         "This launch runs, with a race.",
         "This launch runs.",
-        "This launch runs.",
     ]
+
+
+@needs_chromium
+def test_stories_answer_with_the_emulators_figures(explorer: Page) -> None:
+    """What a story says and shows, against what Python makes of the same two launches."""
+    mixes = {name: popularity(name, 64).tolist() for name in POPULARITIES}
+    follow(explorer, DISTINCT)
+    for name, side in (("distinct", "shown"), ("identical", "beside")):
+        figures = explorer.evaluate(f"{side}.figures")
+        expected = emulator.punica_cutlass_expand(mixes[name], 16, 4096).figures()
+        for each in ("S", "blocks", "io_bytes", "roofline_us", "lanes", "bytes_read"):
+            assert figures[each] == expected[each], (name, each)
+    follow(explorer, CLIFF)
+    over, within = (emulator.punica_sgmv_shrink(range(n), 4096, 16).figures() for n in (28, 27))
+    assert explorer.evaluate("shown.figures.blocks") == over["blocks"] == 28
+    assert explorer.evaluate("beside.figures.blocks") == within["blocks"] == 432
+    assert "32 steps on 28 SMs, in place of 3 steps on 108" in text(explorer, "story-body")
+    follow(explorer, FIX)
+    assert explorer.evaluate("beside.timeline.stuck.barrier") == 2
+    assert explorer.evaluate("shown.timeline.stuck") is None
+
+
+def test_unsorted_is_a_segment_for_each_run(javascript: Javascript) -> None:
+    """Python sorts; so to Python each run is an adapter of its own."""
+    compare = (FOLDER / "compare.js").read_text().split("function unsorted")[1].split("\n}\n")[0]
+    script = f"{SCRIPT}\nfunction unsorted{compare}\n}}"
+    expression = "figures(KERNELS[c.kernel](unsorted(c.ids), values))"
+    chosen = [
+        case for case in CASES if case.kernel in ("punica_sgmv_shrink", "punica_cutlass_expand")
+    ]
+    chosen = [case for case in chosen if -1 not in case.ids]
+    for case, got in zip(chosen, javascript(script, of_each(expression, chosen)), strict=True):
+        runs = np.cumsum(np.diff(case.ids, prepend=case.ids[0]) != 0).tolist()
+        expected = json.loads(json.dumps(case._replace(ids=runs).launch().figures()))
+        got["adapter_ids"] = expected["adapter_ids"]
+        assert got == expected, case
+
+
+def test_unsplit_is_the_launch_of_a_device_that_holds_too_few_blocks(
+    javascript: Javascript,
+) -> None:
+    chosen = [case for case in CASES if case.kernel == "punica_sgmv_shrink" and max(case.ids) >= 0]
+    expression = "figures(KERNELS[c.kernel](segment(c.ids), {...values, whole: true}))"
+    of_the_device = ("capacity", "waves", "device", "roofline_us", "split_k_segments")
+    for case, got in zip(chosen, javascript(SCRIPT, of_each(expression, chosen)), strict=True):
+        device = dataclasses.replace(DEVICES[case.device], sms=0)
+        launch = emulator.punica_sgmv_shrink(
+            case.ids, case.h_in, case.r, device=device, release=case.release
+        )
+        expected = json.loads(json.dumps(launch.figures()))
+        for name in set(expected) - {*of_the_device, "faults"}:
+            assert got[name] == expected[name], (case, name)
 
 
 @needs_chromium
@@ -458,30 +561,48 @@ def test_no_kernel_no_block_no_adapter_are_told(explorer: Page) -> None:
 
 
 @needs_chromium
-def test_what_is_typed_wrong_is_told_and_changes_nothing(explorer: Page) -> None:
+def test_what_is_typed_wrong_is_told_at_its_field_and_changes_nothing(explorer: Page) -> None:
     before = explorer.evaluate("shown.figures")
     for name, value, told in (
-        ("ids", "0, x", "expected an id such as 7, -1 or 0*132, got “x”"),
-        ("ids", "0*5000", "at most 1,024 rows"),
+        ("ids", "0, x", "Expected an id such as 7, -1 or 0*132, got “x”"),
+        ("ids", "0*5000", "at most 2,048 rows"),
         ("ids", " ", "at least one row"),
-        ("h_in", "0", "h_in: expected a whole number from 1 to 65,536"),
-        ("n", "", "n: expected a whole number"),
+        ("h_in", "0", "Expected a whole number from 1 to 65,536, got “0”"),
+        ("r", "1.5", "Expected a whole number from 1 to 1,024, got “1.5”"),
+        ("n", "", "Expected a whole number"),
     ):
         choose(explorer, name, value)
-        assert told in text(explorer, "problem")
+        assert told in text(explorer, f"{name}-problem")
+        below = (
+            f"document.getElementById('{name}-problem').getBoundingClientRect().top"
+            f" - document.getElementById({name!r}).getBoundingClientRect().bottom"
+        )
+        assert 0 <= explorer.evaluate(below) < 12
+        assert f"{name}-problem" in explorer.evaluate(
+            f"document.getElementById({name!r}).getAttribute('aria-describedby')"
+        )
         assert explorer.evaluate(f"document.getElementById({name!r}).ariaInvalid") == "true"
         assert explorer.evaluate("shown.figures") == before
+        assert text(explorer, "verdict-title").startswith("Not drawn")
+        assert explorer.evaluate("document.getElementById('verdict').className") == "verdict"
+        for part in ("panels", "story", "verdict-body"):
+            assert explorer.evaluate(f"document.getElementById({part!r}).inert")
+            opacity = f"Number(getComputedStyle(document.getElementById({part!r})).opacity)"
+            assert explorer.evaluate(opacity) < 0.5
         choose(explorer, "ids", "0")
         choose(explorer, "h_in", "4096")
-        assert text(explorer, "problem") == ""
-        choose(explorer, "ids", "1*50, 0, 1*82")
+        choose(explorer, "r", "16")
+        assert explorer.evaluate("document.querySelectorAll('[aria-invalid=true]').length") == 0
+        assert text(explorer, "verdict-title") == "This launch runs."
+        assert not explorer.evaluate("document.getElementById('panels').inert")
+        choose(explorer, "ids", "2, 0, -1, 2, 0")
 
 
 @needs_chromium
 @pytest.mark.parametrize("still", [False, True])
 def test_rows_move_unless_the_reader_wants_no_motion(explorer: Page, still: bool) -> None:
     explorer.view(1280, still=still)
-    choose(explorer, "ids", "2, 0, -1, 2, 0")
+    choose(explorer, "ids", "0, 2, -1, 2, 0")
     moving = explorer.evaluate("document.getAnimations().length")
     assert moving == (0 if still else 5 + 1)  # the rows, and the point under the roof
 
@@ -494,21 +615,142 @@ def test_every_panel_tells_what_changed(explorer: Page) -> None:
     assert all("Before: " in panel for panel in panels)
 
 
+STATE = (
+    "({ state, figures: shown.figures, moment, beside: beside && beside.figures,"
+    " title: document.getElementById('story-title').innerText,"
+    " told: document.getElementById('moment-text').innerText,"
+    " cells: document.getElementById('segments').querySelectorAll('rect, path').length,"
+    " controls: [...document.querySelectorAll('#controls :is(select, input, textarea)')]"
+    ".map((control) => [control.id, control.value]) })"
+)
+
+
+def reloaded(page: Page) -> tuple[Any, Any]:
+    """The state, and what it is after a reload of the same address."""
+    page.evaluate("save()")
+    before = page.evaluate(STATE)
+    page.open(page.evaluate("location.href"))
+    return before, page.evaluate(STATE)
+
+
 @needs_chromium
-def test_an_address_brings_the_batch_back(explorer: Page) -> None:
-    choose(explorer, "popularity", "uniform")
-    choose(explorer, "n", 30)
-    choose(explorer, "kernel", "sglang_csgmv_expand")
-    url = explorer.evaluate("location.href")
-    figures = explorer.evaluate("shown.figures")
-    explorer.open(url)
-    assert explorer.evaluate("shown.figures") == figures
+def test_every_story_comes_back_from_its_address(explorer: Page) -> None:
+    for i in range(stories(explorer)):
+        follow(explorer, i)
+        before, after = reloaded(explorer)
+        assert before == after
+        assert explorer.evaluate("story_of(state)") == i
+
+
+@needs_chromium
+@pytest.mark.parametrize("kind", POPULARITIES)
+def test_every_popularity_comes_back_from_its_address(explorer: Page, kind: str) -> None:
+    choose(explorer, "n", 37)
+    choose(explorer, "popularity", kind)
+    before, after = reloaded(explorer)
+    assert before == after
+    assert (after["state"]["popularity"], after["figures"]["n"]) == (kind, 37)
+    lengths = sorted(after["figures"]["rows_per_segment"], reverse=True)
+    assert lengths == np.bincount(popularity(kind, 37)).tolist()
+
+
+@needs_chromium
+def test_every_control_comes_back_from_the_address(explorer: Page) -> None:
+    """Each at values that it does not begin with, all choices of a list included."""
+    numbers = {
+        "n": 70,
+        "h_in": 2048,
+        "r": 32,
+        "h_out": 1024,
+        "max_loras": 5,
+        "max_lora_chunk_size": 32,
+    }
+    controls = explorer.evaluate(
+        "[...document.querySelectorAll('#controls :is(select, input, textarea)')]"
+        ".map((control) => [control.id, [...(control.options ?? [])].map(({ value }) => value)])"
+    )
+    assert {name for name, _ in controls} == {
+        *numbers, "ids", "popularity", "kernel", "release", "device", "versus",
+    }  # fmt: skip
+    for name, choices in controls:
+        for value in choices or [numbers.get(name, "3*2, -1, 4*70")]:
+            choose(explorer, name, value)
+            before, after = reloaded(explorer)
+            assert before == after, (name, value)
+            assert dict(after["controls"])[name] == str(value)
+    follow(explorer, HANG)
+    explorer.evaluate("go(3)")
+    before, after = reloaded(explorer)
+    assert before == after
+    assert after["moment"] == 3
+
+
+@needs_chromium
+def test_the_way_back_is_the_browsers(explorer: Page) -> None:
+    follow(explorer, HANG)
+    follow(explorer, CLIFF)
+    explorer.evaluate(
+        "(async () => { history.back(); while (story_of(state) !== "
+        f"{HANG}) await new Promise((done) => setTimeout(done, 5)); }})()"
+    )
+    assert text(explorer, "verdict-title") == "This launch hangs."
+
+
+@needs_chromium
+def test_links_inside_the_page_leave_the_address_alone(explorer: Page) -> None:
+    follow(explorer, CLIFF)
+    address = explorer.evaluate("location.hash")
+    explorer.evaluate("document.querySelector('.skip').click()")
+    explorer.evaluate(
+        "document.querySelectorAll('#story-ways button').forEach((each) => each.click())"
+    )
+    explorer.evaluate("pause()")
+    explorer.evaluate("go(0)")
+    explorer.evaluate("save()")
+    assert explorer.evaluate("location.hash") == address
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    "asked", ["n=x&popularity=distinct", "ids=0,y", "h_in=0", "n=99999&popularity=identical"]
+)
+def test_an_address_that_asks_for_too_much_is_told_at_the_field(explorer: Page, asked: str) -> None:
+    url = explorer.evaluate("location.href").split("#")[0]
+    explorer.open(f"{url}#{asked}")
+    assert explorer.evaluate("shown.figures.n") == len(FIVE_ROWS)
+    name = asked.split("=")[0]
+    assert text(explorer, f"{name}-problem").startswith("Expected")
+    assert text(explorer, "verdict-title").startswith("Not drawn")
+
+
+@needs_chromium
+def test_unknown_choices_in_an_address_leave_the_controls_alone(explorer: Page) -> None:
+    url = explorer.evaluate("location.href").split("#")[0]
+    explorer.open(f"{url}#kernel=none&device=none&popularity=none&moment=x&versus=none&what=1")
+    assert text(explorer, "story-title") == "What is seq_start?"
+
+
+@needs_chromium
+def test_the_moving_picture_is_one_click_away_and_begins_at_its_beginning(explorer: Page) -> None:
+    follow(explorer, HANG)
+    assert text(explorer, "moment-text").startswith("1 of ")
+    top = "document.getElementById('watch').getBoundingClientRect().top + scrollY"
+    assert explorer.evaluate(top) < 900  # on the first screen
+    explorer.evaluate("document.getElementById('watch').click()")
+    seen = "document.getElementById('time-title').getBoundingClientRect().top"
+    assert 0 <= explorer.evaluate(seen) < 100
+    assert explorer.evaluate("playing !== null")
+    assert explorer.evaluate("document.activeElement.id") == "play"
+    explorer.evaluate("new Promise((done) => setTimeout(done, PACE * 1.5))")
+    assert text(explorer, "moment-text").startswith("2 of ")
 
 
 @needs_chromium
 def test_a_keyboard_reaches_and_steps_through_everything(explorer: Page) -> None:
+    follow(explorer, HANG)
+    explorer.evaluate("document.activeElement.blur()")
     reached = []
-    for _ in range(60):
+    for _ in range(80):
         explorer.press("Tab")
         reached.append(
             explorer.evaluate("document.activeElement.id || document.activeElement.tagName")
@@ -518,7 +760,7 @@ def test_a_keyboard_reaches_and_steps_through_everything(explorer: Page) -> None
     for name in ("popularity", "n", "ids", "h_in", "r", "h_out", "kernel", "release", "device"):
         assert name in reached
     last = text(explorer, "moment-text")
-    explorer.press("ArrowLeft")
+    explorer.press("ArrowRight")
     assert text(explorer, "moment-text") != last
     explorer.press("Home")
     assert text(explorer, "moment-text").startswith("1 of ")
@@ -529,6 +771,7 @@ def test_a_keyboard_reaches_and_steps_through_everything(explorer: Page) -> None
 
 @needs_chromium
 def test_a_screen_reader_hears_names_for_all(explorer: Page) -> None:
+    follow(explorer, HANG)
     heard = explorer.accessible()
     for role in ("combobox", "spinbutton", "slider", "button", "textbox", "image", "heading"):
         named = [node["name"] for node in heard if node["role"] == role]
@@ -565,8 +808,8 @@ LUMINANCE = """(() => {
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_fits_and_can_be_read(explorer: Page, width: int, dark: bool) -> None:
     explorer.view(width, dark=dark)
-    for i in range(explorer.evaluate("STORIES.length")):
-        explorer.evaluate(f"document.querySelectorAll('#stories button')[{i}].click()")
+    for i in range(stories(explorer)):
+        follow(explorer, i)
         assert explorer.evaluate("document.documentElement.scrollWidth") <= width
         assert explorer.evaluate(BEYOND) == []
         assert explorer.evaluate(LUMINANCE) == []

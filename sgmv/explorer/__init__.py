@@ -4,9 +4,12 @@
                      style.css
                      emulator.js, timeline.js, layouts.js   what a batch becomes: the same figures
                                                             as sgmv.emulator and sgmv.layouts
-                     nodes.js, panels.js, player.js         drawings and sentences
-                     controls.js                            what is asked for; starts the page
-                     devices and the batch to start with, as JSON
+                     colours.js, nodes.js                   what drawings and sentences are made of
+                     stories.js, words.js                   the path through SGMV, and its words
+                     compare.js, verdict.js, segments.js, time.js, player.js,
+                     tiles.js, roof.js, bytes.js, tables.js   a panel each
+                     controls.js, address.js, start.js      what is asked for; start.js starts it
+                     devices, documents and the batch to start with, as JSON
 
 `python -m sgmv explorer` writes the page and opens it.
 """

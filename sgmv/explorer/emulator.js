@@ -202,13 +202,14 @@ const TMP_LIMIT = 8 << 20;
 const WITHOUT_OPT_IN = 48 << 10; // bytes that a block may take of shared memory unasked
 const ALIGNMENT = 8;
 
-function punica_sgmv_shrink(segments, { h_in, r, device, release }) {
+// `whole`: as where not all chunks fit, though they might.
+function punica_sgmv_shrink(segments, { h_in, r, device, release, whole = false }) {
   const parts = laid_out(segments);
   const S = parts.length;
   const shared_memory = STAGES * HALF * STAGE_K * 16 * (WARPS + Math.floor(r / 16));
   const capacity = device.sms * resident_blocks(device, LANES * WARPS, shared_memory);
   let chunks = ceil_div(h_in, CHUNK);
-  const cooperative = 0 < chunks * S && chunks * S <= capacity;
+  const cooperative = !whole && 0 < chunks * S && chunks * S <= capacity;
   if (!cooperative) chunks = 1;
   const chunk = cooperative ? CHUNK : h_in;
   const steps = parts.map((part) => ceil_div(part.rows, STEP_ROWS));

@@ -1,4 +1,4 @@
-// What drawings and texts are made of: numbers in words, nodes, colours.
+// What drawings and texts are made of: numbers in words, nodes, legends.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -93,15 +93,42 @@ function table(head, lines) {
   );
 }
 
-// Six colours that stay apart for colour-blind eyes (Okabe and Ito), and ink that reads on each.
-const COLOURS = [
-  ["#0072b2", "#ffffff"],
-  ["#e69f00", "#000000"],
-  ["#009e73", "#000000"],
-  ["#cc79a7", "#000000"],
-  ["#56b4e9", "#000000"],
-  ["#d55e00", "#000000"],
-];
-const BASE_COLOUR = ["var(--base)", "#000000"];
-const colour = (s) => (s === null ? BASE_COLOUR : COLOURS[s % COLOURS.length]);
 const chip = (s) => node("span", { class: "chip", style: `background:${colour(s)[0]}` });
+
+// Text with *defined words* and `names` in it, as nodes.
+const prose = (text) =>
+  text.split(/(\*[^*]+\*|`[^`]+`)/).map((part) => {
+    if (part.startsWith("*")) return node("dfn", {}, part.slice(1, -1));
+    return part.startsWith("`") ? node("code", {}, part.slice(1, -1)) : part;
+  });
+const paragraph = (...children) => node("p", {}, ...children);
+const listed = (items) => node("ul", {}, ...items.map((item) => node("li", {}, ...[item].flat())));
+
+// What a drawing's marks mean: a sample of each beside its meaning.
+function legend(name, meanings) {
+  const items = meanings.map(([meaning, ...marks]) => {
+    const sample = shape("svg", { viewBox: "0 0 18 12", "aria-hidden": "true" }, ...marks);
+    return node("li", {}, sample, meaning);
+  });
+  $(name).replaceChildren(...items);
+}
+const sample_of = (attributes) => box(0.5, 0.5, 17, 11, attributes);
+
+// The colours of the adapters, the first few by name.
+const adapters_meant = (work, most_named = 6) => [
+  ...work
+    .slice(0, most_named)
+    .map(({ adapter_id }, s) => [adapter(adapter_id), sample_of({ style: fill(s) })]),
+  ...(work.length > most_named
+    ? [[`and ${count(work.length - most_named, "more adapter")}, a colour each`]]
+    : []),
+];
+const fill = (s) => `fill:${colour(s)[0]}`;
+
+// The smallest of 1, 2, 5, 10, 20, … that fits.
+function even_step(fits) {
+  for (let power = 1; ; power *= 10) {
+    const found = [1, 2, 5].map((step) => step * power).find(fits);
+    if (found) return found;
+  }
+}

@@ -10,7 +10,9 @@ function timeline(launch) {
   const resident = resident_blocks(launch.device, threads_of(launch), launch.shared_memory);
   const places = launch.device.sms * resident;
   const blocks = blocks_of(launch);
-  if (!places || !blocks) return { bars: [], moments: [], end: 0, places, stuck: null };
+  if (!places || !blocks) {
+    return { bars: [], moments: [], end: 0, places, stuck: null, begun: [], ended: [] };
+  }
   return launch.cooperative
     ? with_barriers(launch, blocks, places)
     : in_waves(launch, blocks, places);
@@ -18,26 +20,41 @@ function timeline(launch) {
 
 const index_of = ([gx, gy], i) => [i % gx, Math.floor(i / gx) % gy, Math.floor(i / gx / gy)];
 
+// Neighbouring exits of a place are one bar of several blocks: grids of a million are mostly exits.
 function in_waves(launch, blocks, places) {
   const bars = [];
+  const leaving = new Map(); // the last bar of a place, if it is of exits
+  const [begun, ended] = [new Float64Array(blocks), new Float64Array(blocks)];
   const free = heap(Math.min(places, blocks));
   for (let i = 0; i < blocks; i += 1) {
     const [at, place] = free.first();
     let time = at;
+    begun[i] = at;
     const pieces = launch.pieces(index_of(launch.grid, i));
     for (const [s, length] of pieces) {
       bars.push({ place, block: i, s, kind: "work", start: time, end: time + length });
       time += length;
     }
-    if (!pieces.length) {
-      bars.push({ place, block: i, s: null, kind: "exit", start: time, end: time + EXIT });
+    if (pieces.length) leaving.delete(place);
+    else {
       time += EXIT;
+      const last = leaving.get(place);
+      if (last) {
+        last.end = time;
+        last.blocks += 1;
+      } else {
+        const bar = { place, block: i, s: null, kind: "exit", start: at, end: time, blocks: 1 };
+        bars.push(bar);
+        leaving.set(place, bar);
+      }
     }
+    ended[i] = time;
     free.replace_first(time);
   }
-  const end = bars.reduce((last, bar) => Math.max(last, bar.end), 0);
-  const times = [...new Set(bars.flatMap((bar) => [bar.start, bar.end]))].sort((a, b) => a - b);
-  return { bars, end, places, stuck: null, moments: times.map((time) => ({ time, kind: "wave" })) };
+  ended.sort();
+  const times = [...new Set([...begun, ...ended])].sort((a, b) => a - b);
+  const moments = times.map((time) => ({ time, kind: "wave" }));
+  return { bars, end: ended[blocks - 1], places, stuck: null, begun, ended, moments };
 }
 
 // Places by the time at which they are free, then by number.
@@ -71,6 +88,7 @@ function with_barriers(launch, blocks, places) {
   const every = range(blocks).map((i) => ({ i, s: index_of(launch.grid, i)[1] }));
   const bars = [];
   const moments = [{ time: 0, kind: "start", blocks }];
+  const returned = new Map(); // when the blocks of a segment did
   let stuck = null;
   let time = 0;
   for (let barrier = 1; barrier <= most(own); barrier += 1) {
@@ -107,19 +125,55 @@ function with_barriers(launch, blocks, places) {
     time = arrived + ADD;
     for (const { i, s } of here) if (steps[s] >= barrier) add("add", i, s, arrived, time);
     const returning = here.filter(({ s }) => own[s] === barrier).length;
+    own.forEach((barriers, s) => barriers === barrier && returned.set(s, time));
     moments.push({ time, kind: "open", barrier, blocks, returning });
   }
-  return { bars, moments, end: time, places, stuck };
+  for (const { i, s } of every) {
+    const since = returned.get(s) ?? time;
+    if (since < time) bars.push({ place: i, block: i, s, kind: "gone", start: since, end: time });
+  }
+  return { bars, moments, end: time, places, stuck, begun: [], ended: [] };
+}
+
+// How many of these ascending numbers are at most so large.
+function up_to(numbers, largest) {
+  let [low, high] = [0, numbers.length];
+  while (low < high) {
+    const half = (low + high) >> 1;
+    if (numbers[half] <= largest) low = half + 1;
+    else high = half;
+  }
+  return low;
 }
 
 // How many blocks run, have ended and have not begun at a time; of launches without barriers.
-function progress(line, blocks, time) {
-  const ended = new Set();
-  const begun = new Set();
-  for (const bar of line.bars) {
-    if (bar.start <= time) begun.add(bar.block);
-    if (bar.end <= time) ended.add(bar.block);
-    else ended.delete(bar.block); // a walker's next tile
+function progress({ begun, ended }, time) {
+  const [started, done] = [up_to(begun, time), up_to(ended, time)];
+  return { running: started - done, ended: done, to_come: begun.length - started };
+}
+
+const MOST_SPANS = 400; // of time in which blocks are counted; beyond that at even moments
+
+// How many blocks are at what between two edges of time, for each key of their bars.
+function occupancy({ bars, end }, key_of) {
+  const times = new Set([0, end]);
+  for (const { start, end: until } of bars) times.add(start).add(until);
+  const edges =
+    times.size <= MOST_SPANS
+      ? [...times].sort((a, b) => a - b)
+      : range(MOST_SPANS + 1).map((i) => (end * i) / MOST_SPANS);
+  const middles = edges.slice(1).map((edge, i) => (edge + edges[i]) / 2);
+  const layers = new Map();
+  for (const bar of bars) {
+    const key = key_of(bar);
+    const layer = layers.get(String(key)) ?? { key, blocks: Array(middles.length + 1).fill(0) };
+    layer.blocks[up_to(middles, bar.start)] += 1;
+    layer.blocks[up_to(middles, bar.end)] -= 1;
+    layers.set(String(key), layer);
   }
-  return { running: begun.size - ended.size, ended: ended.size, to_come: blocks - begun.size };
+  const summed = [...layers.values()].map(({ key, blocks }) => {
+    for (let i = 1; i < blocks.length; i += 1) blocks[i] += blocks[i - 1];
+    return { key, blocks: blocks.slice(0, -1) };
+  });
+  return { edges, layers: summed };
 }

@@ -23,9 +23,15 @@ from sgmv.layouts.rows import Batch, as_segments, row_ids
 from sgmv.segment import check_count
 
 KERNELS = tuple(name for name in emulator.__all__ if name.endswith(("_shrink", "_expand")))
-MOST_ROWS, MOST_ID = 1024, 10**9 - 1
+MOST_ROWS, MOST_ID = 2048, 10**9 - 1
 MOST = {"h_in": 65536, "r": 1024, "h_out": 65536}
-HUNG = [1] * 50 + [0] + [1] * 82  # segments of 1 and 132 rows
+FIVE_ROWS = [2, 0, -1, 2, 0]
+# What there is to read in a clone, beside the paper; an installed package does not have it.
+DOCS = {
+    "docs/punica.md": "Punica in six steps",
+    "docs/engines.md": "one batch in the layout of each engine",
+    "docs/kernels.md": "this library’s own kernels",
+}
 
 
 def write_html(
@@ -37,7 +43,7 @@ def write_html(
     h_out: int = 4096,
     device: Device = A100,
     kernel: str = "punica_sgmv_shrink",
-    release: str = "1.0.0",
+    release: str = "1.1.0",
 ) -> Path:
     """Write the explorer to a file, set to this batch, layer and launch; returns the file's path.
 
@@ -45,8 +51,8 @@ def write_html(
     changed in it; the address of the page holds the changes.
 
     path             the file, overwritten
-    batch            (n,) adapter ids, or Segments; 1 to 1024 rows. Left out: segments of 1 and 132
-                     rows, which hung in Punica before 1.1.0
+    batch            (n,) adapter ids, or Segments; 1 to 2048 rows. Left out: five rows, the first
+                     step of the page's path through SGMV
     h_in, r, h_out   widths and rank
     device           the GPU; one of your own stands in the page beside those of `emulator.DEVICES`
     kernel, release  a kernel's name in `sgmv.emulator`; Punica's release, for its shrink
@@ -71,7 +77,7 @@ def write_html(
     for name, choice, known in (("kernel", kernel, KERNELS), ("release", release, RELEASES)):
         if choice not in known:
             raise ValueRangeError(name, f"one of {known}", repr(choice), "choose one of them")
-    ids = row_ids(as_segments(HUNG if batch is None else batch)).tolist()
+    ids = row_ids(as_segments(FIVE_ROWS if batch is None else batch)).tolist()
     if not 1 <= len(ids) <= MOST_ROWS:
         raise ValueRangeError("batch", f"1 to {MOST_ROWS} rows", str(len(ids)), "show a part of it")
     if max(ids) > MOST_ID:
@@ -84,6 +90,7 @@ def write_html(
     data = {
         "devices": [asdict(each) for each in devices.values()],
         "most": {"n": MOST_ROWS, **MOST},
+        "docs": _docs(Path(path)),
         "start": {
             "ids": _runs(ids), "popularity": "", **widths,
             "device": device.name, "kernel": kernel, "release": release,
@@ -113,6 +120,19 @@ def _run(given: argparse.Namespace) -> str:
     )
     opened = bool(screen) and not given.no_open and webbrowser.open(path.as_uri())
     return f"{'opened' if opened else 'open in a browser:'} {path.as_uri()}"
+
+
+def _docs(page: Path) -> list[dict[str, str]]:
+    """Links from the page to the documents of the clone that this package stands in, if it does."""
+    clone = Path(__file__).resolve().parents[2]
+    return [
+        {
+            "href": Path(os.path.relpath(clone / name, page.resolve().parent)).as_posix(),
+            "text": text,
+        }
+        for name, text in DOCS.items()
+        if (clone / name).is_file()
+    ]
 
 
 def _page(data: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 Several servers, each with a scheduler of its own, share one AdapterSlots whose adapters are real
 PEFT directories, more than there is room for; another thread loads, unloads, pins and replaces them
-meanwhile. Every layer of every step, also of steps made long ago, must give what its own requests'
-adapters give by the reference, or be refused as stale with y untouched. The first failure ends it.
+meanwhile. Some directories are damaged: their requests are dropped, and no others. Every layer of
+every step, also of steps made long ago, must give what its own requests' adapters give by the
+reference, or be refused as stale with y untouched. The first failure ends it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import reference
 import sgmv
 from reference.bounds import add_lora_bound
 from reference.compare import check
-from sgmv.errors import ServingError, StaleStepError
+from sgmv.errors import PeftError, ServingError, StaleStepError
 from sgmv.serving import AdapterSlots, LoRARequest, Scheduler, Step, next_step
 
 MODULES = {
@@ -63,12 +64,25 @@ def write_adapters(folder: Path, rng: np.random.Generator) -> dict[LoRARequest, 
     return written
 
 
+def damage(loras: list[LoRARequest]) -> list[str]:
+    """Cut short, or remove, the weights of every seventh; their paths."""
+    paths = [Path(lora.lora_path) for lora in loras[::7]]
+    for number, path in enumerate(paths):
+        weights = path / "adapter_model.safetensors"
+        if number % 2:
+            weights.unlink()
+        else:
+            weights.write_bytes(weights.read_bytes()[:-8])
+    return [str(path) for path in paths]
+
+
 @dataclass
 class Load:
     """What all threads share."""
 
     slots: AdapterSlots
     adapters: dict[LoRARequest, Any]
+    damaged: frozenset[str]  # paths
     deadline: float
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -127,14 +141,22 @@ def serve(load: Load, seed: int) -> None:
             left[number] = int(rng.integers(1, 8))
             number += 1
         if rng.random() < 0.05 and scheduler.waiting:
-            scheduler.finish(int(rng.choice(list(scheduler.waiting))))
+            given_up = int(rng.choice(list(scheduler.waiting)))
+            scheduler.finish(given_up)
+            del left[given_up]
         try:
             step = next_step(scheduler, load.slots, {i: int(rng.integers(0, 5)) for i in left})
-        except ServingError:  # pinned ones leave no room, or a pinned one is another version
+        except ServingError:  # pinned meanwhile: no room for all
             load.counts["refused for pins"] += 1
             for request_id in list(scheduler.running)[:1]:
                 scheduler.finish(request_id)
+                del left[request_id]
             continue
+        for request_id, lora, error in step.failed:
+            known = lora.lora_path in load.damaged or "unpin it first" in str(error)
+            assert known, f"{lora} failed: {error}"
+            load.counts["requests dropped"] += 1
+            del left[request_id]
         loras = {i: scheduler.running[i] for i in step.rows}
         old = [*old[-20:], (step, loras)]
         try:
@@ -150,6 +172,7 @@ def serve(load: Load, seed: int) -> None:
             left[i] -= 1
             if left[i] <= 0:
                 scheduler.finish(i)
+                del left[i]
 
 
 def change(load: Load, seed: int) -> None:
@@ -174,7 +197,7 @@ def change(load: Load, seed: int) -> None:
                     load.version[adapter_id] += 1
                     continue
             load.counts["operations"] += 1
-        except ServingError:
+        except (PeftError, ServingError):
             load.counts["operations refused"] += 1
         time.sleep(0.002)
 
@@ -194,8 +217,9 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         adapters = write_adapters(Path(folder), np.random.default_rng(given.seed))
+        damaged = frozenset(damage(list(adapters)))
         slots = AdapterSlots(12, 20, MAX_RANK, modules=MODULES, dtype="float32")
-        load = Load(slots, adapters, time.monotonic() + 60 * given.minutes)
+        load = Load(slots, adapters, damaged, time.monotonic() + 60 * given.minutes)
         workers = [serve] * given.servers + [change]
         threads = [
             threading.Thread(target=guarded, args=(work, load, given.seed * 1000 + k))

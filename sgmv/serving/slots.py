@@ -67,7 +67,7 @@ class AdapterSlots:
     max_cpu_loras  adapters in host memory, those in slots included; at least max_loras
     max_lora_rank  the highest rank taken; weights stand at their own rank, without padding
     modules        the model's layers, name -> (h_in, h_out): an adapter of any other is refused.
-                   Left out, the layers that loaded adapters name
+                   Left out, the layers that loaded adapters name, with the first one's widths
     dtype          of the weights, as for AdapterStack; others are converted when loaded
     policy         "lru" or "fifo"
     read           lora_path -> {module: Adapter}; reads PEFT's directories, if left out
@@ -201,13 +201,29 @@ LoRARequest(lora_name='french', lora_int_id=7, lora_path='a/fr') without any; ch
         sgmv.errors.ServingError: lora_requests: expected at most max_loras = 1 adapters, with the \
 pinned ones, got [7, 9]; schedule fewer adapters, or unpin some
         """
-        with self._settled() as residency:
-            wanted = self._by_id(lora_requests)
-            self._check_room(wanted, "max_loras", self.max_loras)
-            self._host(wanted)
-            residency.bring(sorted(wanted), self._pinned | wanted.keys())
-            self._settle()
-            return {i: Active(residency.slots[i], self._generation[i]) for i in wanted}
+        return self._activate(lora_requests, None)
+
+    def try_activate(
+        self, lora_requests: Iterable[LoRARequest | None]
+    ) -> tuple[dict[int, Active], dict[int, Exception]]:
+        """Have those of these adapters in slots that can be loaded.
+
+        Semantics: `activate` for those, and all others' errors. An adapter that failed has changed
+        nothing: neither slots nor the layers known so far.
+
+        returns  lora_int_id -> Active, and lora_int_id -> what `load` would raise for it
+
+        Raises ServingError when all these and the pinned ones are more than max_loras, or when two
+        of them share an id. Nothing has changed then. Source: as `activate`; vLLM has no
+        counterpart.
+
+        >>> slots = AdapterSlots(max_loras=1, max_cpu_loras=2, max_lora_rank=8)
+        >>> active, failed = slots.try_activate([LoRARequest("french", 7, "no-such-place")])
+        >>> active, list(failed), type(failed[7]).__name__
+        ({}, [7], 'PeftError')
+        """
+        failed: dict[int, Exception] = {}
+        return self._activate(lora_requests, failed), failed
 
     def deactivate(self, lora_int_id: int) -> None:
         """Empty an adapter's slot; it stays in host memory.
@@ -374,21 +390,54 @@ it first
                 "lora_int_id", "an adapter that is not pinned", some(pinned), "unpin it first"
             )
 
-    def _host(self, wanted: Mapping[int, LoRARequest]) -> bool:
-        """Read what is not in host memory, or is there as another adapter, which has to go."""
+    def _activate(
+        self, lora_requests: Iterable[LoRARequest | None], failed: dict[int, Exception] | None
+    ) -> dict[int, Active]:
+        """What `activate` does; adapters that fail are added to `failed`, or raise without it."""
+        with self._settled() as residency:
+            wanted = self._by_id(lora_requests)
+            self._check_room(wanted, "max_loras", self.max_loras)
+            self._host(wanted, failed)
+            ids = [i for i in wanted if i not in (failed or ())]
+            residency.bring(sorted(ids), self._pinned.union(ids))
+            self._settle(failed)
+            return {
+                i: Active(residency.slots[i], self._generation[i])
+                for i in ids
+                if i not in (failed or ())
+            }
+
+    def _host(
+        self, wanted: Mapping[int, LoRARequest], failed: dict[int, Exception] | None = None
+    ) -> bool:
+        """Read what is not in host memory, or is there as another adapter, which has to go.
+
+        Adapters that fail are added to `failed`, or raise if it is None.
+        """
         missing = {
             i: lora_request
             for i, lora_request in wanted.items()
             if i not in self._hosted or self._hosted[i].lora_request != lora_request
         }
-        self._check_unpinned(missing)
-        stacks = dict(self._stacks)
-        new = {i: self._fitted(lora_request, stacks) for i, lora_request in missing.items()}
+        if failed is None:  # before any is read
+            self._check_unpinned(missing)
+        stacks, new = dict(self._stacks), {}
+        for i, lora_request in missing.items():
+            with_new_layers = dict(stacks)
+            try:
+                self._check_unpinned([i])
+                new[i] = self._fitted(lora_request, with_new_layers)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[i] = error
+            else:
+                stacks = with_new_layers
         for name in stacks.keys() - self._stacks.keys():
             for generation in self._generation.values():
                 stacks[name].load(generation, None)
         self._stacks = stacks
-        for i in missing.keys() & self._hosted.keys():
+        for i in new.keys() & self._hosted.keys():
             self._residency.leave(i)
         self._settle()
         self._hosted.update(new)
@@ -398,13 +447,21 @@ it first
     def _fitted(self, lora_request: LoRARequest, stacks: dict[str, AdapterStack]) -> Hosted:
         """The adapter as host memory will hold it; adds stacks for modules not seen yet."""
         layers = {}
-        for module, adapter in self._read(lora_request.lora_path).items():
+        try:
+            found = self._read(lora_request.lora_path)
+        except SgmvError as error:  # it names a path, or an option of a file: say whose
+            where = f"{lora_request}, {error.argument}"
+            raise type(error)(where, error.expected, error.received, error.remedy) from error
+        if not isinstance(found, Mapping):
+            given = f"{type(found).__name__} for {lora_request}"
+            raise DtypeError("read", "a mapping of modules to Adapters", given, "return a dict")
+        for module, adapter in found.items():
             if module not in stacks and not self._learns_modules:
                 expected = f"layers of the model, in {lora_request}"
                 remedy = near_names(module, stacks)
                 raise ServingError("lora_request", expected, repr(module), remedy)
             if not isinstance(adapter, Adapter):
-                given = f"{type(adapter).__name__} for {module!r}"
+                given = f"{type(adapter).__name__} for {module!r} of {lora_request}"
                 raise DtypeError("read", "an Adapter for each module", given, "wrap it in Adapter")
             if module not in stacks:
                 stacks[module] = self._stack((adapter.h_in, adapter.h_out))
@@ -431,8 +488,11 @@ it first
             yield self._residency
             self._settle()
 
-    def _settle(self) -> None:
-        """Have weights where the residency says that ids are."""
+    def _settle(self, failed: dict[int, Exception] | None = None) -> None:
+        """Have weights where the residency says that ids are.
+
+        Ids whose weights cannot be loaded lose their slot, and are added to `failed` or raise.
+        """
         slots, host = self._residency.slots, self._residency.host
         for i in [i for i in self._generation if i not in slots]:
             self._empty(i)
@@ -442,10 +502,16 @@ it first
         new = [i for i in slots if i not in self._generation]
         try:
             for i in new:
-                self._fill(i)
+                try:
+                    self._fill(i)
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed[i] = error
+                    self._residency.leave_slot(i)
         except BaseException:  # out of memory, say: ids without weights have no slot
             for i in new:
-                if i not in self._generation:
+                if i in slots and i not in self._generation:
                     self._residency.leave_slot(i)
             raise
 

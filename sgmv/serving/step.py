@@ -1,15 +1,16 @@
 """START HERE. One step of a served model: schedule, activate, map rows to slots, then every layer.
 
 scheduler.schedule(pinned)  ──>  requests of this step, at most max_loras adapters
-slots.activate(...)         ──>  each adapter's slot and generation
+slots.try_activate(...)     ──>  each adapter's slot and generation; those that fail drop out
 tokens of each request      ──>  rows of x, and Segments, made once for all layers
 step.add_lora(module, y, x)      one SGMV for each layer
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from sgmv.dtypes import Array
 from sgmv.errors import ServingError, StaleStepError, UnknownAdapterError, some
 from sgmv.lora import add_lora
+from sgmv.peft import near_names
 from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, check_count, segment
 from sgmv.serving.requests import LoRARequest
@@ -38,6 +40,8 @@ class Step(Generic[R]):
     slots        (n,) int64, -1 = base model; vLLM: token_lora_mapping
     segments     the rows grouped by generation, for every layer
     adapters     generation -> LoRARequest, of this step
+    failed       (request_id, LoRARequest, error) of each request that `next_step` dropped, as its
+                 adapter could not be loaded
 
     Made by `next_step` or `make_step`. Source: vLLM, gpu_input_batch.py, and
     lora/punica_wrapper, `update_metadata`.
@@ -51,6 +55,7 @@ class Step(Generic[R]):
     segments: Segments
     adapters: Mapping[int, LoRARequest]
     adapter_slots: AdapterSlots
+    failed: tuple[tuple[R, LoRARequest, Exception], ...] = ()
 
     @property
     def n(self) -> int:
@@ -93,11 +98,18 @@ def next_step(
 ) -> Step[R]:
     """Schedule the next step, bring its adapters into slots, and map its rows to them.
 
-    Semantics: `make_step(slots, scheduler.schedule(slots.pinned), tokens)`.
+    Semantics: `make_step` of `scheduler.schedule(slots.pinned)`, without the requests whose adapter
+    cannot be loaded: it is missing, damaged, of other widths, above max_lora_rank, or the reader
+    raises. These are finished in the scheduler and listed in `Step.failed`; the other requests run
+    as if they had not come. NaN or inf in an adapter's weights is no failure: its own rows get it.
 
-    Raises ServingError when the scheduler has more max_loras than there are slots; and as
-    `make_step`: the admitted requests are running then. Finish those that cannot be served, and
-    call it again. Source: vLLM, Scheduler.schedule and set_active_loras.
+    tokens  request_id -> its rows in this step, of requests that wait or run: a prompt's length, or
+            1, as for those left out
+
+    Raises ServingError when the scheduler has more max_loras than there are slots, or for tokens of
+    a request that neither waits nor runs, with near names; DtypeError or ValueRangeError for a
+    number of tokens below 0. Nothing has changed then. ServingError, too, when another thread pins
+    adapters meanwhile: call it again. Source: vLLM, Scheduler.schedule and set_active_loras.
 
     >>> def read(path):
     ...     return {"up": Adapter(np.ones((1, 2), "float32"), np.full((1, 1), 3, "float32"))}
@@ -115,6 +127,11 @@ def next_step(
     array([[6.],
            [6.],
            [0.]], dtype=float32)
+    >>> scheduler.finish("r0")
+    >>> scheduler.add("r2", LoRARequest("greek", 9, "no-such-place"))
+    >>> step = next_step(scheduler, AdapterSlots(max_loras=1, max_cpu_loras=1, max_lora_rank=8))
+    >>> list(step.rows), [(request_id, lora.lora_name) for request_id, lora, error in step.failed]
+    (['r1'], [('r2', 'greek')])
     """
     if scheduler.max_loras > slots.max_loras:
         raise ServingError(
@@ -123,7 +140,18 @@ def next_step(
             str(scheduler.max_loras),
             "make both with the same max_loras",
         )
-    return make_step(slots, scheduler.schedule(slots.pinned), tokens)
+    tokens = tokens or {}
+    _check_tokens(tokens, "requests that wait or run", scheduler.running, scheduler.waiting)
+    scheduled = scheduler.schedule(slots.pinned)
+    active, errors = slots.try_activate(scheduled.values())
+    failed, requests = [], {}
+    for request_id, lora in scheduled.items():
+        if lora is not None and lora.lora_int_id in errors:
+            scheduler.finish(request_id)
+            failed.append((request_id, lora, errors[lora.lora_int_id]))
+        else:
+            requests[request_id] = lora
+    return _step(slots, requests, tokens, active, tuple(failed))
 
 
 def make_step(
@@ -138,19 +166,45 @@ def make_step(
     requests  request_id -> its adapter, None = the base model
     tokens    request_id -> its rows in this step: a prompt's length, or 1, as for those left out
 
-    Raises as `AdapterSlots.activate`; DtypeError or ValueRangeError for a number of tokens below 0.
-    Source: vLLM, gpu_input_batch.py, `make_lora_inputs`.
+    Raises as `AdapterSlots.activate`; ServingError for tokens of a request that is not among them,
+    with near names; DtypeError or ValueRangeError for a number of tokens below 0. Nothing has
+    changed then. Source: vLLM, gpu_input_batch.py, `make_lora_inputs`.
 
     >>> make_step(AdapterSlots(1, 1, 8), {"r0": None, "r1": None}, {"r0": 3}).n
     4
     """
     tokens = tokens or {}
-    lengths = [check_count(f"tokens[{i!r}]", tokens.get(i, 1), 0) for i in requests]
-    active = slots.activate(requests.values())
+    _check_tokens(tokens, "requests of the step", requests)
+    return _step(slots, requests, tokens, slots.activate(requests.values()))
+
+
+def _check_tokens(tokens: Mapping[R, int], expected: str, *known: Collection[R]) -> None:
+    """Refuse numbers below 0, and names that none of the collections holds."""
+    unknown = [name for name in tokens if not any(name in names for names in known)]
+    if unknown:
+        there = list(chain(*known))
+        near = f"there are {some(there)}"
+        if all(isinstance(name, str) for name in (unknown[0], *there)):
+            near = near_names(str(unknown[0]), [str(name) for name in there])
+        remedy = f"leave out those that have finished or failed ({near})"
+        raise ServingError("tokens", expected, some(map(repr, unknown)), remedy)
+    for name, number in tokens.items():
+        check_count(f"tokens[{name!r}]", number, 0)
+
+
+def _step(
+    slots: AdapterSlots,
+    requests: Mapping[R, LoRARequest | None],
+    tokens: Mapping[R, int],
+    active: Mapping[int, Active],
+    failed: tuple[tuple[R, LoRARequest, Exception], ...] = (),
+) -> Step[R]:
+    """The step of these requests, whose adapters are active and whose tokens are checked."""
+    lengths = [int(tokens.get(request_id, 1)) for request_id in requests]
     of = [BASE if lora is None else active[lora.lora_int_id] for lora in requests.values()]
     slot, generation = np.repeat(np.array(of, np.int64).reshape(-1, 2), lengths, axis=0).T.copy()
     ends = np.cumsum([0, *lengths]).tolist()
     rows = dict(zip(requests, map(slice, ends[:-1], ends[1:]), strict=True))
     loras = {active[lora.lora_int_id].generation: lora for lora in requests.values() if lora}
     slot.flags.writeable = False
-    return Step(rows, slot, segment(generation), loras, slots)
+    return Step(rows, slot, segment(generation), loras, slots, failed)

@@ -25,10 +25,8 @@ def read(path: str) -> dict[str, sgmv.Adapter]:
 
 slots = AdapterSlots(max_loras=2, max_cpu_loras=3, max_lora_rank=16, modules=MODULES, read=read)
 scheduler = Scheduler(max_loras=2)
-FRENCH, GREEK, LATIN = (
-    LoRARequest(name, number, f"adapters/{name}")
-    for number, name in enumerate(["french", "greek", "latin"], start=1)
-)
+NAMES = ["french", "greek", "latin"]
+FRENCH, GREEK, LATIN = (LoRARequest(n, i, f"adapters/{n}") for i, n in enumerate(NAMES, start=1))
 
 
 def forward(step: Step) -> None:
@@ -46,6 +44,9 @@ async def serve(requests: dict[str, tuple[LoRARequest | None, int]]) -> None:
     while left:
         step = await asyncio.to_thread(next_step, scheduler, slots)  # may read from disk
         print(f"rows of {', '.join(step.rows)}; adapters {slots.active}; slots {step.slots}")
+        for request_id, lora, error in step.failed:  # the adapter could not be loaded
+            print(f"{request_id} with {lora.lora_name} dropped: {error}")
+            del left[request_id]
         await asyncio.to_thread(forward, step)
         for request_id in step.rows:
             left[request_id] -= 1

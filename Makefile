@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: bench test explorer check format readme clean
+.PHONY: help bench test explorer check format readme clean
+
+help:  ## this list (the default)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'All take PYTHON=python3.12 and VENV=folder; ARGS goes to the command that is run.'
 
 bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="--full" for all)
 	$(RUN) -m benchmarks $(ARGS)
@@ -11,7 +15,7 @@ bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="-
 test: $(VENV)/test.installed  ## the whole suite (ARGS="-k lora" for a part)
 	$(RUN) -m pytest $(ARGS)
 
-explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch: written, and opened
+explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch (ARGS=--no-open)
 	$(RUN) -m sgmv explorer $(ARGS)
 
 check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, and that a wheel holds sgmv alone
@@ -25,7 +29,7 @@ check: $(VENV)/dev.installed  ## linter, formatter, types, README against its re
 	  found = {name.split('/')[0] for name in z.ZipFile(wheel).namelist()}; \
 	  assert {n for n in found if not n.endswith('.dist-info')} == {'sgmv'}, found"
 
-format: $(VENV)/dev.installed
+format: $(VENV)/dev.installed  ## what the linter and the formatter can mend themselves
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
@@ -37,5 +41,5 @@ $(VENV)/%.installed: pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
-clean:
+clean:  ## remove .venv, bench-out and what was built
 	rm -rf $(VENV) bench-out build dist *.egg-info

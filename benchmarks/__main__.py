@@ -42,6 +42,7 @@ from benchmarks.record import (
 )  # fmt: skip
 from benchmarks.timing import Budget
 from reference.workloads import POPULARITIES
+from sgmv.console import Parser, at_least
 from sgmv.workers import cores
 
 OUTPUT = Path("bench-out")
@@ -142,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="python -m benchmarks",
         description="Time sgmv against numpy, torch and MKL; nothing is timed until it is correct.",
         epilog="Others, each with a --help: "
@@ -162,12 +163,12 @@ def parser() -> argparse.ArgumentParser:
     axes = found.add_argument_group("filters: the values to time on an axis")
     axes.add_argument("--model", nargs="+", choices=MODELS)
     axes.add_argument("--layer", nargs="+", choices=LAYERS)
-    axes.add_argument("--rank", nargs="+", type=positive, help=f"any; --full has {RANKS}")
-    axes.add_argument("--rows", nargs="+", type=positive, help="rows n in the batch")
+    axes.add_argument("--rank", nargs="+", type=at_least(1), help=f"any; --full has {RANKS}")
+    axes.add_argument("--rows", nargs="+", type=at_least(1), help="rows n in the batch")
     axes.add_argument("--popularity", nargs="+", choices=POPULARITIES)
     axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="of x, weights and y")
     axes.add_argument(
-        "--threads", nargs="+", type=positive, help="of sgmv (default: 1, and all cores)"
+        "--threads", nargs="+", type=at_least(1), help="of sgmv (default: 1, and all cores)"
     )
     found.add_argument(
         "--adapters", nargs="+", type=Path, metavar="DIR",
@@ -191,14 +192,6 @@ def parser() -> argparse.ArgumentParser:
         help="draw PNG figures beside the record (default: if matplotlib is installed)",
     )  # fmt: skip
     return found
-
-
-def positive(text: str) -> int:
-    """An integer above 0, as argparse wants it said."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
 
 
 def budget(args: argparse.Namespace) -> Budget:
@@ -284,4 +277,11 @@ def _write(record: Record, args: argparse.Namespace, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        status = main()
+    except SystemExit as ended:
+        if not isinstance(ended.code, str):
+            raise
+        print(f"benchmarks: error: {ended.code}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)

@@ -47,6 +47,7 @@ from reference import bounds, by_row, compare
 from reference.workloads import POPULARITIES
 from sgmv.compat import vllm
 from sgmv.compat.arrays import as_array
+from sgmv.console import Parser, at_least
 from sgmv.workers import cores
 
 SCHEMA = 1
@@ -360,11 +361,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save; returns 0."""
     from benchmarks import readme
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks compat", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--rows", nargs="+", type=at_least(1), default=ROWS)
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=CALLS)
     parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
     parser.add_argument("--output", type=Path, default=Path("bench-out"))

@@ -31,6 +31,7 @@ from benchmarks.record import Head, Times, is_quiet, load_as, record_head, valid
 from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
 from reference import bounds, by_row, compare
+from sgmv.console import Parser, at_least
 from sgmv.workers import cores
 
 SCHEMA = 1
@@ -256,11 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save; returns 0."""
     from benchmarks import figures, readme
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks growth", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=cores(), help="default: all cores")
+    parser.add_argument("--threads", type=at_least(1), default=cores(), help="default: all cores")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
     parser.add_argument("--output", type=Path, default=Path("bench-out"))
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from benchmarks.console import Console
 from benchmarks.grid import DTYPES
+from sgmv.console import Parser
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def parse(kernel: str, assembly: str) -> list[Loop]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks instructions", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

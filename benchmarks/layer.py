@@ -41,6 +41,7 @@ from benchmarks.record import (
 from benchmarks.run import quietly, times_record
 from benchmarks.timing import summary
 from sgmv.compat.arrays import as_array
+from sgmv.console import Parser, at_least
 from sgmv.workers import cores
 
 SCHEMA = 1
@@ -195,11 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save; returns 0."""
     from benchmarks import readme
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks layer", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=cores(), help="default: all cores")
+    parser.add_argument("--threads", type=at_least(1), default=cores(), help="default: all cores")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
     parser.add_argument("--output", type=Path, default=Path("bench-out"))
     args = parser.parse_args(argv)

@@ -32,6 +32,7 @@ from benchmarks.growth import check
 from benchmarks.record import Head, Times, is_quiet, record_head, significant, validate_as
 from reference.workloads import POPULARITIES
 from sgmv import emulator
+from sgmv.console import Parser, at_least
 from sgmv.workers import cores
 
 SCHEMA = 1
@@ -271,13 +272,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Count, measure, print, save; returns 0."""
     from benchmarks import figures
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks paper", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--counts", action="store_true", help="time nothing")
-    parser.add_argument("--threads", type=int, default=cores(), help="default: all cores")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="timed calls of each case")
+    parser.add_argument("--threads", type=at_least(1), default=cores(), help="default: all cores")
+    parser.add_argument("--repeats", type=at_least(1), default=REPEATS, help="calls of each case")
     parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS))
     parser.add_argument("--output", type=Path, default=Path("bench-out"))

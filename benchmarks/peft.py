@@ -60,6 +60,7 @@ from benchmarks.timing import Budget, Variant, alternate, summary, turns
 from reference import bounds, by_row, compare
 from sgmv.compat.arrays import as_array
 from sgmv.compat.peft import accelerate
+from sgmv.console import Parser, at_least
 from sgmv.workers import cores
 
 SCHEMA = 3
@@ -424,11 +425,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save; returns 0."""
     from benchmarks import readme
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks peft", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=cores(), help="default: all cores")
+    parser.add_argument("--threads", type=at_least(1), default=cores(), help="default: all cores")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
     parser.add_argument("--output", type=Path, default=Path("bench-out"))
     args = parser.parse_args(argv)

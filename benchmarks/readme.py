@@ -9,7 +9,6 @@ page holds which NAME. The figures lie beside the records.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from benchmarks.machine import Machine, slug
 from benchmarks.peers import PEERS
 from benchmarks.record import CaseRecord, Record, by_dtype, is_quiet, load, main_variant, summarise
 from benchmarks.table import LOSS, microseconds, ran, ratio_text
+from sgmv.console import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -224,7 +224,7 @@ TABLES: dict[str, dict[str, Callable[[Record, str], str]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     check = parser.parse_args(argv).check
     pages = {page: (ROOT / page).read_text() for page in TABLES}

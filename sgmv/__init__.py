@@ -20,6 +20,9 @@ Words, the same from the paper to the tests:
 Start reading at sgmv/lora.py.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sgmv.adapters import Adapter, AdapterStack
 from sgmv.errors import SgmvError
 from sgmv.expand import expand
@@ -31,6 +34,30 @@ from sgmv.shrink import shrink
 from sgmv.workers import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
+
+# Imported when they are first asked for: `import sgmv` stays as fast as the calls above need.
+SUBMODULES = ("compat", "emulator", "explorer", "layouts", "models", "popularity", "serving")
+
+if TYPE_CHECKING:
+    from sgmv import compat as compat
+    from sgmv import emulator as emulator
+    from sgmv import explorer as explorer
+    from sgmv import layouts as layouts
+    from sgmv import models as models
+    from sgmv import popularity as popularity
+    from sgmv import serving as serving
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`sgmv.layouts` and the others, after no more than `import sgmv`."""
+        if name in SUBMODULES:
+            return import_module(f"sgmv.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *SUBMODULES})
+
 
 __all__ = [
     "Adapter",

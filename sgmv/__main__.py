@@ -1,4 +1,4 @@
-"""`python -m sgmv`: what this machine has, and what a GPU or a server would do with many adapters.
+"""`sgmv`, also `python -m sgmv`: this machine, and what a GPU or a server would do with a batch.
 
 A command's module is imported only when it is asked for. To add one, write a `command(parser)` that
 adds its arguments and returns the function from what was given to the text to print, and name its
@@ -7,12 +7,14 @@ module here.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
+from pathlib import Path
 
+from sgmv import __version__
+from sgmv.console import Parser, joined
 from sgmv.errors import SgmvError
 
 # name: module, help
@@ -26,22 +28,30 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the command line names."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="python -m sgmv", description="Many LoRA adapters in one batch, on the CPU."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, text) in COMMANDS.items():
-        its = commands.add_parser(name, help=text)
-        if name in arguments[:1]:
-            its.set_defaults(run=import_module(module).command(its))
+    arguments = joined(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser(arguments[:1])
     given = parser.parse_args(arguments)
     try:
         print(given.run(given), flush=True)
     except SgmvError as error:
-        parser.exit(2, f"{error}\n")
+        parser.refuse(error, given)
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        parser.exit(130)
+
+
+def make_parser(names: Collection[str] = tuple(COMMANDS)) -> Parser:
+    """The parser of all commands, with the arguments of those named."""
+    prog = "sgmv" if Path(sys.argv[0]).stem == "sgmv" else "python -m sgmv"
+    parser = Parser(prog=prog, description="Many LoRA adapters in one batch, on the CPU.")
+    parser.add_argument("--version", action="version", version=f"sgmv {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        its = commands.add_parser(name, help=text)
+        if name in names:
+            its.set_defaults(run=import_module(module).command(its))
+    return parser
 
 
 if __name__ == "__main__":

@@ -379,7 +379,7 @@ unload an adapter first, or make the stack with more slots
         False
         """
         with self._changing:
-            slot = self._slot(adapter_id)
+            slot = self._slot(adapter_id, "there is nothing to unload")
             slot_of = {i: s for i, s in self._table.slot_of.items() if i != adapter_id}
             changes = {} if slot == NO_SLOT else {slot: None}
             self._table = self._table.with_changes(slot_of, changes)
@@ -438,10 +438,10 @@ unload an adapter first, or make the stack with more slots
         """The slot table as it is now; it never changes, so one call works with one table."""
         return self._table
 
-    def _slot(self, adapter_id: int) -> int:
+    def _slot(self, adapter_id: int, remedy: str = "load it first") -> int:
         if adapter_id not in self:
             raise UnknownAdapterError(
-                "adapter_id", f"one of {some(self.ids)}", repr(adapter_id), "load it first"
+                "adapter_id", f"one of {some(self.ids)}", repr(adapter_id), remedy
             )
         return self._table.slot_of[adapter_id]
 

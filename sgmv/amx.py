@@ -51,9 +51,15 @@ def is_on() -> bool:
 
 
 def told() -> str:
-    """In words, for `info`."""
+    """In words, for `info`: whether it is on, and if not, how it can be, or why not."""
+    if unit() is None:
+        if not _has_amx():
+            return "none in this CPU"
+        if os.environ.get("SGMV_AMX") != "1":
+            return "off; SGMV_AMX=1 in the environment turns it on"
+        return "off; it needs the vector tiles, and Linux's permission"
     if not is_on():
-        return "off" if unit() is None else "off, it gave wrong sums"
+        return "off, it gave wrong sums"
     return "on" if isinstance(unit(), type(CPU)) else "emulated"
 
 
@@ -64,8 +70,12 @@ def unit() -> Any:
         return None
     if asked == "emulate":
         return EMULATION
+    return CPU if _has_amx() and _is_permitted() else None
+
+
+def _has_amx() -> bool:
     has = llvmlite.binding.get_host_cpu_features() if X86 else {}
-    return CPU if has.get("amx-tile") and has.get("amx-bf16") and _is_permitted() else None
+    return bool(has.get("amx-tile") and has.get("amx-bf16"))
 
 
 def _is_permitted() -> bool:

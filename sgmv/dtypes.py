@@ -24,11 +24,12 @@ BITS: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(np.int16),
     "float64": FLOAT64,
 }
+TO_FLOAT32 = "convert it first, for example with .astype(np.float32)"
 # The dtypes met so far: a dtype's name, which bfloat16 is known by, is slow to ask for.
 _bits: dict[np.dtype[Any], np.dtype[Any]] = {}
 
 
-def check_dtype(argument: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
+def check_dtype(argument: str, dtype: npt.DTypeLike, remedy: str = TO_FLOAT32) -> np.dtype[Any]:
     """The dtype itself, if it is one of the four float types in native byte order."""
     if isinstance(dtype, np.dtype) and dtype in _bits:
         return dtype
@@ -51,13 +52,13 @@ def check_dtype(argument: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
             argument,
             "float32, float16, bfloat16 or float64 in native byte order",
             repr(dtype) if found is None else str(found),
-            "convert it first, for example with .astype(np.float32)",
+            remedy,
         )
     _bits[found] = BITS[found.name]
     return found
 
 
-def check_matrix(argument: str, array: object) -> Array:
+def check_matrix(argument: str, array: object, remedy: str = TO_FLOAT32) -> Array:
     """The argument itself, if it is a two-dimensional numpy array of a float type."""
     if type(array) is np.ndarray and array.ndim == 2 and array.dtype in _bits:
         return array
@@ -68,7 +69,7 @@ def check_matrix(argument: str, array: object) -> Array:
             type(array).__name__,
             "convert it first, for example with np.asarray (for a torch tensor: .numpy())",
         )
-    check_dtype(argument, array.dtype)
+    check_dtype(argument, array.dtype, remedy)
     if array.ndim != 2:
         raise ShapeError(
             argument,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import re
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import llvmlite.binding
 import numba
@@ -20,6 +25,7 @@ from sgmv.kernels.pool import SYSCALL
 from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
 from sgmv.launch import start
 
+CPUINFO = Path("/proc/cpuinfo")
 TOLD = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
     *("amx-tile", "amx-bf16"),
@@ -55,7 +61,7 @@ def info() -> Info:
     """Which CPU features, backend, tiles, threads and cache folder sgmv uses here.
 
     Semantics: `vectors` is what the tiles are made for, from the CPU or SGMV_VECTOR_BITS;
-    `amx` says whether bfloat16 has tile products (SGMV_AMX=1 turns them on);
+    `amx` says whether bfloat16 has tile products (SGMV_AMX=1 turns them on where the CPU has them);
     `backend` names the kernels of each weight type when x and y have that type too; tiles are
     rows x ranks (shrink) and rows x columns (expand).
 
@@ -73,7 +79,7 @@ def info() -> Info:
     sleep = "a futex" if workers.pool.fields[SYSCALL] else "a semaphore"
     cache = getattr(getattr(start, "_cache", None), "cache_path", None)
     return Info(
-        cpu=f"{llvmlite.binding.get_host_cpu_name()}, {workers.cores()} cores",
+        cpu=f"{_cpu_name()}, {workers.cores()} cores",
         features=" ".join(name for name in TOLD if found.get(name)) or "none that tiles could use",
         vectors=f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops",
         amx=amx.told(),
@@ -87,6 +93,23 @@ def info() -> Info:
     )
 
 
+def _cpu_name() -> str:
+    """As the operating system has it: LLVM's guess is the nearest CPU that LLVM knows."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    except OSError:  # not Linux
+        pass
+    if sys.platform == "darwin":
+        asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if name := done.stdout.strip():
+            return name
+    return platform.processor() or platform.machine()
+
+
 def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
-    """Of `python -m sgmv`: it takes no arguments."""
-    return lambda given: str(info())
+    """Add the argument, and return what runs it."""
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    return lambda given: json.dumps(asdict(info())) if given.json else str(info())

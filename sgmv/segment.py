@@ -346,7 +346,9 @@ def _as_integers(argument: str, values: Any) -> Integers:
     largest = np.iinfo(np.int64).max
     integers = array.dtype.kind in "iu" or all(type(value) is int for value in array)
     if not integers:
-        raise DtypeError(argument, "integers", str(array.dtype), "convert with .astype(np.int64)")
+        is_tensor = type(values).__module__ == "torch"
+        how = ".long()" if is_tensor else ".astype(np.int64)"
+        raise DtypeError(argument, "integers", str(array.dtype), f"convert with {how}")
     if array.dtype.kind not in "i" and array.max() > largest:
         raise ValueRangeError(argument, "integers below 2**63", str(array.max()), "use smaller ids")
     return np.ascontiguousarray(array, np.int64)

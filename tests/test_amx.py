@@ -245,9 +245,14 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SGMV_AMX", asked)
         monkeypatch.setattr(amx, "_is_permitted", lambda permitted=permitted: permitted)
         assert type(amx.unit()) is type(expected)
+        if expected is None:
+            permission = "off; it needs the vector tiles, and Linux's permission"
+            switch = "off; SGMV_AMX=1 in the environment turns it on"
+            assert amx.told() == (permission if asked == "1" else switch)
     features["amx-bf16"] = False
     monkeypatch.setenv("SGMV_AMX", "1")
     assert amx.unit() is None
+    assert amx.told() == "none in this CPU"
     monkeypatch.setenv("SGMV_AMX", "emulate")
     monkeypatch.setattr(amx, "_is_right", lambda: False)
     is_on = amx.is_on.__wrapped__

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from sgmv.__main__ import main
 from sgmv.explain import cpu, engines, launches, mixes, punica
 from sgmv.explain.command import SHOWN, VIEWS
 from sgmv.explain.question import Question
-from sgmv.explain.terminal import ESCAPE, NARROWEST, PLAIN, Terminal
 from sgmv.kernels.call import BLOCK_COUNT, BLOCKS, EXPAND_CUTS, INTEGER, SHRINK_CUTS
 from sgmv.kernels.jit import vector
 from sgmv.models import LAYERS, MODELS
 from sgmv.popularity import POPULARITIES, popularity
+from sgmv.terminal import ESCAPE, NARROWEST, PLAIN, Terminal
 from tests import punica_page
 from tests.conftest import JITTED
 from tests.planting import Fault, imported, plant
@@ -401,11 +402,51 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_what_is_not_shown_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys)
-    for title in ("Group:", "Tasks:", "Layout:", "Launches:"):
-        assert title in text
+    assert [line.split(":")[0] for line in titles(text)] == ["Group", "Launches"]
+    assert len(text.splitlines()) <= 44  # about one screen
     for view in set(VIEWS) - set(SHOWN):
-        assert view in text.split("Further views")[1]
-    assert "Further views" not in said(capsys, "group")
+        assert view in text.split("Further: ")[1]
+    assert "Further: " not in said(capsys, "group")
+
+
+def titles(text: str) -> list[str]:
+    """The lines that are underlined."""
+    lines = text.splitlines()
+    return [line for line, below in pairwise(lines) if below and set(below) == {"─"}]
+
+
+def test_all_are_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "--all")
+    assert len(titles(text)) == len(VIEWS)
+    assert "Further: " not in text
+    assert list(json.loads(said(capsys, "--all", "--json"))) == list(VIEWS)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_every_table_says_what_it_is_about(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pasted output names its batch, layer, rank and device."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    layer = ["--h-in", "512", "--h-out", "640", "--rank", "32", "--device", "L4"]
+    for view in VIEWS:
+        text = said(capsys, view, "--ids", "-1,0,0,5", *layer)
+        assert max(map(len, text.splitlines())) <= width
+        below = " ".join(text.splitlines()[2:4])
+        expected = "4 rows (1 base only), 2 adapters; h_in = 512, r = 32, h_out = 640; L4"
+        assert below.startswith(expected), view
+
+
+def test_tables_name_their_units_and_end_before_the_text() -> None:
+    text = drawn("launches", ask([0, 1]))
+    table = text.split("exits: blocks")[0].splitlines()
+    assert table[-1] == ""
+    assert "         grid    threads   exits         wasted  shared  asked" in table[2]
+    assert " ".join(table[3].split()) == "kernel blocks per block blocks waves % KiB MB"
+    for view, row in (("group", "1:2"), ("tasks", "1:2"), ("popularity", "this batch")):
+        lines = drawn(view, ask([0, 1])).splitlines()
+        last = max(i for i, line in enumerate(lines) if row in line and "│" not in line and i < 16)
+        assert lines[last + 1] == "", view
 
 
 def test_json_is_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,6 +461,8 @@ def test_json_is_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "ids"),
     [
         (["--ids=-1,3"], [-1, 3]),
+        (["--ids", "-1,3"], [-1, 3]),
+        (["--ids", "-1"], [-1]),
         (["--ids", ""], []),
         (["--lengths", "1,3"], [0, 1, 1, 1]),
         (["--popularity", "identical", "--n", "3"], [0, 0, 0]),
@@ -462,22 +505,29 @@ def test_engines_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-view"], "none of group, layout"),
-        (["--ids", "0,x"], "not whole numbers"),
-        (["--ids", "0,-2"], "ids >= 0, or -1"),
-        (["--lengths=1,-1"], "rows >= 0"),
-        (["--popularity", "zipf"], "invalid choice"),
-        (["--popularity", "skewed", "--n=-1"], "n: expected at least 0"),
-        (["--ids", "0", "--lengths", "1"], "not allowed with"),
+        (["no-view"], "VIEW: expected one of group, layout, tasks"),
+        (["--ids", "0,x"], "--ids: expected whole numbers of at least -1, with commas, got 'x'"),
+        (["--ids", "0,-2"], "--ids: expected whole numbers of at least -1, with commas, got '-2'"),
+        (
+            ["--lengths", "-1,1"],
+            "--lengths: expected whole numbers of at least 0, with commas",
+        ),
+        (["--popularity", "zipf"], "--popularity: expected one of distinct, uniform, skewed"),
+        (["--popularity", "skewed", "--n=-1"], "--n: expected at least 0, got -1"),
+        (["--ids", "0", "--lengths", "1"], "--lengths: expected no --ids beside it; leave one"),
         (["--ids", "0", "--n", "1"], "--n: expected --popularity beside it"),
-        (["--rank", "0"], "rank: expected at least 1"),
-        (["--h-in", "0"], "h_in: expected at least 1"),
-        (["--threads", "0"], "threads: expected at least 1"),
-        (["--layer", "Llama-3-8B"], "'Llama-3-8B' is none of"),
-        (["--device", "TPU"], "none of A100"),
-        (["--engines", "punica,orca"], "'orca' is none of"),
-        (["--max-loras", "1"], "at least the batch's 2 adapters"),
-        (["--json", "--html", "x"], "not allowed with"),
+        (["--rank", "0"], "--rank: expected at least 1, got 0\n"),
+        (["--rank", "x"], "--rank: expected a whole number, got 'x'\n"),
+        (["--rank"], "--rank: expected a value, got none\n"),
+        (["--rnk=1"], "--rnk=1: no such argument; see --help\n"),
+        (["--all", "group"], "--all: expected no VIEW beside it, got group; leave"),
+        (["--h-in", "0"], "--h-in: expected at least 1, got 0"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--layer", "Llama-3-8B"], "as in 'Llama-3-8B q'; got 'Llama-3-8B'"),
+        (["--device", "TPU"], "--device: expected one of A100, H100"),
+        (["--engines", "punica,orca"], "--engines: expected one of punica, lorax"),
+        (["--max-loras", "1"], "--max-loras: expected at least the batch's 2 adapters, got 1"),
+        (["--json", "--html", "x"], "--html: expected no --json beside it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -487,7 +537,10 @@ def test_bad_arguments_are_refused(
     with pytest.raises(SystemExit) as refused:
         main(["explain", *arguments])
     assert refused.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("sgmv: error: ")
+    assert message in said
+    assert len(said.splitlines()) == 1
 
 
 def test_html_is_the_explorer_of_this_batch(

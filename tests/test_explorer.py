@@ -363,7 +363,7 @@ def test_refusals_come_before_the_file(
 def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "explorer.html"
     main(["explorer", str(path), "--no-open"])
-    assert path.as_uri() in capsys.readouterr().out
+    assert capsys.readouterr().out == f"written: {path.as_uri()}\n"
     assert path.read_text() == write_html(tmp_path / "again.html").read_text()
 
 
@@ -372,7 +372,20 @@ def test_the_command_refuses_a_place_it_cannot_write(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["explorer", str(tmp_path / "nowhere" / "explorer.html"), "--no-open"])
-    assert "path: expected a file that can be written" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("sgmv: error: PATH: expected a file that can be written")
+
+
+def test_the_command_opens_the_page_where_there_is_a_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = tmp_path / "explorer.html", []
+    monkeypatch.setattr("webbrowser.open", lambda uri: opened.append(uri) or len(opened) == 1)
+    monkeypatch.setenv("DISPLAY", ":0")
+    for told in ("opened: ", "written; open it in a browser: "):  # the second time it fails
+        main(["explorer", str(path)])
+        assert capsys.readouterr().out == f"{told}{path.as_uri()}\n"
+    assert opened == [path.as_uri()] * 2
 
 
 def test_a_wheel_takes_the_page_along() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +55,24 @@ def test_info_tells_the_forced_width() -> None:
     assert "none: plain loops" in none
     assert "float32 loops" in none
     assert "float32 loops" in command("info", SGMV_BACKEND="loops").stdout
+
+
+def test_the_cpus_name_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not LLVM's, which is the nearest CPU that LLVM knows."""
+    found = sys.modules["sgmv.info"].CPUINFO
+    if found.exists() and "model name" in found.read_text():
+        [name, *_] = re.findall(r"^model name\s*: (.+)$", found.read_text(), re.MULTILINE)
+        assert sgmv.info().cpu.startswith(f"{name.strip()}, ")
+    monkeypatch.setattr(sys.modules["sgmv.info"], "CPUINFO", Path("no-such-file"))
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    if sys.platform == "linux":
+        assert sgmv.info().cpu.startswith(f"{platform.machine()}, ")
+
+
+def test_info_for_programs() -> None:
+    told = json.loads(command("info", "--json").stdout)
+    assert set(told) == {field.name for field in dataclasses.fields(sgmv.info())}
+    assert told["backend"] == dict(sgmv.info().backend)
 
 
 def test_a_wrong_command_is_refused() -> None:

@@ -39,6 +39,7 @@ from sgmv.errors import (
 from sgmv.serving import AdapterSlots, Costs, LoRARequest, Scheduler, Trace, draw_trace, simulate
 from sgmv.serving.report import figure, table
 from sgmv.serving.residency import POLICIES
+from sgmv.terminal import Terminal
 from tests.planting import Fault, imported, plant, run_python
 from tests.planting import outcome as in_child
 from tests.serving_model import LAYERS, Room, drive_scheduler, drive_slots, weights
@@ -919,7 +920,10 @@ def test_public_names_have_contracts() -> None:
 
 
 @pytest.mark.once
-def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_prints_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     path = tmp_path / "serving.png"
     main(["simulate", "--requests", "300", "--slots", "1,4", "--figure", str(path)])
     printed = capsys.readouterr().out
@@ -928,17 +932,74 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_pa
         for slots in (1, 4)
         for policy in POLICIES
     ]
-    assert printed.strip() == table(outcomes).strip()
+    headline, _, printed_table = printed.partition("\n\n")
+    adapters = draw_trace(300, 10_000, 6.0).adapters
+    assert headline.startswith(
+        f"300 requests for {adapters} adapters, 6 per second, seed 0; a step"
+    )
+    assert printed_table.strip() == table(outcomes).strip()
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.once
 def test_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--slots", "0"], ["--slots", "x"], ["--figure", "a.xyz", "--requests", "9"]):
+    for arguments, message in (
+        (["--slots", "0"], "--slots: expected whole numbers of at least 1, with commas, got '0'"),
+        (["--slots", "x"], "--slots: expected whole numbers of at least 1, with commas, got 'x'"),
+        (["--slots", ""], "--slots: expected numbers of slots, got none"),
+        (["--slots", "300"], "--max-cpu-loras: expected at least the 300 of --slots"),
+        (["--requests", "0"], "--requests: expected at least 1, got 0\n"),
+        (["--adapters", "0"], "--adapters: expected at least 1, got 0\n"),
+        (["--rate", "x"], "--rate: expected a number, got 'x'\n"),
+        (["--mean-tokens", "0"], "--mean-tokens: expected a finite number of at least 1, got 0.0"),
+        (["--load-rate", "0"], "--load-rate: expected a finite number of at least 1, got 0.0"),
+        (["--policy", "mru"], "--policy: expected one of lru, fifo, got 'mru'\n"),
+        (["--figure", "a.xyz", "--requests", "9"], "--figure: expected a name that ends in .png"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main(["simulate", *arguments])
         assert ended.value.code == 2
-    assert "max_loras: expected at least 1" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert said.startswith(f"sgmv: error: {message}")
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.once
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["simulate", "--requests", "300", "--slots", "4", "--json"])
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told["arguments"]["requests"] == 300
+    assert [each["policy"] for each in told["outcomes"]] == list(POLICIES)
+    outcome = simulate(draw_trace(300, 10_000, 6.0), 4, "lru")
+    assert told["outcomes"][0] == {
+        "slots": 4,
+        "policy": "lru",
+        "hit_rate": outcome.hit_rate,
+        "deferral_rate": outcome.deferral_rate,
+        "wait_p50_s": outcome.wait_s(50),
+        "wait_p99_s": outcome.wait_s(99),
+        "tenant_median_p99_s": float(np.median(outcome.tenants().p99_s)),
+        "tenant_worst_p99_s": float(outcome.tenants().p99_s.max()),
+        "loaded_bytes": outcome.loaded_bytes,
+        "read_bytes": outcome.read_bytes,
+        "requests_per_s": outcome.requests_per_s,
+    }
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_follows_the_width(width: int) -> None:
+    """Every row begins with its slots and policy; nothing is cut."""
+    outcomes = [simulate(draw_trace(900), slots, max_cpu_loras=64) for slots in (2, 64)]
+    text = table(outcomes, Terminal(width))
+    assert max(map(len, text.splitlines())) <= width
+    parts = text.split("\n\n")
+    assert len(parts) == (2 if width == 60 else 1)
+    for part in parts:
+        assert part.splitlines()[2].split()[:2] == ["slots", "policy"]
+        assert [line.split()[:2] for line in part.splitlines()[3:]] == [["2", "lru"], ["64", "lru"]]
+    cells = [cell for part in parts for cell in part.splitlines()[4].split()[2:]]
+    assert cells == table(outcomes[1:], Terminal(200)).splitlines()[3].split()[2:]
 
 
 @pytest.mark.once
@@ -967,8 +1028,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 
 
 @pytest.mark.once
-def test_the_page_tells_what_the_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_tells_what_the_commands_print(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`SGMV_WRITE_PAGE=1 pytest -k the_page` writes it anew."""
+    monkeypatch.setenv("COLUMNS", "80")
     page = PAGE.read_text()
 
     def shown(block: re.Match[str]) -> str:

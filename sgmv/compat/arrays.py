@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.dtypes import Array, check_dtype
+from sgmv.dtypes import TO_FLOAT32, Array, check_dtype
 from sgmv.errors import DtypeError, MemoryLayoutError
+
+TENSOR_TO_FLOAT32 = "convert it first, for example with .float()"
 
 
 def as_array(argument: str, operand: object) -> Array:
@@ -44,12 +46,17 @@ def as_array(argument: str, operand: object) -> Array:
     return array.view(float_dtype(argument, tensor.dtype))
 
 
+def to_float32(operand: object) -> str:
+    """How the operand's owner makes it a float32."""
+    return TO_FLOAT32 if isinstance(operand, np.ndarray) else TENSOR_TO_FLOAT32
+
+
 @cache
 def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
     """The type as numpy has it; raises DtypeError for what is no float type that sgmv takes."""
     name = str(dtype).removeprefix("torch.")
     if name != "bfloat16":
-        return check_dtype(argument, name)
+        return check_dtype(argument, name, TENSOR_TO_FLOAT32)
     try:
         import ml_dtypes
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ import numpy as np
 from sgmv.adapters import SlotTable
 from sgmv.backend import kernels
 from sgmv.checks import check_y
-from sgmv.compat.arrays import as_array
+from sgmv.compat.arrays import as_array, to_float32
 from sgmv.dtypes import FLOAT64, Array, check_dtype, check_matrix, sum_dtype
 from sgmv.errors import (
     DtypeError,
@@ -58,18 +58,18 @@ class Weights:
     tables: dict[Any, SlotTable] = field(default_factory=dict, repr=False)
 
 
-def rows_of(argument: str, operand: Operand) -> Array:
+def rows_of(argument: str, operand: Operand, remedy: str = "") -> Array:
     """The operand as a matrix, axes but the last made one, without a copy where that can be."""
     array = as_array(argument, operand)
     if array.ndim > 2:
         array = array.reshape(-1, array.shape[-1])
-    return check_matrix(argument, array)
+    return check_matrix(argument, array, remedy or to_float32(operand))
 
 
 def output_rows(argument: str, operand: Operand) -> Array:
     """The same of an output: what is written there, the operand holds."""
     array = as_array(argument, operand)
-    flat = rows_of(argument, array)
+    flat = rows_of(argument, array, to_float32(operand))
     if array.size and not np.may_share_memory(array, flat):
         raise MemoryLayoutError(
             argument,
@@ -94,7 +94,7 @@ class Stack(NamedTuple):
     array: Array
 
 
-def stack_of(argument: str, operand: Operand) -> Stack:
+def stack_of(argument: str, operand: Operand, remedy: str = "") -> Stack:
     """Stacked weights where they stand; a 1 as the second of four axes is left out.
 
     Weights whose own rows are not contiguous are copied, for this call.
@@ -109,7 +109,7 @@ def stack_of(argument: str, operand: Operand) -> Stack:
             str(array.shape),
             "stack one matrix per weight",
         )
-    check_dtype(argument, array.dtype)
+    check_dtype(argument, array.dtype, remedy or to_float32(operand))
     if array[:1].flags.c_contiguous:
         where = int(array.ctypes.data), array.strides[0], *array.shape, array.dtype
         return Stack(argument, _stacked(*where), array)

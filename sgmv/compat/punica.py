@@ -23,7 +23,7 @@ import numpy as np
 
 from sgmv.adapters import check_scaling
 from sgmv.checks import check_x
-from sgmv.compat.arrays import as_array
+from sgmv.compat.arrays import as_array, to_float32
 from sgmv.compat.pointers import own, weights_at
 from sgmv.compat.products import (
     Operand,
@@ -360,7 +360,7 @@ def _layer(argument: str, weights: Operand, layer_idx: int) -> Stack:
             str(layer_idx),
             "count layers from 0",
         )
-    return stack_of(argument, array[:, layer_idx])
+    return stack_of(argument, array[:, layer_idx], to_float32(weights))
 
 
 def _segments(s: Operand, n: int) -> Segments:

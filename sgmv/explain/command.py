@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
 
 from sgmv import explain
+from sgmv.console import at_least, counts
 from sgmv.emulator import DEVICES, Device
-from sgmv.errors import SgmvError, ValueRangeError
+from sgmv.errors import SgmvError
 from sgmv.explain import cpu, engines, launches, mixes, punica
 from sgmv.explain.question import Facts, Question
-from sgmv.explain.terminal import Terminal
 from sgmv.models import LAYERS, MODELS
 from sgmv.popularity import POPULARITIES, popularity
 from sgmv.segment import Integers, segment
+from sgmv.terminal import Terminal
 from sgmv.workers import get_num_threads
 
 
@@ -38,7 +39,7 @@ VIEWS = {
     "launches": View(launches.launches, launches.draw_launches),
     "popularity": View(mixes.mixes, mixes.draw_mixes),
 }
-SHOWN = ("group", "tasks", "layout", "launches")
+SHOWN = ("group", "launches")
 BATCH = [2, 0, -1, 2, 0]
 
 
@@ -49,37 +50,43 @@ def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
     parser.add_argument(
         "views", nargs="*", type=_view, help=f"which of these ({' '.join(SHOWN)})", metavar="VIEW"
     )
+    parser.add_argument("--all", action="store_true", help="all of them")
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument(
         "--ids",
-        type=_integers,
-        help="one adapter id per row, -1 = base only; --ids=-1,0 if the first is "
-        f"({','.join(map(str, BATCH))})",
+        type=counts(-1),
+        help=f"one adapter id per row, -1 = base only ({','.join(map(str, BATCH))})",
     )
     batch.add_argument(
-        "--lengths", type=_integers, help="rows of adapter 0, 1, ..., in this order, as in 1,132"
+        "--lengths", type=counts(0), help="rows of adapter 0, 1, ..., in this order, as in 1,132"
     )
     batch.add_argument(
         "--popularity", choices=POPULARITIES, help="as Punica's paper mixes --n rows (skewed)"
     )
-    parser.add_argument("--n", type=int, help="rows for --popularity (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of their shuffle (%(default)s)")
+    parser.add_argument("--n", type=at_least(0), help="rows for --popularity (64)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the shuffle (%(default)s)")
     parser.add_argument(
         "--layer",
         type=_layer,
         metavar="'MODEL LAYER'",
         help=f"widths of a model's layer: {', '.join(MODELS)}; {', '.join(LAYERS)}",
     )
-    parser.add_argument("--h-in", type=int, default=4096, help="or the input width (%(default)s)")
-    parser.add_argument("--h-out", type=int, default=4096, help="and output width (%(default)s)")
-    parser.add_argument("--rank", type=int, default=16, help="of all adapters (%(default)s)")
+    parser.add_argument(
+        "--h-in", type=at_least(1), default=4096, help="or the input width (%(default)s)"
+    )
+    parser.add_argument(
+        "--h-out", type=at_least(1), default=4096, help="and output width (%(default)s)"
+    )
+    parser.add_argument("--rank", type=at_least(1), default=16, help="of adapters (%(default)s)")
     parser.add_argument(
         "--device", type=_device, default="A100", help=f"{', '.join(DEVICES)} (%(default)s)"
     )
     parser.add_argument(
-        "--max-loras", type=int, help="slots of the server (as many as the batch has adapters)"
+        "--max-loras",
+        type=at_least(1),
+        help="slots of the server (one for each adapter)",
     )
-    parser.add_argument("--threads", type=int, help="of this machine (those that sgmv uses)")
+    parser.add_argument("--threads", type=at_least(1), help="of this machine (sgmv's own)")
     parser.add_argument(
         "--engines",
         type=_engines,
@@ -109,17 +116,21 @@ def run(given: Namespace) -> str:
     )
     if given.html:
         return _write_html(given.html, question)
-    views = {name: VIEWS[name] for name in given.views or SHOWN}
+    if given.all and given.views:
+        raise SgmvError(
+            "--all", "no VIEW beside it", " ".join(given.views), "leave one of them out"
+        )
+    views = {name: VIEWS[name] for name in given.views or (VIEWS if given.all else SHOWN)}
     facts = {name: view.facts(question) for name, view in views.items()}
     if "layout" in facts:
         facts["layout"] = {name: facts["layout"][name] for name in given.engines}
     if given.json:
         return json.dumps(facts)
-    terminal = Terminal.of_stdout(question.slots)
+    terminal = Terminal.of_stdout(question.slots, question.headline)
     drawn = [terminal.text(view.draw(facts[name], terminal)) for name, view in views.items()]
-    if not given.views:
+    if not given.views and not given.all:
         others = ", ".join(name for name in VIEWS if name not in SHOWN)
-        further = f"Further views: {others}. All of it as a page: --html FILE."
+        further = f"Further: {others}; --all; --html FILE."
         drawn.append(terminal.text(terminal.note(further)))
     return "\n\n".join(drawn)
 
@@ -134,10 +145,6 @@ def _batch(given: Namespace) -> Integers:
         raise SgmvError("--n", "--popularity beside it", "a batch", "leave one of them out")
     if given.lengths is None:
         return np.array(given.ids if told else BATCH, np.int64)
-    if min(given.lengths, default=0) < 0:
-        raise ValueRangeError(
-            "--lengths", "rows >= 0", str(min(given.lengths)), "give each adapter its rows"
-        )
     return np.repeat(np.arange(len(given.lengths)), given.lengths)
 
 
@@ -162,24 +169,17 @@ def _write_html(path: str, question: Question) -> str:
 
 
 def _view(text: str) -> str:
-    if text not in VIEWS:
-        raise ArgumentTypeError(f"{text!r} is none of {', '.join(VIEWS)}")
-    return text
+    return _known(text, VIEWS)
 
 
 def _engines(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in engines.ENGINES]:
-        raise ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(engines.ENGINES)}")
-    return names
+    return [_known(name.strip(), engines.ENGINES) for name in text.split(",")]
 
 
-def _integers(text: str) -> list[int]:
-    """Whole numbers, from a text such as 0,1,-1; none from an empty one."""
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not whole numbers with commas, as 0,1,-1") from None
+def _known(text: str, names: Collection[str]) -> str:
+    if text not in names:
+        raise ArgumentTypeError(f"expected one of {', '.join(names)}, got {text!r}")
+    return text
 
 
 def _device(text: str) -> Device:
@@ -188,13 +188,13 @@ def _device(text: str) -> Device:
     try:
         return by_name[text.lower().replace(" ", "").replace("_", "").replace("-", "")]
     except KeyError:
-        raise ArgumentTypeError(f"{text!r} is none of {', '.join(DEVICES)}") from None
+        raise ArgumentTypeError(f"expected one of {', '.join(DEVICES)}, got {text!r}") from None
 
 
 def _layer(text: str) -> tuple[int, int]:
     """(h_in, h_out) of a model's layer, from a text such as 'Llama-3-8B q'."""
     model, _, layer = text.rpartition(" ")
     if model not in MODELS or layer not in LAYERS:
-        known = f"{', '.join(MODELS)} with {', '.join(LAYERS)}, as in 'Llama-3-8B q'"
-        raise ArgumentTypeError(f"{text!r} is none of {known}")
+        known = f"one of {', '.join(MODELS)} with one of {', '.join(LAYERS)}"
+        raise ArgumentTypeError(f"expected {known}, as in 'Llama-3-8B q'; got {text!r}")
     return MODELS[model].layer(layer)

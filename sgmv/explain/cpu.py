@@ -10,12 +10,12 @@ import numpy as np
 from sgmv import launch
 from sgmv.adapters import columns_of
 from sgmv.explain.question import Facts, Question
-from sgmv.explain.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated
 from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
 from sgmv.schedule import BASE_ONLY, NO_SLOT, cost, cuts, most_blocks, row_blocks
+from sgmv.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated, plural
 
 
 def group(question: Question) -> Facts:
@@ -65,7 +65,7 @@ def draw_group(facts: Facts, terminal: Terminal) -> list[str]:
         table.append(
             (str(s), terminal.adapter(name, adapter_id), str(last - first), f"{first}:{last}")
         )
-    lines += terminal.table(("segment", "adapter", "rows", "positions"), table)
+    lines += [*terminal.table(("segment", "adapter", "rows", "positions"), table), ""]
     return [
         *lines,
         *terminal.note(
@@ -152,14 +152,15 @@ def draw_tasks(facts: Facts, terminal: Terminal) -> list[str]:
         positions = f"{block['first']}:{block['last']}"
         rows = block["last"] - block["first"]
         table.append((str(b), adapter, positions, str(rows), _counted(block["tiles"])))
-    lines += terminal.table(("row block", "adapter", "positions", "rows", "rows of tiles"), table)
+    head = ("row block", "adapter", "positions", "rows", "rows of tiles")
+    lines += [*terminal.table(head, table), ""]
     alone = "So little work is not worth sharing: one thread does it all."
     who = "Threads claim them one by one; expand waits until all of shrink is done."
     lines += terminal.note(
-        f"{shrink} shrink tasks: {_each(facts, 'shrink')} ranks "
-        f"{_spans(facts['shrink_ranks'])}. Then {expand} expand tasks: {_each(facts, 'expand')} "
-        f"columns {_spans(facts['expand_columns'])}. {who if facts['shared'] else alone} "
-        "No cut crosses a sum, so none changes a bit."
+        f"{plural(shrink, 'shrink task')}: {_each(facts, 'shrink')} ranks "
+        f"{_spans(facts['shrink_ranks'])}. Then {plural(expand, 'expand task')}: "
+        f"{_each(facts, 'expand')} columns {_spans(facts['expand_columns'])}. "
+        f"{who if facts['shared'] else alone} No cut crosses a sum, so none changes a bit."
     )
     largest = max(blocks, key=lambda block: block["last"] - block["first"])
     if largest["tiles"]:

@@ -11,8 +11,8 @@ import numpy as np
 
 from sgmv import layouts
 from sgmv.explain.question import Facts, Question
-from sgmv.explain.terminal import Terminal
 from sgmv.layouts.rows import Layout
+from sgmv.terminal import Terminal
 
 
 class Engine(NamedTuple):

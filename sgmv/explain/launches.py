@@ -5,7 +5,7 @@ from __future__ import annotations
 from sgmv import emulator
 from sgmv.emulator import Launch
 from sgmv.explain.question import Facts, Question
-from sgmv.explain.terminal import Terminal
+from sgmv.terminal import Terminal
 
 KIB = 1024
 
@@ -37,7 +37,10 @@ def kernels(question: Question) -> list[Launch]:
 
 def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
     """One row per kernel; below, what is wrong with any."""
-    head = ("kernel", "grid", "threads", "exits", "waves", "wasted", "KiB", "MB")
+    head = (
+        "kernel", "grid\nblocks", "threads\nper block", "exits\nblocks", "waves", "wasted\n%",
+        "shared\nKiB", "asked\nMB",
+    )  # fmt: skip
     table = [
         (
             f"{name} !" if each["unsupported"] else name,
@@ -45,7 +48,7 @@ def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
             str(each["threads"]),
             str(each["early_exits"]),
             str(each["waves"]),
-            wasted(each),
+            wasted(each).removesuffix("%"),
             f"{each['shared_memory'] / KIB:.1f}",
             f"{(each['bytes_read'] + each['bytes_written']) / 1e6:.2f}",
         )
@@ -54,11 +57,11 @@ def draw_launches(facts: Facts, terminal: Terminal) -> list[str]:
     refused = [each["unsupported"] for each in facts.values()]
     into, out = (facts[name] for name in ("punica_sgmv_shrink", "punica_cutlass_expand"))
     lines = terminal.title(f"Launches: every kernel on {into['device']}")
-    lines += terminal.table(head, table)
+    lines += [*terminal.table(head, table), ""]
     lines += terminal.note(
         "exits: blocks that exit early, with nothing to do. waves: times the device is filled. "
-        "wasted: the part of the multiply-adds that is padding. KiB: shared memory per block. "
-        "MB: what all blocks ask of memory, before any cache."
+        "wasted: the part of the multiply-adds that is padding. shared: memory of each block. "
+        "asked: what all blocks ask of memory, before any cache."
         + (" !: there is no such kernel, see below." if any(refused) else "")
     )
     lines += terminal.note(

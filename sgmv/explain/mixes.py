@@ -7,9 +7,9 @@ import math
 from sgmv import emulator
 from sgmv.emulator import Launch
 from sgmv.explain.question import Facts, Question
-from sgmv.explain.terminal import EDGE, EMPTY, FULL, Terminal
 from sgmv.popularity import POPULARITIES, popularity
 from sgmv.segment import segment
+from sgmv.terminal import EDGE, EMPTY, FULL, Terminal
 
 THIS = "this batch"
 HEIGHT = 9  # lines of the roofline
@@ -69,11 +69,13 @@ def draw_mixes(facts: Facts, terminal: Terminal) -> list[str]:
         )
         for name, each in batches.items()
     ]
-    head = ("popularity", "adapters", "shrink F/B", "expand F/B", "weights MB", "rows MB", "µs")
-    lines += terminal.table(head, table)
+    head = (
+        "popularity", "adapters", "shrink\nFLOP/B", "expand\nFLOP/B", "weights\nMB", "rows\nMB",
+        "roofline\nµs",
+    )  # fmt: skip
+    lines += [*terminal.table(head, table), ""]
     lines += terminal.note(
-        "F/B: FLOP per byte. µs: the roofline's for both launches, every operand through memory "
-        "once, as in Punica's paper."
+        "roofline: of both launches, every operand through memory once, as in Punica's paper."
     )
     lines += ["", *_bytes(facts, terminal), ""]
     lines += [*_roofline(facts, terminal), ""]

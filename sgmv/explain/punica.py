@@ -16,7 +16,7 @@ from sgmv.emulator.punica import (
 )
 from sgmv.explain.launches import KIB, wasted
 from sgmv.explain.question import Facts, Question
-from sgmv.explain.terminal import FULL, Terminal, abbreviated
+from sgmv.terminal import FULL, Terminal, abbreviated, plural
 
 BARRIER = "┃"
 
@@ -115,7 +115,7 @@ def draw_barrier(facts: Facts, terminal: Terminal) -> list[str]:
         if release in facts["waits"]:
             lines += terminal.note(f"The call never returns: {facts['waits'][release]}.")
         else:
-            lines += terminal.note(f"All blocks pass {_plural(figures['barriers'], 'barrier')}.")
+            lines += terminal.note(f"All blocks pass {plural(figures['barriers'], 'barrier')}.")
     if first["race"]:
         lines += [
             "",
@@ -136,7 +136,7 @@ def _timeline(facts: Facts, figures: Facts, terminal: Terminal) -> list[str]:
     label, line = {}, {}
     for count in sorted(set(steps)):
         its = [s for s, each in enumerate(steps) if each == count]
-        label[count] = f"{_named(its, figures['adapter_ids'])}: {_plural(count, 'step')}"
+        label[count] = f"{_named(its, figures['adapter_ids'])}: {plural(count, 'step')}"
         waits = stuck and count >= last
         line[count] = "".join(
             "..." if step is None else _moment(step, count, takes_part=not stuck) for step in shown
@@ -243,11 +243,7 @@ def _refused(unsupported: Sequence[str], terminal: Terminal) -> list[str]:
 
 
 def _waves(facts: Facts) -> str:
-    return _plural(facts["waves"], "wave")
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+    return plural(facts["waves"], "wave")
 
 
 def _named(segments: Sequence[int], adapter_ids: Sequence[int], most: int = 4) -> str:

@@ -14,6 +14,7 @@ from sgmv.errors import ValueRangeError
 from sgmv.layouts.rows import row_ids
 from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Segments, check_count
+from sgmv.terminal import plural
 
 Facts: TypeAlias = dict[str, Any]  # what a view tells: numbers, texts, lists, fit for JSON
 
@@ -52,6 +53,15 @@ class Question:
                 str(self.max_loras),
                 "give the server more slots; vLLM would put off some of the requests",
             )
+
+    @property
+    def headline(self) -> str:
+        """Batch, layer, rank and device in one line, without which no figure means anything."""
+        rows, base = plural(self.segments.n, "row"), self.ids.count(BASE_ONLY)
+        return (
+            f"{rows} ({base:,} base only), {plural(len(self.slots), 'adapter')}; "
+            f"h_in = {self.h_in}, r = {self.rank}, h_out = {self.h_out}; {self.device.name}"
+        )
 
     @cached_property
     def ids(self) -> list[int]:

@@ -103,7 +103,13 @@ def write_html(
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], str]:
     """Of `python -m sgmv`: writes the page, and opens it where there is a screen."""
-    parser.add_argument("path", nargs="?", default="explorer.html", help="file to write")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        default="explorer.html",
+        metavar="PATH",
+        help="file to write (%(default)s)",
+    )
     parser.add_argument("--no-open", action="store_true", help="only write it")
     return _run
 
@@ -113,13 +119,15 @@ def _run(given: argparse.Namespace) -> str:
         path = write_html(given.path).resolve()
     except OSError as error:
         raise SgmvError(
-            "path", "a file that can be written", str(error), "name another place"
+            "PATH", "a file that can be written", str(error), "name another place"
         ) from error
     screen = sys.platform in ("darwin", "win32") or os.environ.get(
         "DISPLAY", os.environ.get("WAYLAND_DISPLAY")
     )
-    opened = bool(screen) and not given.no_open and webbrowser.open(path.as_uri())
-    return f"{'opened' if opened else 'open in a browser:'} {path.as_uri()}"
+    if given.no_open:
+        return f"written: {path.as_uri()}"
+    opened = bool(screen) and webbrowser.open(path.as_uri())
+    return f"{'opened' if opened else 'written; open it in a browser'}: {path.as_uri()}"
 
 
 def _docs(page: Path) -> list[dict[str, str]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
-from sgmv.serving.report import figure, table
+from sgmv.console import at_least, counts, number, progress
+from sgmv.errors import SgmvError
+from sgmv.serving.report import figure, figures, table
 from sgmv.serving.residency import POLICIES
 from sgmv.serving.simulate import Costs, simulate
-from sgmv.serving.traces import draw_trace
+from sgmv.serving.traces import Trace, draw_trace
+from sgmv.terminal import Terminal
 
 COSTS = Costs()
 # name, default, help
@@ -34,43 +39,68 @@ PRICES = (
     ("load-rate", COSTS.load_rate, "bytes per second from host memory into slots"),
     ("read-rate", COSTS.read_rate, "bytes per second from disk into host memory"),
 )
+# The least of those whole numbers that may be below 1.
+LEAST = {"seed": 0, "max-overtakes": 0, "row-us": 0, "adapter-bytes": 0}
 
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], str]:
     """Add the arguments, and return what runs them."""
     parser.add_argument(
-        "--slots", type=_counts, default="1,2,4,8,16,32,64", help="numbers of slots (%(default)s)"
+        "--slots",
+        type=counts(1),
+        default="1,2,4,8,16,32,64",
+        help="numbers of slots, with commas (%(default)s)",
     )
     parser.add_argument(
         "--policy", choices=POLICIES, nargs="+", default=POLICIES, help="who is evicted (all)"
     )
     for name, default, text in (*TRACE, *SERVER, *PRICES):
-        parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=f"{text} (%(default)s)"
-        )
+        kind = at_least(LEAST.get(name, 1)) if isinstance(default, int) else number
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="the table's figures")
     parser.add_argument("--figure", metavar="FILE", help="draw it as well (needs matplotlib)")
     return run
 
 
 def run(given: argparse.Namespace) -> str:
-    """The table; the figure is written on the way."""
+    """The table, or its figures; the drawing is written on the way."""
+    if not given.slots:
+        raise SgmvError("slots", "numbers of slots", "none", "pass some, as in 1,8,64")
+    if max(given.slots) > given.max_cpu_loras:
+        raise SgmvError(
+            "max_cpu_loras",
+            f"at least the {max(given.slots)} of --slots, as what is in a slot is in host memory",
+            str(given.max_cpu_loras),
+            "raise it, or lower --slots",
+        )
     trace = draw_trace(**_given(given, TRACE))
     costs = Costs(**_given(given, PRICES))
-    outcomes = [
-        simulate(trace, slots, policy, costs=costs, **_given(given, SERVER))
-        for slots in given.slots
-        for policy in given.policy
-    ]
+    runs = list(product(given.slots, given.policy))
+    outcomes = []
+    with progress() as show:
+        for i, (slots, policy) in enumerate(runs, 1):
+            show(f"simulating {i} of {len(runs)}: slots {slots}, {policy}")
+            outcomes.append(simulate(trace, slots, policy, costs=costs, **_given(given, SERVER)))
     if given.figure:
         figure(outcomes, given.figure)
-    return table(outcomes)
+    if given.json:
+        arguments = _given(given, (*TRACE, *SERVER, *PRICES))
+        return json.dumps({"arguments": arguments, "outcomes": list(map(figures, outcomes))})
+    terminal = Terminal.of_stdout()
+    return f"{terminal.text(terminal.note(_headline(trace, given)))}\n\n{table(outcomes, terminal)}"
+
+
+def _headline(trace: Trace, given: argparse.Namespace) -> str:
+    """What was simulated, without which no figure means anything."""
+    return (
+        f"{trace.n:,} requests for {trace.adapters:,} adapters, {given.rate:g} per second, seed "
+        f"{given.seed}; a step takes {given.step_us / 1e3:g} ms and {given.row_us / 1e3:g} ms per "
+        f"request; adapters of {given.adapter_bytes / 1e6:.3g} MB, {given.max_cpu_loras:,} in host "
+        f"memory; at most {given.max_num_seqs} requests run, each is overtaken at most "
+        f"{given.max_overtakes:,} times."
+    )
 
 
 def _given(given: argparse.Namespace, options: tuple[tuple[str, Any, str], ...]) -> dict[str, Any]:
     names = [name.replace("-", "_") for name, _, _ in options]
     return {name: getattr(given, name) for name in names}
-
-
-def _counts(text: str) -> list[int]:
-    """Whole numbers, from a text such as 1,8,64."""
-    return [int(part) for part in text.split(",")]

@@ -12,10 +12,21 @@ import numpy as np
 
 from sgmv.errors import ServingError
 from sgmv.serving.simulate import Outcome, Tenants
+from sgmv.terminal import Terminal
 
-HEAD = (
-    ("", "", "hit", "", "wait, all", "", "tenants' p99", "", "loaded", "read", "requests"),
-    ("slots", "policy", "rate", "deferred", "p50", "p99", "median", "worst", "GB", "GB", "/s"),
+# Of each column: its head, its key in JSON, and what one unit of the column is in units of the key.
+COLUMNS = (
+    ("slots", "slots", 1),
+    ("policy", "policy", 1),
+    ("hit\nrate\n%", "hit_rate", 1e-2),
+    ("defer\nrate\n%", "deferral_rate", 1e-2),
+    ("wait\np50\ns", "wait_p50_s", 1),
+    ("wait\np99\ns", "wait_p99_s", 1),
+    ("tenant\nmedian\np99, s", "tenant_median_p99_s", 1),
+    ("tenant\nworst\np99, s", "tenant_worst_p99_s", 1),
+    ("into\nslots\nGB", "loaded_bytes", 1e9),
+    ("from\ndisk\nGB", "read_bytes", 1e9),
+    ("ended\nper s", "requests_per_s", 1),
 )
 # Okabe and Ito's colours; markers differ as well.
 LOOKS = {"lru": ("#0072B2", "o", "-"), "fifo": ("#D55E00", "^", "--")}
@@ -23,30 +34,46 @@ TENANT_COLOURS = ("#000000", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#0072B
 FEWEST_REQUESTS = 20  # of a tenant whose p99 is drawn
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """One line for each outcome; times in seconds.
+def figures(outcome: Outcome) -> dict[str, Any]:
+    """One line of the table, for JSON: None where there is nothing to take a figure from.
+
+    >>> from sgmv.serving import Trace, simulate
+    >>> found = figures(simulate(Trace([0, 0], [1, 2], [9, 9]), max_loras=2))
+    >>> found["slots"], found["policy"], found["hit_rate"], found["wait_p50_s"]
+    (2, 'lru', 0.0, 0.03691)
+    """
+    p99 = outcome.tenants().p99_s
+    values = (
+        outcome.max_loras, outcome.policy, outcome.hit_rate, outcome.deferral_rate,
+        outcome.wait_s(50), outcome.wait_s(99), float(np.median(p99)) if len(p99) else math.nan,
+        float(p99.max(initial=0.0)), outcome.loaded_bytes, outcome.read_bytes,
+        outcome.requests_per_s,
+    )  # fmt: skip
+    known = (None if value != value else value for value in values)
+    return dict(zip((key for _, key, _ in COLUMNS), known, strict=True))
+
+
+def table(outcomes: Sequence[Outcome], terminal: Terminal | None = None) -> str:
+    """One line for each outcome, on a terminal of 80 columns if none is given.
 
     >>> from sgmv.serving import Trace, simulate
     >>> print(table([simulate(Trace([0, 0], [1, 2], [9, 9]), max_loras=2)]))
-                    hit            wait, all          tenants' p99          loaded    read  requests
-    slots  policy  rate  deferred        p50     p99        median   worst      GB      GB        /s
-        2     lru  0.0%      0.0%     0.0369  0.0369        0.0369  0.0369  0.0671  0.0671      6.88
+                    hit  defer    wait    wait  tenant  tenant    into    from
+                   rate   rate     p50     p99  median   worst   slots    disk
+    slots  policy     %      %       s       s  p99, s  p99, s      GB      GB
+    2         lru     0      0  0.0369  0.0369  0.0369  0.0369  0.0671  0.0671
+    <BLANKLINE>
+                   ended
+    slots  policy  per s
+    2         lru   6.88
     """
-    rows: list[tuple[str, ...]] = [*HEAD]
-    for outcome in outcomes:
-        p99 = outcome.tenants().p99_s
-        numbers = (
-            outcome.wait_s(50), outcome.wait_s(99), np.median(p99) if len(p99) else np.nan,
-            p99.max(initial=0.0), outcome.loaded_bytes / 1e9, outcome.read_bytes / 1e9,
-            outcome.requests_per_s,
-        )  # fmt: skip
-        shares = (f"{share:.1%}" for share in (outcome.hit_rate, outcome.deferral_rate))
-        rows.append((str(outcome.max_loras), outcome.policy, *shares, *map(_short, numbers)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    terminal = terminal or Terminal()
+    rows = [
+        [_short(each[key], scale) for _, key, scale in COLUMNS] for each in map(figures, outcomes)
+    ]
+    width = max((len(row[0]) for row in rows), default=0)
+    rows = [[row[0].rjust(width), *row[1:]] for row in rows]
+    return terminal.text(terminal.table([head for head, _, _ in COLUMNS], rows, keys=2))
 
 
 def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:
@@ -119,8 +146,15 @@ def _by_popularity(tenants: Tenants) -> tuple[list[float], list[float]]:
     )
 
 
-def _short(value: float) -> str:
-    """Three digits, in few characters."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+def _short(value: Any, scale: float) -> str:
+    """Three digits, in few characters; counts and texts as they are.
+
+    >>> _short(1464.2, 1), _short(0.4701, 1e-2), _short(8, 1), _short("lru", 1), _short(None, 1)
+    ('1,464', '47', '8', 'lru', '-')
+    """
+    if value is None:
+        return "-"
+    if scale == 1 and not isinstance(value, float):
+        return str(value)
+    scaled = value / scale
+    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.3g}"

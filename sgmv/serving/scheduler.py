@@ -59,7 +59,7 @@ class Scheduler(Generic[R]):
     Source: vLLM, vllm/v1/core/sched/scheduler.py, which has no bound on overtaking.
 
     >>> french, greek = LoRARequest("french", 1, "a/fr"), LoRARequest("greek", 2, "a/el")
-    >>> scheduler = Scheduler(max_loras=1)
+    >>> scheduler = Scheduler[str](max_loras=1)  # request ids are strings
     >>> for name, adapter in [("r0", french), ("r1", greek), ("r2", french), ("r3", None)]:
     ...     scheduler.add(name, adapter)
     >>> list(scheduler.schedule())
@@ -68,6 +68,8 @@ class Scheduler(Generic[R]):
     (None, None)
     >>> list(scheduler.schedule())
     ['r3', 'r1']
+    >>> scheduler
+    Scheduler(2 running, 0 waiting, max_loras=1, max_num_seqs=256, max_overtakes=256)
     """
 
     def __init__(self, max_loras: int, max_num_seqs: int = 256, max_overtakes: int = 256) -> None:
@@ -101,6 +103,13 @@ class Scheduler(Generic[R]):
     def holding(self) -> Set[int]:
         """Ids of the adapters that hold a slot: running, or pinned at the last step; and 0."""
         return self._holding
+
+    def __repr__(self) -> str:
+        return (
+            f"Scheduler({len(self._running)} running, {len(self._waiting)} waiting, "
+            f"max_loras={self.max_loras}, max_num_seqs={self.max_num_seqs}, "
+            f"max_overtakes={self.max_overtakes})"
+        )
 
     def add(self, request_id: R, lora_request: LoRARequest | None = None) -> None:
         """Let a request wait.

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from sgmv.adapters import Adapter, AdapterStack
 from sgmv.dtypes import check_dtype
-from sgmv.errors import DtypeError, ServingError, SgmvError, some
+from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
 from sgmv.peft import load_peft, near_names
 from sgmv.segment import check_count
 from sgmv.serving.requests import LoRARequest, check_lora_request
@@ -236,10 +236,11 @@ pinned ones, got [7, 9]; schedule fewer adapters, or unpin some
         >>> AdapterSlots(max_loras=1, max_cpu_loras=1, max_lora_rank=8).deactivate(7)
         Traceback (most recent call last):
         sgmv.errors.ServingError: lora_int_id: expected an adapter in a slot, one of [], got 7; \
-activate it first
+there is nothing to deactivate
         """
         with self._settled() as residency:
-            self._check_known(lora_int_id, residency.slots, "in a slot", "activate it first")
+            remedy = "there is nothing to deactivate"
+            self._check_known(lora_int_id, residency.slots, "in a slot", remedy)
             self._check_unpinned([lora_int_id])
             residency.leave_slot(lora_int_id)
 
@@ -254,10 +255,11 @@ activate it first
         >>> AdapterSlots(max_loras=1, max_cpu_loras=1, max_lora_rank=8).unload(7)
         Traceback (most recent call last):
         sgmv.errors.ServingError: lora_int_id: expected an adapter in host memory, one of [], got \
-7; load it first
+7; there is nothing to unload
         """
         with self._settled() as residency:
-            self._check_known(lora_int_id, residency.host, "in host memory", "load it first")
+            remedy = "there is nothing to unload"
+            self._check_known(lora_int_id, residency.host, "in host memory", remedy)
             self._check_unpinned([lora_int_id])
             residency.leave(lora_int_id)
 
@@ -289,11 +291,11 @@ activate it first
 
         >>> AdapterSlots(max_loras=1, max_cpu_loras=1, max_lora_rank=8).unpin(7)
         Traceback (most recent call last):
-        sgmv.errors.ServingError: lora_int_id: expected an adapter pinned, one of [], got 7; pin \
-it first
+        sgmv.errors.ServingError: lora_int_id: expected an adapter pinned, one of [], got 7; \
+there is nothing to unpin
         """
         with self._changing:
-            self._check_known(lora_int_id, self._pinned, "pinned", "pin it first")
+            self._check_known(lora_int_id, self._pinned, "pinned", "there is nothing to unpin")
             self._pinned -= {lora_int_id}
 
     def stack(self, module: str) -> AdapterStack:
@@ -465,6 +467,13 @@ it first
                 raise DtypeError("read", "an Adapter for each module", given, "wrap it in Adapter")
             if module not in stacks:
                 stacks[module] = self._stack((adapter.h_in, adapter.h_out))
+            if adapter.r > self.max_lora_rank:
+                raise StackError(
+                    f"{lora_request}, {module!r}",
+                    f"a rank of at most max_lora_rank = {self.max_lora_rank}",
+                    str(adapter.r),
+                    "make the AdapterSlots with a larger max_lora_rank",
+                )
             try:
                 layers[module] = stacks[module].fitted(adapter)
             except SgmvError as error:

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from sgmv.schedule import BASE_ONLY
 
@@ -31,6 +32,7 @@ class Terminal:
     """A width, and whether colours and box characters may be used.
 
     Semantics: `colour_of` gives an adapter's place in COLOURS; an id that is not in it has none.
+    `about` stands below every title: what all tables here are about.
 
     >>> for line in Terminal(24).table(("kernel", "blocks"), [("shrink", "32")]):
     ...     print(line)
@@ -42,9 +44,12 @@ class Terminal:
     colour: bool = False
     boxes: bool = True
     colour_of: Mapping[int, int] = field(default_factory=dict)
+    about: str = ""
 
     @classmethod
-    def of_stdout(cls, colour_of: Mapping[int, int]) -> Terminal:
+    def of_stdout(
+        cls, colour_of: Mapping[int, int] = MappingProxyType({}), about: str = ""
+    ) -> Terminal:
         """The terminal behind standard output; a pipe has no colours and, unless COLUMNS tells, 80.
 
         NO_COLOR, if set and not empty, turns colours off: https://no-color.org
@@ -56,7 +61,7 @@ class Terminal:
         except UnicodeEncodeError:
             boxes = False
         width = max(shutil.get_terminal_size().columns, NARROWEST)
-        return cls(width, sys.stdout.isatty() and not quiet, boxes, colour_of)
+        return cls(width, sys.stdout.isatty() and not quiet, boxes, colour_of, about)
 
     def text(self, lines: Sequence[str]) -> str:
         """The lines as one text; one that is still too long goes on in the next."""
@@ -65,11 +70,13 @@ class Terminal:
         return text if self.boxes else text.translate(PLAIN)
 
     def title(self, text: str) -> list[str]:
-        """A heading: bold, or underlined where there are no colours."""
+        """A heading: bold, or underlined where there are no colours; then what it is about."""
         lines = textwrap.wrap(text, self.width)
         if self.colour:
-            return [self._styled("1", line) for line in lines]
-        return [*lines, "─" * max(map(len, lines), default=0)]
+            lines = [self.bold(line) for line in lines]
+        else:
+            lines.append("─" * max(map(len, lines), default=0))
+        return [*lines, *map(self.faint, self.note(self.about))]
 
     def note(self, text: str, indent: str = "") -> list[str]:
         """A paragraph; lines after the first are indented."""
@@ -97,27 +104,44 @@ class Terminal:
         colour = f"38;5;{self._code(adapter_id)}" if adapter_id in self.colour_of else ""
         return self._styled(colour, FULL * full) + self.faint(EMPTY * (cells - full))
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        """Columns, all but the first to the right; where they are too wide, one row below another.
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1) -> list[str]:
+        """Columns, all but the first to the right; where they are too wide, the others below.
+
+        Semantics: the first `keys` columns are repeated before those that stand below. A head may
+        have several lines. Where not even one column fits beside the keys, a line for each cell.
 
         >>> head, row = ("kernel", "blocks", "waves"), ("shrink", "9", "1")
         >>> for line in Terminal(20).table(head, [row]):
         ...     print(line)
-        kernel shrink
-          blocks  9
-          waves   1
+        kernel  blocks
+        shrink       9
+        <BLANKLINE>
+        kernel  waves
+        shrink      1
         """
         columns = list(zip(head, *rows, strict=True))
-        widths = [max(map(_length, column)) for column in columns]
-        if sum(widths) + 2 * (len(widths) - 1) <= self.width:
-            lines = [_row(row, widths) for row in (head, *rows)]
-            return [self.bold(lines[0].rstrip()), *lines[1:]]
-        name_width = max(map(len, head[1:]), default=0)
+        widths = [max(map(_length, "\n".join(column).split("\n"))) for column in columns]
+        parts = _parts(widths, keys, self.width)
+        if not parts:
+            return self._one_below_another(head, rows, keys)
+        lines: list[str] = []
+        for part in parts:
+            names = _several_lines([head[c] for c in part])
+            texts = [_row(cells, [widths[c] for c in part]) for cells in names]
+            lines += [""] * bool(lines) + [self.bold(text.rstrip()) for text in texts]
+            lines += [_row([row[c] for c in part], [widths[c] for c in part]) for row in rows]
+        return lines
+
+    def _one_below_another(
+        self, head: Sequence[str], rows: Sequence[Sequence[str]], keys: int
+    ) -> list[str]:
+        names = [name.replace("\n", " ").strip() for name in head]
+        width = max(map(len, names[keys:]), default=0)
         lines = []
         for row in rows:
-            lines.append(f"{head[0]} {self.bold(row[0])}")
-            named = zip(head[1:], row[1:], strict=True)
-            lines += [f"  {name:{name_width}}  {cell}" for name, cell in named]
+            named = list(zip(names, row, strict=True))
+            lines.append("  ".join(f"{name} {self.bold(cell)}" for name, cell in named[:keys]))
+            lines += [f"  {name:{width}}  {cell}" for name, cell in named[keys:]]
         return lines
 
     def strip(
@@ -180,6 +204,35 @@ def _length(text: str) -> int:
     return len(ESCAPE.sub("", text))
 
 
+def _parts(widths: Sequence[int], keys: int, room: int) -> list[list[int]]:
+    """The columns that stand side by side, keys before each; none if there is no room for that.
+
+    >>> _parts([6, 6, 5, 9], 1, 21), _parts([6, 6], 1, 13)
+    ([[0, 1, 2], [0, 3]], [])
+    """
+    first = list(range(keys))
+    parts = [list(first)]
+    for column in range(keys, len(widths)):
+        if sum(widths[c] + 2 for c in [*parts[-1], column]) - 2 > room:
+            if parts[-1] == first or sum(widths[c] + 2 for c in [*first, column]) - 2 > room:
+                return []
+            parts.append(list(first))
+        parts[-1].append(column)
+    return parts
+
+
+def _several_lines(names: Sequence[str]) -> list[list[str]]:
+    r"""The lines of a head; short names stand at its foot.
+
+    >>> _several_lines(["kernel", "wasted\n%"])
+    [['', 'wasted'], ['kernel', '%']]
+    """
+    split = [name.split("\n") for name in names]
+    most = max(map(len, split))
+    filled = ([""] * (most - len(each)) + each for each in split)
+    return [list(line) for line in zip(*filled, strict=True)]
+
+
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     """The first cell to the left, the others to the right."""
     gaps = [" " * (width - _length(cell)) for cell, width in zip(cells, widths, strict=True)]
@@ -197,3 +250,12 @@ def abbreviated(count: int, each_end: int = 6) -> list[int | None]:
     if count > 2 * each_end + 1:
         shown = [*shown[:each_end], None, *shown[count - each_end :]]
     return shown
+
+
+def plural(count: int, word: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "row"), plural(1234, "row")
+    ('1 row', '1,234 rows')
+    """
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

@@ -34,8 +34,8 @@ from sgmv.errors import (
 )
 from sgmv.kernels.call import PANEL, WIDE_PANEL
 from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.kernels.plan import NO_SLOT, UNKNOWN, find
 from sgmv.memory import aligned
-from sgmv.schedule import NO_SLOT, UNKNOWN, find
 from sgmv.segment import Integers, check_count, is_integer
 
 

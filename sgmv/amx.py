@@ -32,7 +32,7 @@ from sgmv.kernels.call import (
     V,
     X,
 )
-from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86, entry
+from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
 from sgmv.kernels.pool import EVERY_TASK, take_part
 
 # Linux's arch_prctl, and its request for tile registers in the threads of this process.
@@ -88,12 +88,7 @@ def _is_permitted() -> bool:
 
 def shrink_kernel() -> int:
     """The address of shrink on tile products; compiled on first use."""
-    who = unit()
-
-    def amx_shrink(call: int, limit: int) -> None:
-        amx.shrink(call, limit, who)
-
-    return entry(amx_shrink)
+    return int(amx.shrink_kernel(unit()))
 
 
 def _is_right() -> bool:

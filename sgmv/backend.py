@@ -16,7 +16,7 @@ from sgmv import amx
 from sgmv.dtypes import BITS, FLOAT64, sum_dtype
 from sgmv.errors import ValueRangeError
 from sgmv.kernels import loops, tiles
-from sgmv.kernels.jit import VECTOR_BITS, entry
+from sgmv.kernels.jit import VECTOR_BITS
 
 BACKENDS = ("amx", "tiles", "loops")
 
@@ -96,9 +96,9 @@ def _shrink_kernel(backend: str, x: Dtype, weights: Dtype, v: Dtype) -> int:
         if backend == "amx":
             _shrink[key] = amx.shrink_kernel()
         elif backend == "tiles":
-            _shrink[key] = _tiles_shrink(x_like, w_like)
+            _shrink[key] = tiles.shrink_kernel(x_like, w_like)
         else:
-            _shrink[key] = _loops_shrink(x_like, w_like, v_like)
+            _shrink[key] = loops.shrink_kernel(x_like, w_like, v_like)
     return _shrink[key]
 
 
@@ -107,39 +107,7 @@ def _expand_kernel(backend: str, v: Dtype, weights: Dtype, y: Dtype) -> int:
     if key not in _expand:
         v_like, w_like, y_like = (BITS[dtype.name].type(0) for dtype in (v, weights, y))
         if backend == "tiles":
-            _expand[key] = _tiles_expand(w_like, y_like)
+            _expand[key] = tiles.expand_kernel(w_like, y_like)
         else:
-            _expand[key] = _loops_expand(v_like, w_like, y_like)
+            _expand[key] = loops.expand_kernel(v_like, w_like, y_like)
     return _expand[key]
-
-
-# Each mix of types is a closure over numbers that tell the types, which numba's cache can tell
-# apart; over functions it could not.
-
-
-def _tiles_shrink(x_like: Any, w_like: Any) -> int:
-    def tiles_shrink(call: int, limit: int) -> None:
-        tiles.shrink(call, limit, x_like, w_like)
-
-    return entry(tiles_shrink)
-
-
-def _tiles_expand(w_like: Any, y_like: Any) -> int:
-    def tiles_expand(call: int, limit: int) -> None:
-        tiles.expand(call, limit, w_like, y_like)
-
-    return entry(tiles_expand)
-
-
-def _loops_shrink(x_like: Any, w_like: Any, v_like: Any) -> int:
-    def loops_shrink(call: int, limit: int) -> None:
-        loops.shrink(call, limit, x_like, w_like, v_like)
-
-    return entry(loops_shrink)
-
-
-def _loops_expand(v_like: Any, w_like: Any, y_like: Any) -> int:
-    def loops_expand(call: int, limit: int) -> None:
-        loops.expand(call, limit, v_like, w_like, y_like)
-
-    return entry(loops_expand)

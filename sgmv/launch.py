@@ -14,76 +14,15 @@ from sgmv import workers
 from sgmv.adapters import SlotTable
 from sgmv.backend import Kernels
 from sgmv.dtypes import Array, as_bits
-from sgmv.kernels.call import (
-    BLOCK_COUNT,
-    BLOCKS,
-    COLUMNS,
-    EXPAND,
-    EXPAND_CUTS,
-    EXPAND_NEXT,
-    FIELDS,
-    H_IN,
-    H_OUT,
-    IDS,
-    INTEGER,
-    LIMIT,
-    LOADED,
-    RANK_UNIT,
-    RANKS,
-    ROWS,
-    SCALINGS,
-    SCRATCH,
-    SEGMENT_IDS,
-    SEGMENT_ROWS,
-    SEGMENTS_FIELDS,
-    SEQ_START,
-    SHRINK,
-    SHRINK_CUTS,
-    SHRINK_DONE,
-    SHRINK_NEXT,
-    SLICES,
-    SLOT_OF,
-    SLOTS,
-    TABLE_COLUMNS,
-    TABLE_FIELDS,
-    TABLE_H_IN,
-    TABLE_H_OUT,
-    TABLE_SCALINGS,
-    TABLE_SLICES,
-    TABLE_WA,
-    TABLE_WB,
-    TABLE_WB_COLUMN,
-    TABLE_WB_RANK,
-    THREADS,
-    V_STRIDE,
-    WA,
-    WB,
-    WB_COLUMN,
-    WB_RANK,
-    S,
-    V,
-    X,
-    Y,
-)
-from sgmv.kernels.jit import JITTED, jit, vector, where
-from sgmv.kernels.pool import abandon, all_begun, fork_join, open_gate, shut_gate, take_part
-from sgmv.schedule import (
-    BASE_ONLY,
-    cost,
-    cuts,
-    find,
-    most_blocks,
-    most_digits,
-    row_blocks,
-    sort,
-)
+from sgmv.kernels.call import FIELDS, SCRATCH, V_STRIDE, V, X, Y
+from sgmv.kernels.jit import JITTED
+from sgmv.kernels.plan import scratch_size
+from sgmv.kernels.pool import abandon, shut_gate
+from sgmv.kernels.start import MORE, REFUSED, address, place, resume, start
 from sgmv.segment import Integers, Segments, segment
 
-# Outcomes of a launch.
-DONE, MORE, REFUSED = 0, 1, -1
 # Two cores that meet over less work than this lose more than they gain, helpers awake or not.
 WORTH_SHARING_NS = 20_000
-BETWEEN_SIGNALS_NS = 50_000_000  # of work, about, until a call hears signals, such as Ctrl-C
 
 
 class Workspace:
@@ -113,11 +52,6 @@ class Workspace:
             self.v = np.empty(n * row_bytes // 4, np.float32)
             self.v_bytes, self.v_address = n * row_bytes, address(self.v)
         self.call[V], self.call[V_STRIDE] = self.v_address, row_bytes
-
-
-def scratch_size(n: int) -> int:
-    """The integers that the plan of n rows needs."""
-    return int(6 * n + 1 + 4 * most_blocks(n) + most_digits(n))
 
 
 _idle: list[Workspace] = []
@@ -229,101 +163,3 @@ def _give_up(space: Workspace, gate: int) -> None:
             return
         except KeyboardInterrupt:  # helpers may still write: be done with them first
             continue
-
-
-@jit()
-def address(array: Any) -> Any:
-    """Where the array's first element stands."""
-    return where(array)
-
-
-@jit()
-def place(call: int, one: Any, its: int, other: Any, others: int) -> None:
-    """Write two operands' addresses and row strides to these fields of a call, in one call."""
-    fields = vector(call, FIELDS, INTEGER)
-    fields[its], fields[its + 1] = where(one), one.strides[0]
-    fields[others], fields[others + 1] = where(other), other.strides[0]
-
-
-@jit()
-def start(
-    call: int,
-    gate: int,
-    shrink: int,
-    expand: int,
-    table: int,
-    segments: int,
-    ids: int,
-    n: int,
-    threads: int,
-    worth_sharing_ns: int,
-) -> Any:
-    """Plan the call, open the gate to helpers, if any, where it pays, and run tasks."""
-    fields, layer = vector(call, FIELDS, INTEGER), vector(table, TABLE_FIELDS, INTEGER)
-    h_in, h_out = layer[TABLE_H_IN], layer[TABLE_H_OUT]
-    fields[H_IN], fields[H_OUT], fields[THREADS] = h_in, h_out, threads
-    fields[SHRINK], fields[EXPAND], fields[COLUMNS] = shrink, expand, layer[TABLE_COLUMNS]
-    fields[WA], fields[WB] = layer[TABLE_WA], layer[TABLE_WB]
-    fields[WB_RANK], fields[WB_COLUMN] = layer[TABLE_WB_RANK], layer[TABLE_WB_COLUMN]
-    fields[SCALINGS], fields[SLICES] = layer[TABLE_SCALINGS], layer[TABLE_SLICES]
-    fields[SHRINK_NEXT] = fields[SHRINK_DONE] = fields[EXPAND_NEXT] = 0
-    blocks = plan(fields, layer, segments, ids, n)
-    if blocks < 0:
-        return REFUSED
-    widths = (h_in * fields[SLICES] if shrink != 0 else 0) + (h_out if expand != 0 else 0)
-    block = vector(fields[BLOCKS], blocks * 4, INTEGER).reshape((blocks, 4))
-    cost_ns, rank = cost(block, widths)
-    if cost_ns < worth_sharing_ns:
-        threads, gate = 1, 0
-    fields[BLOCK_COUNT] = blocks
-    fields[SHRINK_CUTS] = cuts(blocks, -(-rank // RANK_UNIT), threads)
-    fields[EXPAND_CUTS] = cuts(blocks, -(-h_out // fields[COLUMNS]), threads)
-    tasks = blocks * max(fields[SHRINK_CUTS], fields[EXPAND_CUTS])
-    fields[LIMIT] = max(1, tasks * BETWEEN_SIGNALS_NS // max(cost_ns, 1))
-    if gate != 0:
-        open_gate(gate, call)
-    return resume(call, gate)
-
-
-@jit()
-def resume(call: int, gate: int) -> Any:
-    """Run tasks until none is left, or for as long as signals may wait."""
-    if gate == 0 or not fork_join(gate, call):
-        take_part(call, vector(call, FIELDS, INTEGER)[LIMIT])
-    if not all_begun(call):
-        return MORE
-    if gate != 0:
-        shut_gate(gate)
-    return DONE
-
-
-@jit()
-def plan(fields: Any, layer: Any, segments: int, ids: int, n: int) -> Any:
-    """Find the batch's segments, their slots and row blocks; returns how many, -1 if it cannot."""
-    scratch = vector(fields[SCRATCH], 5 * n, INTEGER)
-    slot, rank = scratch[:n], scratch[n : 2 * n]
-    rest = fields[SCRATCH] + 5 * n * 8
-    if segments != 0:
-        made = vector(segments, SEGMENTS_FIELDS, INTEGER)
-        count = made[S]
-        fields[ROWS] = made[SEGMENT_ROWS]
-        seq_start = vector(made[SEQ_START], count + 1, INTEGER)
-        segment_ids = vector(made[SEGMENT_IDS], count, INTEGER)
-    else:
-        fields[ROWS] = fields[SCRATCH] + 2 * n * 8
-        seq_start = vector(rest, n + 1, INTEGER)
-        segment_ids = scratch[3 * n : 4 * n]
-        digits = vector(rest + 8 * (n + 1), most_digits(n), INTEGER)
-        rows, target = scratch[2 * n : 3 * n], scratch[4 * n :]
-        count = sort(vector(ids, n, INTEGER), rows, seq_start, segment_ids, target, digits)
-        if count > 0 and segment_ids[0] < BASE_ONLY:
-            return -1
-    rest += 8 * (n + 1 + most_digits(n))
-    fields[BLOCKS] = rest
-    known = vector(layer[IDS], layer[LOADED], INTEGER)
-    slots = vector(layer[SLOT_OF], layer[LOADED], INTEGER)
-    ranks = vector(layer[RANKS], layer[SLOTS], INTEGER)
-    if find(known, slots, ranks, segment_ids[:count], slot, rank) > 0:
-        return -1
-    blocks = vector(rest, 4 * most_blocks(n), INTEGER).reshape((most_blocks(n), 4))
-    return row_blocks(seq_start, slot[:count], rank[:count], fields[THREADS], blocks)

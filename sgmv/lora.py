@@ -31,8 +31,8 @@ from sgmv.backend import kernels
 from sgmv.checks import check_stack, check_x, check_y
 from sgmv.dtypes import Array, check_matrix, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import launch
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Segments, as_ids, segment
 
 

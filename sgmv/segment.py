@@ -25,7 +25,7 @@ from sgmv.errors import (
     ValueRangeError,
     some,
 )
-from sgmv.schedule import BASE_ONLY, most_digits, sort
+from sgmv.kernels.plan import BASE_ONLY, most_digits, sort
 
 Integers = npt.NDArray[np.int64]
 SHOWN_AT_EACH_END = 6

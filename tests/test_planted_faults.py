@@ -34,8 +34,8 @@ SMALL_BLOCKS = (
     Fault("kernels.loops", "K_BLOCK = 1024", "K_BLOCK = 16"),
     Fault("kernels.call", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
     Fault("kernels.call", "RANK_UNIT = 8", "RANK_UNIT = 4"),
-    Fault("schedule", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
-    Fault("schedule", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
+    Fault("kernels.plan", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
+    Fault("kernels.plan", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
     Fault("launch", "WORTH_SHARING_NS = 20_000", "WORTH_SHARING_NS = 0"),
 )
 
@@ -92,33 +92,33 @@ FAULTS = {
     ),
     # metadata
     "rows are not put in a stable order": Fault(
-        "schedule",
+        "kernels.plan",
         "for p in range(n):\n            i = source[p]\n            d =",
         "for p in range(n - 1, -1, -1):\n            i = source[p]\n            d =",
     ),
     "offsets are off by one": Fault(
-        "schedule", "seq_start[S] = p\n", "seq_start[S] = max(p - 1, 0)\n"
+        "kernels.plan", "seq_start[S] = p\n", "seq_start[S] = max(p - 1, 0)\n"
     ),
     "the last segment ends early": Fault(
-        "schedule", "seq_start[S] = n\n", "seq_start[S] = max(n - 1, 0)\n"
+        "kernels.plan", "seq_start[S] = n\n", "seq_start[S] = max(n - 1, 0)\n"
     ),
-    "high digits of the ids are not sorted": Fault("schedule", "shift < 64", "shift < 4"),
+    "high digits of the ids are not sorted": Fault("kernels.plan", "shift < 64", "shift < 4"),
     "the plan's memory is too near the blocks": Fault(
-        "launch", "rest += 8 * (n + 1 + most_digits(n))", "rest += 8 * (n - 1)"
+        "kernels.plan", "rest += 8 * (n + 1 + most_digits(n))", "rest += 8 * (n - 1)"
     ),
-    # schedule
+    # tasks
     "row blocks overlap": Fault(
-        "schedule",
+        "kernels.plan",
         "blocks[count, 2] = start + m * i // pieces",
         "blocks[count, 2] = max(seq_start[0], start + m * i // pieces - 1)",
     ),
     "a segment's last row has no task": Fault(
-        "schedule",
+        "kernels.plan",
         "blocks[count, 3] = start + m * (i + 1) // pieces",
         "blocks[count, 3] = start + max(1, m * (i + 1) // pieces - 1)",
     ),
     "rank 0 is scheduled": Fault(
-        "schedule", "if rank[s] == 0:\n            continue", "if False:\n            continue"
+        "kernels.plan", "if rank[s] == 0:\n            continue", "if False:\n            continue"
     ),
     "the columns' last block is cut off": Fault(
         "kernels.call",
@@ -134,12 +134,12 @@ FAULTS = {
         "low, high = cut_of(task, call[SHRINK_CUTS], r // 8 * 8 or r, RANK_UNIT)",
     ),
     "every id is served by the first slot": Fault(
-        "schedule",
+        "kernels.plan",
         "slot[s] = slots[low]\n            rank[s] = ranks[slots[low]]",
         "slot[s] = max(slots[0], 0)\n            rank[s] = ranks[slot[s]]",
     ),
     "base rows get an adapter's delta": Fault(
-        "schedule",
+        "kernels.plan",
         "if adapter_ids[s] == BASE_ONLY:\n            continue",
         "if adapter_ids[s] == BASE_ONLY and ids.shape[0]:\n"
         "            slot[s] = max(slots[-1], 0)\n"
@@ -147,7 +147,7 @@ FAULTS = {
         "            continue",
     ),
     "ranks of the wrong slot": Fault(
-        "schedule", "rank[s] = ranks[slots[low]]", "rank[s] = min(ranks[slots[low]], ranks[0])"
+        "kernels.plan", "rank[s] = ranks[slots[low]]", "rank[s] = min(ranks[slots[low]], ranks[0])"
     ),
     "panels are packed in another order": Fault(
         "adapters", "for c in range(0, h_out, columns):", "for c in (0,) * (h_out > 0):"
@@ -161,9 +161,10 @@ FAULTS = {
     # same row, same bits
     "a row's order of summation depends on its company": Fault(
         "kernels.loops",
-        "for k in range(0, call[H_IN], K_BLOCK):\n            width = min(K_BLOCK, call[H_IN] - k)",
+        "for k in range(0, call[H_IN], K_BLOCK):\n"
+        "                width = min(K_BLOCK, call[H_IN] - k)",
         "K = K_BLOCK + (last - first) % 3\n"
-        "        for k in range(0, call[H_IN], K):\n            width = min(K, call[H_IN] - k)",
+        "            for k in range(0, call[H_IN], K):\n                width = min(K, call[H_IN] - k)",
     ),
 }
 

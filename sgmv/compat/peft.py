@@ -31,10 +31,10 @@ from sgmv.backend import kernels
 from sgmv.compat.arrays import as_array, float_dtype
 from sgmv.dtypes import BITS, promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import run, workspace
 from sgmv.layouts.names import BASE_NAME
 from sgmv.lora import add_lora
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Segments, segment
 from sgmv.workers import torchs_pool
 

@@ -32,8 +32,8 @@ from sgmv.errors import (
     some,
 )
 from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import launch
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, segment
 
 Operand: TypeAlias = Any  # a numpy array, or a torch tensor on the CPU

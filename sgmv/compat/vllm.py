@@ -42,9 +42,9 @@ from sgmv.compat.products import (
 )
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import ShapeError, StackError, ValueRangeError, some
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import row_ids
 from sgmv.layouts.vllm import VllmV0, vllm_v0
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, check_count, segment
 
 Operands: TypeAlias = Any  # one for each slice; or an array of them

@@ -26,8 +26,8 @@ from sgmv.dtypes import Array, check_matrix
 from sgmv.emulator.blocks import Block, Deadlock, Index, Races, execute
 from sgmv.emulator.device import Device
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, as_segments
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, check_count
 
 Floats = npt.NDArray[np.float32]

@@ -25,9 +25,9 @@ from sgmv.emulator.launch import (
     multiply,
     zero_filled,
 )
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.grouped import MIN_CHUNK, chunk_rows, cut
 from sgmv.layouts.rows import Batch, offsets
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, check_count
 
 THREADS = (128, 1, 1)  # Triton's default of 4 warps

@@ -27,9 +27,9 @@ from sgmv.emulator.launch import (
     multiply,
     zero_filled,
 )
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, Int32, Slots, ids_of
 from sgmv.layouts.vllm import LoRAKernelMeta, vllm_v1
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import check_count
 
 THREADS = (128, 1, 1)  # 4 warps

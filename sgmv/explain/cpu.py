@@ -13,8 +13,8 @@ from sgmv.explain.question import Facts, Question
 from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.kernels.plan import BASE_ONLY, NO_SLOT, cost, cuts, most_blocks, row_blocks
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
-from sgmv.schedule import BASE_ONLY, NO_SLOT, cost, cuts, most_blocks, row_blocks
 from sgmv.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated, plural
 
 
@@ -79,7 +79,7 @@ def tasks(question: Question) -> Facts:
     """Row blocks, the tasks that they are cut into, and the register tiles of a task.
 
     Semantics: as `sgmv.launch` plans a call with float32 weights, on so many threads; see
-    schedule.py for blocks and cuts, kernels/tiles.py for tiles. Without vector tiles (see
+    kernels/plan.py for blocks and cuts, kernels/tiles.py for tiles. Without vector tiles (see
     `sgmv.info`) the plan is the same and `tiles` is empty.
     """
     segments, threads = question.segments, question.threads

@@ -11,8 +11,8 @@ import numpy as np
 from sgmv.adapters import AdapterStack
 from sgmv.emulator import Device
 from sgmv.errors import ValueRangeError
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import row_ids
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Segments, check_count
 from sgmv.terminal import plural
 

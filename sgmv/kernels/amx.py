@@ -52,7 +52,7 @@ from sgmv.kernels.call import (
     item,
 )
 from sgmv.kernels.emit import I8, I16, numbers
-from sgmv.kernels.jit import INT64, jit, vector
+from sgmv.kernels.jit import INT64, entry, jit, vector
 
 CHAINS = 4  # tiles 0 to 3 hold sums,
 WEIGHTS, COLUMNS = (4, 5), (6, 7)  # these the operands, in turn
@@ -236,25 +236,28 @@ def _write_configuration(memory, ranks, columns):
         configuration[48 + tile] = SIDE if tile in COLUMNS else ranks
 
 
-@jit()
-def shrink(address, limit, unit):
-    """Run up to `limit` tasks of the call at this address: v = x @ wa.T, row block by row block.
+def shrink_kernel(unit):
+    """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block.
 
-    unit  who computes tile products, see amx_instructions.py
+    unit  what computes tile products, see amx_instructions.py
     """
-    call = vector(address, FIELDS, INTEGER)
-    memory = _task_memory()
-    for _ in range(limit):
-        task = claim(address, SHRINK_NEXT)
-        if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
-            return
-        slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
-        low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
-        if low < high:  # a configuration of no rank is refused
-            columns = 1
-            while columns < min(last - first, SIDE):
-                columns *= 2
-            _write_configuration(memory, min(high - low, SIDE), columns)
-            wa = item(call[WA], slot)
-            _tile_products(unit, address, memory, columns, wa, first, last, low, high)
-        add_atomic(address + 8 * SHRINK_DONE, 1)
+
+    def amx_shrink(address, limit):
+        call = vector(address, FIELDS, INTEGER)
+        memory = _task_memory()
+        for _ in range(limit):
+            task = claim(address, SHRINK_NEXT)
+            if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+                return
+            slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
+            low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
+            if low < high:  # a configuration of no rank is refused
+                columns = 1
+                while columns < min(last - first, SIDE):
+                    columns *= 2
+                _write_configuration(memory, min(high - low, SIDE), columns)
+                wa = item(call[WA], slot)
+                _tile_products(unit, address, memory, columns, wa, first, last, low, high)
+            add_atomic(address + 8 * SHRINK_DONE, 1)
+
+    return entry(amx_shrink)

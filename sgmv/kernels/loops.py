@@ -59,7 +59,7 @@ from sgmv.kernels.call import (
     item,
 )
 from sgmv.kernels.floats import decode, encode
-from sgmv.kernels.jit import ANY_ORDER, jit, size_of, vector
+from sgmv.kernels.jit import ANY_ORDER, entry, jit, size_of, vector
 from sgmv.kernels.panels import panel_at, plain_rank, scratch
 
 K_BLOCK = 1024  # four rows of wa and one of x stay in L1: 5 * 1024 * 4 B = 20 KiB
@@ -77,34 +77,37 @@ def dot4(x, a0, a1, a2, a3, zero):
     return s0, s1, s2, s3
 
 
-@jit()
-def shrink(address, limit, x_like, w_like, v_like):
-    """Run up to `limit` tasks of the call at this address: v[p] = x[rows[p]] @ wa.T."""
-    call = vector(address, FIELDS, INTEGER)
-    for _ in range(limit):
-        task = claim(address, SHRINK_NEXT)
-        if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
-            return
-        slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
-        low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
-        row = call[H_IN] * size_of(w_like)
-        for k in range(0, call[H_IN], K_BLOCK):
-            width = min(K_BLOCK, call[H_IN] - k)
-            for s in range(call[SLICES]):
-                wa = item(call[WA], slot * call[SLICES] + s) + k * size_of(w_like)
-                v_0 = call[V] + s * r * size_of(v_like)
-                for j in range(low, high, 4):
-                    # Past the last rank the last one is read again, and its sum is dropped.
-                    a0 = vector(wa + j * row, width, w_like)
-                    a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
-                    a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
-                    a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
-                    for p in range(first, last):
-                        x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
-                        v = vector(v_0 + p * call[V_STRIDE], high, v_like)
-                        sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
-                        add_sums(v[j:], sums, k == 0)
-        add_atomic(address + 8 * SHRINK_DONE, 1)
+def shrink_kernel(x_like, w_like, v_like):
+    """The kernel v[p] = x[rows[p]] @ wa.T: up to `limit` tasks of the call at an address."""
+
+    def loops_shrink(address, limit):
+        call = vector(address, FIELDS, INTEGER)
+        for _ in range(limit):
+            task = claim(address, SHRINK_NEXT)
+            if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+                return
+            slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
+            low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
+            row = call[H_IN] * size_of(w_like)
+            for k in range(0, call[H_IN], K_BLOCK):
+                width = min(K_BLOCK, call[H_IN] - k)
+                for s in range(call[SLICES]):
+                    wa = item(call[WA], slot * call[SLICES] + s) + k * size_of(w_like)
+                    v_0 = call[V] + s * r * size_of(v_like)
+                    for j in range(low, high, 4):
+                        # Past the last rank the last one is read again, and its sum is dropped.
+                        a0 = vector(wa + j * row, width, w_like)
+                        a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
+                        a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
+                        a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
+                        for p in range(first, last):
+                            x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
+                            v = vector(v_0 + p * call[V_STRIDE], high, v_like)
+                            sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
+                            add_sums(v[j:], sums, k == 0)
+            add_atomic(address + 8 * SHRINK_DONE, 1)
+
+    return entry(loops_shrink)
 
 
 @jit()
@@ -179,30 +182,33 @@ def store(y, scaling, sums, like):
         y[c] = encode(decode(y[c], scaling) + scaling * sums[c], like)
 
 
-@jit()
-def expand(address, limit, v_like, w_like, y_like):
-    """Run up to `limit` tasks of the call: y[rows[p]] += scaling * v[p] @ wb, panel by panel."""
-    call = vector(address, FIELDS, INTEGER)
-    columns = call[COLUMNS]
-    four = np.zeros(4 * columns, type(v_like))
-    room = scratch(plain_rank(call), min(columns, call[H_OUT]), w_like)
-    for _ in range(limit):
-        task = claim(address, EXPAND_NEXT)
-        if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
-            return
-        slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
-        low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], columns)
-        scaling = type(v_like)(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
-        for c in range(low, high, columns):
-            width = min(columns, high - c)
-            wb = panel_at(call, slot, r, c, width, room, w_like)
-            sums = four[: 4 * width].reshape((4, width))
-            for p in range(first, last, 4):
-                count = min(4, last - p)
-                multiply(sums, call, p, count, wb, v_like)
-                for i in range(count):
-                    y = call[Y] + item(call[ROWS], p + i) * call[Y_STRIDE] + c * size_of(y_like)
-                    store(vector(y, width, y_like), scaling, sums[i], y_like)
+def expand_kernel(v_like, w_like, y_like):
+    """The kernel y[rows[p]] += scaling * v[p] @ wb: up to `limit` tasks, panel by panel."""
+
+    def loops_expand(address, limit):
+        call = vector(address, FIELDS, INTEGER)
+        columns = call[COLUMNS]
+        four = np.zeros(4 * columns, type(v_like))
+        room = scratch(plain_rank(call), min(columns, call[H_OUT]), w_like)
+        for _ in range(limit):
+            task = claim(address, EXPAND_NEXT)
+            if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
+                return
+            slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
+            low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], columns)
+            scaling = type(v_like)(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
+            for c in range(low, high, columns):
+                width = min(columns, high - c)
+                wb = panel_at(call, slot, r, c, width, room, w_like)
+                sums = four[: 4 * width].reshape((4, width))
+                for p in range(first, last, 4):
+                    count = min(4, last - p)
+                    multiply(sums, call, p, count, wb, v_like)
+                    for i in range(count):
+                        y = call[Y] + item(call[ROWS], p + i) * call[Y_STRIDE] + c * size_of(y_like)
+                        store(vector(y, width, y_like), scaling, sums[i], y_like)
+
+    return entry(loops_expand)
 
 
 @jit()

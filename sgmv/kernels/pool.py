@@ -129,7 +129,9 @@ def keep_clear(pool: int) -> None:
         return
     fields[KEPT_CLEAR] = cpu
     mask = vector(fields[MASK], CPU_WORDS, INTEGER)
-    mask[:] = vector(fields[CPUS], CPU_WORDS, INTEGER)
+    allowed = vector(fields[CPUS], CPU_WORDS, INTEGER)
+    for word in range(CPU_WORDS):
+        mask[word] = allowed[word]
     if cpu < 64 * CPU_WORDS:
         mask[cpu // 64] &= ~(np.int64(1) << np.int64(cpu % 64))
     threads = vector(fields[THREAD_IDS], fields[HELPERS], INTEGER)

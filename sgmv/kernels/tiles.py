@@ -74,7 +74,7 @@ from sgmv.kernels.call import (
     item,
 )
 from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
-from sgmv.kernels.jit import INT64, jit, size_of, vector
+from sgmv.kernels.jit import INT64, entry, jit, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
 
 # Registers: 32 of 512 bits, or 16 of 256, and a tile's sums take three quarters of them.
@@ -260,29 +260,33 @@ def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low,
     return signature, codegen
 
 
-@jit()
-def shrink(address, limit, x_like, w_like):
-    """Run up to `limit` tasks of the call at this address: v = x @ wa.T, row block by row block."""
-    call = vector(address, FIELDS, INTEGER)
-    for _ in range(limit):
-        task = claim(address, SHRINK_NEXT)
-        if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
-            return
-        slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
-        low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
-        row = call[H_IN] * size_of(w_like)
-        groups = -(-(last - first) // MOST_ROWS)
-        for k in range(0, call[H_IN], K_BLOCK):
-            width = min(K_BLOCK, call[H_IN] - k)
-            p = first
-            for g in range(groups):
-                count = (last - p) // (groups - g)
-                for s in range(call[SLICES]):  # x is read once, and stays in L1 for the others
-                    j = s * r  # in v; wa is told as if its ranks began there
-                    wa = item(call[WA], slot * call[SLICES] + s) - j * row
-                    shrink_tiles(x_like, w_like, address, p, count, wa, j + low, j + high, k, width)
-                p += count
-        add_atomic(address + 8 * SHRINK_DONE, 1)
+def shrink_kernel(x_like, w_like):
+    """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block."""
+
+    def tiles_shrink(address, limit):
+        call = vector(address, FIELDS, INTEGER)
+        for _ in range(limit):
+            task = claim(address, SHRINK_NEXT)
+            if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+                return
+            slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
+            low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
+            row = call[H_IN] * size_of(w_like)
+            groups = -(-(last - first) // MOST_ROWS)
+            for k in range(0, call[H_IN], K_BLOCK):
+                width = min(K_BLOCK, call[H_IN] - k)
+                p = first
+                for g in range(groups):
+                    count = (last - p) // (groups - g)
+                    for s in range(call[SLICES]):  # x is read once, and stays in L1 for the others
+                        j = s * r  # in v; wa is told as if its ranks began there
+                        wa = item(call[WA], slot * call[SLICES] + s) - j * row
+                        cut = j + low, j + high
+                        shrink_tiles(x_like, w_like, address, p, count, wa, *cut, k, width)
+                    p += count
+            add_atomic(address + 8 * SHRINK_DONE, 1)
+
+    return entry(tiles_shrink)
 
 
 @jit()
@@ -291,26 +295,29 @@ def chunk_of(r, w_like):
     return max(1, CHUNK_BYTES // (PANEL * max(r, 1) * size_of(w_like))) * PANEL
 
 
-@jit()
-def expand(address, limit, w_like, y_like):
-    """Run up to `limit` tasks of the call: y += scaling * v @ wb, row block by row block."""
-    call = vector(address, FIELDS, INTEGER)
-    rank = plain_rank(call)
-    room = scratch(rank, chunk_of(rank, w_like), w_like)
-    for _ in range(limit):
-        task = claim(address, EXPAND_NEXT)
-        if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
-            return
-        slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
-        low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], PANEL)
-        scaling = np.float32(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
-        groups = -(-(last - first) // MOST_ROWS)
-        chunk = chunk_of(r, w_like)
-        for c in range(low, high, chunk):
-            end = min(c + chunk, high)
-            wb = panels(call, slot, r, c, end, room, w_like)
-            p = first
-            for g in range(groups):
-                count = (last - p) // (groups - g)
-                expand_tiles(w_like, y_like, address, p, count, wb, r, scaling, c, end)
-                p += count
+def expand_kernel(w_like, y_like):
+    """The kernel y += scaling * v @ wb: up to `limit` tasks of the call, row block by row block."""
+
+    def tiles_expand(address, limit):
+        call = vector(address, FIELDS, INTEGER)
+        rank = plain_rank(call)
+        room = scratch(rank, chunk_of(rank, w_like), w_like)
+        for _ in range(limit):
+            task = claim(address, EXPAND_NEXT)
+            if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
+                return
+            slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
+            low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], PANEL)
+            scaling = np.float32(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
+            groups = -(-(last - first) // MOST_ROWS)
+            chunk = chunk_of(r, w_like)
+            for c in range(low, high, chunk):
+                end = min(c + chunk, high)
+                wb = panels(call, slot, r, c, end, room, w_like)
+                p = first
+                for g in range(groups):
+                    count = (last - p) // (groups - g)
+                    expand_tiles(w_like, y_like, address, p, count, wb, r, scaling, c, end)
+                    p += count
+
+    return entry(tiles_expand)

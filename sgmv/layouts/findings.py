@@ -15,6 +15,7 @@ import numpy as np
 from sgmv.adapters import AdapterStack
 from sgmv.compat.arrays import as_array
 from sgmv.errors import DtypeError, some
+from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
 from sgmv.layouts.names import BASE_NAME
 from sgmv.layouts.rows import (
     INT32_MAX,
@@ -26,7 +27,6 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.schedule import BASE_ONLY, NO_SLOT
 from sgmv.segment import Integers, check_count
 
 Fault = Literal[

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from sgmv.adapters import AdapterStack
 from sgmv.errors import ValueRangeError
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.pointers import per_request
 from sgmv.layouts.rows import (
     Batch,
@@ -23,7 +24,6 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, as_ids, check_count, segment
 
 BACKENDS = ("csgmv", "triton", "torch_native")

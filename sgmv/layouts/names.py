@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgmv.errors import UnknownAdapterError, ValueRangeError, some
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, Layout, as_segments, spread
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers
 
 BASE_NAME = "__base__"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sgmv.adapters import AdapterStack, Stored
 from sgmv.dtypes import Array
 from sgmv.errors import ShapeError, StackError, UnknownAdapterError, ValueRangeError, some
+from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
 from sgmv.layouts.rows import (
     Batch,
     Int32,
@@ -25,7 +26,6 @@ from sgmv.layouts.rows import (
     sorted_items,
     spread,
 )
-from sgmv.schedule import BASE_ONLY, NO_SLOT
 from sgmv.segment import Integers, as_ids, check_count
 
 RANK_UNIT = 16

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from sgmv.adapters import AdapterStack
 from sgmv.errors import UnknownAdapterError, ValueRangeError, some
-from sgmv.schedule import BASE_ONLY, NO_SLOT
+from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
 from sgmv.segment import Integers, Segments, check_count, segment
 
 Batch: TypeAlias = "Segments | npt.ArrayLike"

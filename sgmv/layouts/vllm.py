@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.errors import ValueRangeError, some
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import (
     Batch,
     Int32,
@@ -25,7 +26,6 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, check_count, segment
 
 

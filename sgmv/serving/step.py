@@ -17,9 +17,9 @@ import numpy as np
 
 from sgmv.dtypes import Array
 from sgmv.errors import ServingError, StaleStepError, UnknownAdapterError, some
+from sgmv.kernels.plan import BASE_ONLY
 from sgmv.lora import add_lora
 from sgmv.peft import near_names
-from sgmv.schedule import BASE_ONLY
 from sgmv.segment import Integers, Segments, check_count, segment
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.scheduler import Scheduler

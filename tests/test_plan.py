@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgmv.kernels.call import PANEL, RANK_UNIT, cut_of
-from sgmv.schedule import (
+from sgmv.kernels.plan import (
     NO_SLOT,
     PRODUCTS_PER_NS,
     ROWS_PER_BLOCK,

@@ -13,7 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.kernels.jit import jit
+from sgmv.kernels.call import (
+    BLOCKS,
+    IDS,
+    INTEGER,
+    LOADED,
+    RANKS,
+    ROWS,
+    SCRATCH,
+    SEGMENT_IDS,
+    SEGMENT_ROWS,
+    SEGMENTS_FIELDS,
+    SEQ_START,
+    SLOT_OF,
+    SLOTS,
+    THREADS,
+    S,
+)
+from sgmv.kernels.jit import jit, vector
 
 BASE_ONLY = -1
 NO_SLOT = -1
@@ -157,3 +174,40 @@ def cost(blocks: Any, widths: int) -> Any:
         weights += r * widths
         rank = max(rank, r)
     return products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS, rank
+
+
+def scratch_size(n: int) -> int:
+    """The integers that the plan of n rows needs."""
+    return int(6 * n + 1 + 4 * most_blocks(n) + most_digits(n))
+
+
+@jit()
+def plan(fields: Any, layer: Any, segments: int, ids: int, n: int) -> Any:
+    """Find the batch's segments, their slots and row blocks; returns how many, -1 if it cannot."""
+    scratch = vector(fields[SCRATCH], 5 * n, INTEGER)
+    slot, rank = scratch[:n], scratch[n : 2 * n]
+    rest = fields[SCRATCH] + 5 * n * 8
+    if segments != 0:
+        made = vector(segments, SEGMENTS_FIELDS, INTEGER)
+        count = made[S]
+        fields[ROWS] = made[SEGMENT_ROWS]
+        seq_start = vector(made[SEQ_START], count + 1, INTEGER)
+        segment_ids = vector(made[SEGMENT_IDS], count, INTEGER)
+    else:
+        fields[ROWS] = fields[SCRATCH] + 2 * n * 8
+        seq_start = vector(rest, n + 1, INTEGER)
+        segment_ids = scratch[3 * n : 4 * n]
+        digits = vector(rest + 8 * (n + 1), most_digits(n), INTEGER)
+        rows, target = scratch[2 * n : 3 * n], scratch[4 * n :]
+        count = sort(vector(ids, n, INTEGER), rows, seq_start, segment_ids, target, digits)
+        if count > 0 and segment_ids[0] < BASE_ONLY:
+            return -1
+    rest += 8 * (n + 1 + most_digits(n))
+    fields[BLOCKS] = rest
+    known = vector(layer[IDS], layer[LOADED], INTEGER)
+    slots = vector(layer[SLOT_OF], layer[LOADED], INTEGER)
+    ranks = vector(layer[RANKS], layer[SLOTS], INTEGER)
+    if find(known, slots, ranks, segment_ids[:count], slot, rank) > 0:
+        return -1
+    blocks = vector(rest, 4 * most_blocks(n), INTEGER).reshape((most_blocks(n), 4))
+    return row_blocks(seq_start, slot[:count], rank[:count], fields[THREADS], blocks)

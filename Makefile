@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# A file of tests is one process: those that follow find its kernels compiled.
+TESTS = $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: help bench test explorer check format readme clean
+.PHONY: help bench test test-all explorer check format readme clean
 
 help:  ## this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,8 +14,11 @@ help:  ## this list (the default)
 bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="--full" for all)
 	$(RUN) -m benchmarks $(ARGS)
 
-test: $(VENV)/test.installed  ## the whole suite (ARGS="-k lora" for a part)
-	$(RUN) -m pytest $(ARGS)
+test: $(VENV)/test.installed  ## the suite without its slow tests, minutes (ARGS="-k lora" for a part)
+	$(TESTS) -m "not compiles and not oracle" $(ARGS)
+
+test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
+	$(TESTS) --hypothesis-profile=thorough --durations=10 $(ARGS)
 
 explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch (ARGS=--no-open)
 	$(RUN) -m sgmv explorer $(ARGS)

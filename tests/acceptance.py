@@ -5,10 +5,13 @@ The suite runs it on sgmv; test_planted_faults.py runs it on sgmv with a fault p
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 import sgmv
 from reference.workloads import Workload, corpus
@@ -23,6 +26,19 @@ def backends(*dtypes: Any) -> list[str]:
     bfloat16 = all(np.dtype(dtype).name == "bfloat16" for dtype in dtypes[:2])
     can = {"amx": tiles and bfloat16 and amx.is_on(), "tiles": tiles, "loops": True}
     return [name for name in BACKENDS if can[name]]
+
+
+def type_mixes(types: Iterable[str]) -> list[Any]:
+    """Types of x, weights and y: a Latin square has every pair of them; the rest is `oracle`."""
+    order = list(types)
+    return [
+        pytest.param(
+            mix,
+            id="-".join(mix),
+            marks=[] if sum(map(order.index, mix)) % len(order) == 0 else pytest.mark.oracle,
+        )
+        for mix in itertools.product(order, repeat=3)
+    ]
 
 
 def backends_of(case: Workload) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numba
 import numpy as np
@@ -23,8 +24,36 @@ JITTED = not numba.config.DISABLE_JIT
 # Without the jit the loops are Python: the small cases suffice to run every line of them.
 MAX_ELEMENTS = None if JITTED else 3_000
 
-settings.register_profile("shared machine", deadline=None)  # timings never decide a test
-settings.load_profile("shared machine")
+# Timings never decide a test, so that none has a deadline.
+settings.register_profile("thorough", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=40)
+settings.load_profile("quick")
+
+SLOW = {"compiles", "oracle"}  # marks, see pyproject.toml
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count the slow tests that were left out, in this process or for the one that reports."""
+    for item in items:
+        if SLOW & {mark.name for mark in item.iter_markers()}:
+            item.config.stash[LEFT_OUT] = item.config.stash.get(LEFT_OUT, 0) + 1
+            getattr(item.config, "workeroutput", {})["left_out"] = item.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker of pytest-xdist leaves out the same tests."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what `make test` did not run."""
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f"{left_out} slow tests were left out ({' and '.join(sorted(SLOW))}): "
+            "`make test-all` runs all"
+        )
 
 
 @pytest.fixture

@@ -294,6 +294,7 @@ TURN = [
 
 
 @pytest.mark.once
+@pytest.mark.compiles
 @pytest.mark.skipif(not X86, reason="another processor's assembly")
 def test_assembly_of_sapphire_rapids(tmp_path: Path) -> None:
     """Registers as meant, turn by turn, and no tile that goes through the stack."""
@@ -323,6 +324,7 @@ FAULTS = {
 
 
 @pytest.mark.once
+@pytest.mark.compiles
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_trial_finds_faults(fault: str, tmp_path: Path) -> None:
     """Before the first use, wherever that is: a warning, and the float32 tiles."""

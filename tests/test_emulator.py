@@ -317,6 +317,7 @@ PLAIN: dict[str, Callable[[list[int], int, int], Iterator[Block | None]]] = {
 }
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", KERNELS)
 @settings(max_examples=60)
 @given(
@@ -578,6 +579,7 @@ def test_an_empty_segment_hangs_the_old_release(rng: np.random.Generator) -> Non
         old.run(x, A)
 
 
+@pytest.mark.oracle
 def test_deadlock_and_race_in_1000_random_batches(rng: np.random.Generator) -> None:
     """Found where they are, and nowhere else: predicted, executed and as a loop would tell them."""
     toy = emulator.Device("toy", 3, 164 << 10, 163 << 10, 32, 2048, 10**12, 10**14)  # 12 blocks

@@ -47,6 +47,7 @@ def test_info_tells_threads_and_backends() -> None:
     assert told.cpu in str(told)
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(not JITTED, reason="no tiles without the jit")
 @pytest.mark.skipif(jit.VECTOR_BITS == 0, reason="this CPU has no vectors that tiles could use")
 def test_info_tells_the_forced_width() -> None:

@@ -36,6 +36,7 @@ EDITS = {
 
 
 @jitted
+@pytest.mark.compiles
 def test_hit_by_the_next_process_and_missed_after_an_edit(tmp_path: Path) -> None:
     """A process compiles, or finds, shrink and expand of each backend, and the launch."""
     names = backends(np.float16)
@@ -73,6 +74,7 @@ def test_an_edit_counts_where_code_is_compiled_and_nowhere_else(
 
 
 @jitted
+@pytest.mark.compiles
 def test_works_where_nothing_can_be_written() -> None:
     """numba, as if no folder would take a cache, refuses; the kernels compile all the same."""
     no_cache = (

@@ -22,6 +22,7 @@ from tests.acceptance import (
     check_case,
     check_reused_ids,
     stack_of,
+    type_mixes,
 )
 from tests.conftest import MAX_ELEMENTS
 
@@ -50,7 +51,7 @@ def test_reused_ids_serve_their_new_weights() -> None:
 
 
 @pytest.mark.parametrize("build", [real, integer])
-@pytest.mark.parametrize("types", list(itertools.product(DTYPES, repeat=3)), ids="-".join)
+@pytest.mark.parametrize("types", type_mixes(DTYPES))
 def test_every_mix_of_types(types: tuple[str, str, str], build: object) -> None:
     """x, weights and y each of any float type; sums in float32, or float64 if any of them is."""
     x, weights, y = (DTYPES[name] for name in types)

@@ -164,7 +164,8 @@ FAULTS = {
         "for k in range(0, call[H_IN], K_BLOCK):\n"
         "                width = min(K_BLOCK, call[H_IN] - k)",
         "K = K_BLOCK + (last - first) % 3\n"
-        "            for k in range(0, call[H_IN], K):\n                width = min(K, call[H_IN] - k)",
+        "            for k in range(0, call[H_IN], K):\n"
+        "                width = min(K, call[H_IN] - k)",
     ),
 }
 

@@ -32,7 +32,7 @@ from sgmv.kernels import emit, tiles
 from sgmv.kernels.call import PANEL
 from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
 from tests import acceptance
-from tests.acceptance import backends, backends_of, check, check_case, stack_of
+from tests.acceptance import backends, backends_of, check, check_case, stack_of, type_mixes
 from tests.planting import Fault, outcome, run_python
 from tests.test_floats import round_to
 
@@ -157,7 +157,7 @@ def strided(array: np.ndarray, rows_apart: int, columns_apart: int) -> np.ndarra
 
 
 @jitted
-@pytest.mark.parametrize("mix", list(itertools.product(TYPES, repeat=3)), ids="-".join)
+@pytest.mark.parametrize("mix", type_mixes(TYPES))
 def test_every_mix_of_types(mix: tuple[str, str, str]) -> None:
     """x, weights, y: several K blocks and panels, each with a remainder, within the bound."""
     check_mix(*mix)
@@ -460,6 +460,7 @@ def check_briefly(bits: int) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.compiles
 @jitted
 @vectors
 @pytest.mark.parametrize("bits", [256, 0])
@@ -543,6 +544,7 @@ def plant_here(module: str, text: str, instead: str) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.compiles
 @jitted
 @vectors
 @pytest.mark.parametrize("fault", [None, *FAULTS])

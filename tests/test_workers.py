@@ -27,7 +27,7 @@ from sgmv import launch, workers
 from sgmv.backend import Kernels
 from sgmv.compat.arrays import as_array
 from sgmv.errors import SgmvError
-from sgmv.kernels import plan
+from sgmv.kernels import plan, start
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause
 from sgmv.kernels.call import (
     BLOCK_COUNT,
@@ -497,7 +497,7 @@ def test_ctrl_c_ends_a_program_that_runs_kernels() -> None:
 def test_long_work_is_cut_into_batches_that_hear_signals(kernels: Kernels) -> None:
     """The kernel is entered anew about every BETWEEN_SIGNALS_NS of estimated work."""
     sgmv.set_num_threads(1)
-    products = 10 * launch.BETWEEN_SIGNALS_NS * plan.PRODUCTS_PER_NS
+    products = 10 * start.BETWEEN_SIGNALS_NS * plan.PRODUCTS_PER_NS
     meeting = Meeting(kernels, rows=products // (512 * 2048))
     meeting.call()
     meeting.check_done_once()

@@ -1,0 +1,25 @@
+"""The suite itself: a short run says what it left out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.planting import ROOT
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_slow_tests_that_were_left_out_are_counted(processes: str) -> None:
+    arguments = ["-q", "-n", processes, "-m", "not compiles", "tests/test_jit_cache.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, "-k", "written or next"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "2 slow tests were left out (compiles and oracle)" in done.stdout, done.stdout

@@ -88,7 +88,7 @@ def _is_permitted() -> bool:
 
 def shrink_kernel() -> int:
     """The address of shrink on tile products; compiled on first use."""
-    return int(amx.shrink_kernel(unit()))
+    return amx.shrink_kernel(unit())
 
 
 def _is_right() -> bool:

@@ -22,8 +22,8 @@ from sgmv.dtypes import BITS
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import JITTED, VECTOR_BITS
 from sgmv.kernels.pool import SYSCALL
+from sgmv.kernels.start import start
 from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
-from sgmv.launch import start
 
 CPUINFO = Path("/proc/cpuinfo")
 TOLD = (

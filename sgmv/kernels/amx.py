@@ -24,6 +24,8 @@ are copied beside zeros first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -236,7 +238,7 @@ def _write_configuration(memory, ranks, columns):
         configuration[48 + tile] = SIDE if tile in COLUMNS else ranks
 
 
-def shrink_kernel(unit):
+def shrink_kernel(unit: Any) -> int:
     """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block.
 
     unit  what computes tile products, see amx_instructions.py

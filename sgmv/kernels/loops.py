@@ -26,6 +26,8 @@ distance between them will do, and no offset can overflow.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sgmv.kernels.atomics import add_atomic
@@ -77,7 +79,7 @@ def dot4(x, a0, a1, a2, a3, zero):
     return s0, s1, s2, s3
 
 
-def shrink_kernel(x_like, w_like, v_like):
+def shrink_kernel(x_like: Any, w_like: Any, v_like: Any) -> int:
     """The kernel v[p] = x[rows[p]] @ wa.T: up to `limit` tasks of the call at an address."""
 
     def loops_shrink(address, limit):
@@ -182,7 +184,7 @@ def store(y, scaling, sums, like):
         y[c] = encode(decode(y[c], scaling) + scaling * sums[c], like)
 
 
-def expand_kernel(v_like, w_like, y_like):
+def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
     """The kernel y[rows[p]] += scaling * v[p] @ wb: up to `limit` tasks, panel by panel."""
 
     def loops_expand(address, limit):

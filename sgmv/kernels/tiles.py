@@ -38,6 +38,8 @@ k of a row, the last ranks and the last columns are masked, not padded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -260,7 +262,7 @@ def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low,
     return signature, codegen
 
 
-def shrink_kernel(x_like, w_like):
+def shrink_kernel(x_like: Any, w_like: Any) -> int:
     """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block."""
 
     def tiles_shrink(address, limit):
@@ -295,7 +297,7 @@ def chunk_of(r, w_like):
     return max(1, CHUNK_BYTES // (PANEL * max(r, 1) * size_of(w_like))) * PANEL
 
 
-def expand_kernel(w_like, y_like):
+def expand_kernel(w_like: Any, y_like: Any) -> int:
     """The kernel y += scaling * v @ wb: up to `limit` tasks of the call, row block by row block."""
 
     def tiles_expand(address, limit):

@@ -6,28 +6,42 @@
     compare.py    a result against both: the verdict, its message, the statistics
     batch.py      one seeded batch with its answer: `case.check(y)`
     workloads.py  the corpus: named nasty batches for anybody's kernel
+    runner.py     the corpus on a kernel: `check(kernel)`;  drawn.py  random batches, shrunk
+    diagnosis.py  the likeliest fault, from the pattern of failures;  questions.py  known faults
+    signatures.py how each engine's kernel is called;  loading.py  FILE:FUNCTION
     floats.py     the four float types by name;  arguments.py  who has which adapter
 
     x (n, h_in)   A (r, h_in)   B (h_out, r)   W (h_out, h_in)   y (n, h_out)   adapter_ids (n,)
 
     y[i] + scaling * B @ (A @ x[i])     with the adapter and the scaling of adapter_ids[i]
 
-Try a kernel of your own on every case of the corpus:
+Try a kernel of your own on every case of the corpus; `python -m reference check FILE:FUNCTION` does
+the same from the command line:
 
->>> import numpy as np
->>> from reference import workloads
->>> def my_kernel(case):
-...     y = case.y.copy()
-...     for i, adapter_id in enumerate(case.adapter_ids.tolist()):
-...         if case.adapters.get(adapter_id) is not None:
-...             A, B = case.adapters[adapter_id]
-...             y[i] += np.float32(case.scalings[adapter_id]) * (B @ (A @ case.x[i]))
-...     return y
->>> with np.errstate(invalid="ignore"):
-...     for case in workloads.corpus(dtypes=[np.float32]):
-...         case.check(my_kernel(case))  # AssertionError names the case and the worst element
+>>> import reference
+>>> def my_kernel(y, x, rows, seq_start, segment_ids, adapters, scalings):
+...     for s, adapter_id in enumerate(segment_ids):
+...         if adapters.get(adapter_id) is not None:
+...             A, B = adapters[adapter_id]
+...             p = rows[seq_start[s] : seq_start[s + 1]]
+...             y[p] += scalings[adapter_id] * ((x[p] @ A.T) @ B.T)
+>>> print(reference.check(my_kernel, max_elements=5_000))
+passed: all 28 cases
 """
 
+from reference.batch import Workload
 from reference.by_row import add_lora, apply_batched, apply_single, lora_delta
+from reference.loading import load
+from reference.runner import Report, call, check
 
-__all__ = ["add_lora", "apply_batched", "apply_single", "lora_delta"]
+__all__ = [
+    "Report",
+    "Workload",
+    "add_lora",
+    "apply_batched",
+    "apply_single",
+    "call",
+    "check",
+    "load",
+    "lora_delta",
+]

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -58,6 +58,14 @@ def popularity(kind: str, n: int, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(ids)
 
 
+class Wrong(NamedTuple):
+    """Why a result is no right y; `worst` where its values are compared."""
+
+    kind: Literal["result", "spoiled", "base only", "values", "raised"]
+    what: str
+    worst: compare.Worst | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Workload:
     """One batch with its answer.
@@ -65,7 +73,8 @@ class Workload:
     x (n, h_in), y (n, h_out) before the call, adapter_ids (n,) int64, adapters {id: (A, B) or
     None}, scalings {id: float}; `why` says which fault it hunts. `exact`: every sum fits the
     significand of the sums' type, so that only the expected value, rounded once to y's type, is
-    right. Give a kernel a copy of y; one that writes to anything else is found by `check`.
+    right. Give a kernel a copy of y; `check` finds one that writes to anything else, and names
+    what it wrote to.
 
     >>> case = real("demo", "shows the fields", [0, -1], {0: 2}, h_in=3, h_out=4)
     >>> case.expected.shape, case.rows, case.seq_start, case.segment_ids
@@ -80,7 +89,7 @@ class Workload:
     scalings: Mapping[int, float]
     adapter_ids: NDArray[np.int64]
     exact: bool = False
-    fingerprint: int = field(init=False, repr=False)
+    fingerprint: Mapping[str, int] = field(init=False, repr=False)  # of each operand
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fingerprint", self._fingerprint())
@@ -150,15 +159,35 @@ class Workload:
         Semantics: y's shape and type; inputs unchanged; base-only rows equal to y bit for bit;
         every other element within `bound` of `expected`, NaN and inf exactly where expected.
         flushes adds `flush_bound`.
-        Raises: AssertionError naming the case and the worst element.
+        Raises: AssertionError naming the case and the worst element, or the operand changed.
         """
-        actual = self._accepted(actual, self.y.dtype)
+        wrong = self.wrong(actual, flushes)
+        if wrong is not None:
+            why = "" if wrong.kind in ("result", "spoiled") else f" ({self.why})"
+            raise AssertionError(f"{self.name}{why}: {wrong.what}")
+
+    def wrong(self, actual: ArrayLike, flushes: bool = False) -> Wrong | None:
+        """What is wrong with `actual` as y, told instead of raised; None if nothing is.
+
+        Semantics: as `check`. The first of: the result's type and shape, operands that changed,
+        bits of base-only rows, values.
+
+        >>> case = real("demo", "a wrong type", [0], {0: 2}, h_in=3, h_out=4)
+        >>> case.wrong(case.expected).what
+        'expected float32 of shape (1, 4), got float64 of shape (1, 4)'
+        """
+        refused = self._refused(actual, self.y.dtype)
+        if refused is not None:
+            return refused
+        actual = np.asarray(actual)
         has_adapter = [self.adapters.get(i) is not None for i in self.adapter_ids.tolist()]
         base_only = np.flatnonzero(~np.array(has_adapter, bool))
-        if actual[base_only].tobytes() != self.y[base_only].tobytes():
-            raise AssertionError(f"{self.name}: a base-only row of y lost its bits ({self.why})")
         bound = self.bound + self.flush_bound if flushes else self.bound
-        compare.check(actual, self.expected, bound, f"{self.name} ({self.why})")
+        worst = compare.worst(actual, self.expected, bound)
+        lost = [i for i in base_only if actual[i].tobytes() != self.y[i].tobytes()]
+        if lost:
+            return Wrong("base only", f"base-only row {lost[0]} of y lost its bits", worst)
+        return None if worst is None else Wrong("values", str(worst), worst)
 
     def check_applied(self, actual: ArrayLike, flushes: bool = False) -> None:
         """Passes if `actual` is a right result of `apply_batched(x, W, ...)`.
@@ -166,28 +195,39 @@ class Workload:
         Semantics: as `check`, with `expected_applied` and `bound_applied`, in x's type.
         Raises: AssertionError naming the case and the worst element.
         """
-        actual = self._accepted(actual, self.x.dtype)
+        refused = self._refused(actual, self.x.dtype)
+        if refused is not None:
+            raise AssertionError(f"{self.name}: {refused.what}")
         name = f"{self.name}, applied ({self.why})"
         bound = self.bound_applied + self.flush_bound if flushes else self.bound_applied
         compare.check(actual, self.expected_applied, bound, name)
 
-    def _accepted(self, actual: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+    def _refused(self, actual: ArrayLike, dtype: np.dtype[Any]) -> Wrong | None:
         result = np.asarray(actual)
         if result.dtype != dtype or result.shape != self.y.shape:
-            raise AssertionError(
-                f"{self.name}: expected {dtype} of shape {self.y.shape}, "
-                f"got {result.dtype} of shape {result.shape}"
-            )
-        if self._fingerprint() != self.fingerprint:
-            raise AssertionError(f"{self.name}: the kernel changed an input; give it y.copy()")
-        return result
+            got = "None" if actual is None else f"{result.dtype} of shape {result.shape}"
+            return Wrong("result", f"expected {dtype} of shape {self.y.shape}, got {got}")
+        now = self._fingerprint()
+        changed = [operand for operand in now if now[operand] != self.fingerprint[operand]]
+        if changed:
+            remedy = "give it y.copy()" if changed == ["y"] else "write to y alone"
+            return Wrong("spoiled", f"the kernel changed {' and '.join(changed)}; {remedy}")
+        return None
 
-    def _fingerprint(self) -> int:
+    def _fingerprint(self) -> Mapping[str, int]:
         pairs = [pair for pair in self.adapters.values() if pair is not None]
-        digest = 0
-        for array in (self.x, self.y, self.adapter_ids, *(w for pair in pairs for w in pair)):
-            digest = zlib.crc32(np.ascontiguousarray(array).tobytes(), digest)
-        return digest
+        operands = {
+            "x": [self.x],
+            "y": [self.y],
+            "adapter_ids": [self.adapter_ids],
+            "A": [A for A, _ in pairs],
+            "B": [B for _, B in pairs],
+        }
+        digests = dict.fromkeys(operands, 0)
+        for operand, arrays in operands.items():
+            for array in arrays:
+                digests[operand] = zlib.crc32(array.tobytes(), digests[operand])
+        return digests
 
 
 def real(

@@ -21,6 +21,26 @@ class ErrorStatistics(NamedTuple):
     largest_in_ulps: float  # gaps of the result's type at the expected value
 
 
+class Worst(NamedTuple):
+    """How many elements are wrong, and the one furthest beyond its bound."""
+
+    wrong: int
+    size: int
+    row: int
+    column: int
+    got: float
+    expected: float
+    error: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.wrong} of {self.size} elements wrong, worst at row {self.row}, column "
+            f"{self.column}: got {self.got}, expected {self.expected}, error {self.error:.6g}, "
+            f"bound {self.bound:.6g}"
+        )
+
+
 def violations(actual: ArrayLike, expected: ArrayLike, bound: ArrayLike) -> NDArray[np.bool_]:
     """Which elements are wrong.
 
@@ -64,21 +84,31 @@ def check(actual: ArrayLike, expected: ArrayLike, bound: ArrayLike, name: str = 
     AssertionError: result: 1 of 2 elements wrong, worst at row 0, column 1: \
 got 2.5, expected 2.0, error 0.5, bound 0.1
     """
+    found = worst(actual, expected, bound)
+    if found is not None:
+        raise AssertionError(f"{name}: {found}")
+
+
+def worst(actual: ArrayLike, expected: ArrayLike, bound: ArrayLike) -> Worst | None:
+    """The wrong element furthest beyond its bound; None if every element is right.
+
+    Semantics: that of `violations` with the largest `abs(actual - expected) - bound`, NaN and inf
+    before all others. Arguments and errors as there.
+
+    >>> worst(np.array([[1.0, 2.5]]), [[1.0, 2.0]], [[0.1, 0.1]]).column
+    1
+    """
     wrong = violations(actual, expected, bound)
     if not wrong.any():
-        return
+        return None
     actual, _ = _widened(actual)
     expected, bound = np.asarray(expected, np.float64), np.asarray(bound, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(actual - expected)
         excess = np.where(np.isfinite(error), error - bound, np.inf)
     row, column = np.unravel_index(np.argmax(np.where(wrong, excess, -1.0)), wrong.shape)
-    at = (row, column)
-    raise AssertionError(
-        f"{name}: {wrong.sum()} of {wrong.size} elements wrong, worst at row {row}, column "
-        f"{column}: got {actual[at]}, expected {expected[at]}, error {error[at]:.6g}, "
-        f"bound {bound[at]:.6g}"
-    )
+    values = [float(array[row, column]) for array in (actual, expected, error, bound)]
+    return Worst(int(wrong.sum()), wrong.size, int(row), int(column), *values)
 
 
 def error_statistics(actual: ArrayLike, expected: ArrayLike, bound: ArrayLike) -> ErrorStatistics:

@@ -1,5 +1,7 @@
 """The four float types, known by the name of their dtype (so bfloat16 needs no import)."""
 
+import contextlib
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +61,35 @@ def float_type(dtype: Any) -> FloatType:
             f"dtype: expected one of {', '.join(_FLOAT_TYPES)}, got {name}; convert the array"
         )
     return _FLOAT_TYPES[name]
+
+
+def dtype_of(kind: Any) -> np.dtype[Any]:
+    """A float type by its name, as numpy's dtype.
+
+    Semantics: `np.dtype(kind)`; "bfloat16" is known once ml_dtypes has been imported, and is
+    imported here if it is installed.
+    Raises: ValueError for any other type, and for bfloat16 without ml_dtypes.
+
+    >>> dtype_of("float16")
+    dtype('float16')
+    """
+    if kind == "bfloat16":
+        try:
+            importlib.import_module("ml_dtypes")  # numpy knows the name from then on
+        except ImportError:
+            raise ValueError(
+                "dtypes: expected ml_dtypes to be installed for bfloat16, got none; "
+                "pip install ml_dtypes"
+            ) from None
+    dtype: np.dtype[Any] | None = None
+    if kind is not None:  # which numpy takes for float64
+        with contextlib.suppress(TypeError):
+            dtype = np.dtype(kind)
+    if dtype is None or dtype.name not in _FLOAT_TYPES:
+        raise ValueError(
+            f"dtypes: expected some of {', '.join(_FLOAT_TYPES)}, got {kind}; name them"
+        )
+    return dtype
 
 
 def sum_dtype(*arrays: NDArray[Any]) -> np.dtype[Any]:

@@ -17,30 +17,48 @@ from numpy.typing import DTypeLike, NDArray
 
 from reference import by_row
 from reference.batch import POPULARITIES, Weights, Workload, integer, popularity, real
-from reference.floats import float_type
+from reference.floats import dtype_of, float_type
 
 __all__ = ["POPULARITIES", "Workload", "corpus", "integer", "popularity", "real"]
 
 
 def corpus(
-    max_elements: int | None = None, dtypes: Iterable[DTypeLike] = (np.float32,)
+    max_elements: int | None = None, dtypes: DTypeLike | Iterable[DTypeLike] = (np.float32,)
 ) -> Iterator[Workload]:
     """The adversarial cases, drawn one by one.
 
-    Semantics: every case in every dtype (float16, float32, float64, or ml_dtypes.bfloat16's
-    object), those with more than max_elements numbers left out. The same cases in every run. "far
-    rows" is left out where the system refuses the address space (16 GiB in float32, of which it
-    touches a few pages).
+    Semantics: every case in every dtype, those with more than max_elements numbers left out.
+    dtypes: one or several of float16, float32, float64 and bfloat16 (with ml_dtypes installed), by
+    name or as numpy has them. The same cases in every run. "far rows" is left out where the system
+    refuses the address space (16 GiB in float32, of which it touches a few pages).
+    Raises: ValueError for any other type, before the first case.
 
-    >>> len({case.name for case in corpus(max_elements=5_000)}) > 10
+    >>> len({case.name for case in corpus(max_elements=5_000, dtypes="float16")}) > 10
     True
     """
+    return _cases(max_elements, types_of(dtypes))
+
+
+def types_of(dtypes: DTypeLike | Iterable[DTypeLike]) -> list[np.dtype[Any]]:
+    """One float type or several, by name or as numpy has them, as numpy's dtypes.
+
+    Raises: ValueError for any other type.
+
+    >>> types_of("float16"), types_of([np.float32, "float64"])
+    ([dtype('float16')], [dtype('float32'), dtype('float64')])
+    """
+    if isinstance(dtypes, Iterable) and not isinstance(dtypes, str | type):
+        return [dtype_of(dtype) for dtype in dtypes]
+    return [dtype_of(dtypes)]
+
+
+def _cases(max_elements: int | None, dtypes: list[np.dtype[Any]]) -> Iterator[Workload]:
     for dtype in dtypes:
         for spec in _specs():
             fits = max_elements is None or spec.elements <= max_elements
-            if fits and spec.only in (None, np.dtype(dtype).name):
+            if fits and spec.only in (None, dtype.name):
                 try:
-                    case = spec.workload(np.dtype(dtype))
+                    case = spec.workload(dtype)
                 except OSError:  # "far rows" alone asks the system for anything
                     continue
                 yield case

@@ -515,5 +515,5 @@ def test_no_worse_than_plain_rejects_a_rounded_v_and_accepts_plain() -> None:
 def test_a_fresh_copy_of_y_is_all_that_a_kernel_may_write() -> None:
     case = workloads.real("in place", "y itself given", [0], {0: 2}, 3, 4)
     case.y[...] += 1
-    with pytest.raises(AssertionError, match=r"changed an input; give it y\.copy\(\)"):
+    with pytest.raises(AssertionError, match=r"kernel changed y; give it y\.copy\(\)"):
         case.check(by_row.add_lora(case.y, case.x, case.adapters, case.adapter_ids).astype("f4"))

@@ -31,6 +31,7 @@ from sgmv.lora import add_lora, apply_batched, apply_single, lora_delta
 from sgmv.peft import load_peft
 from sgmv.segment import Segments, segment
 from sgmv.shrink import shrink
+from sgmv.warm_up import warm_up
 from sgmv.workers import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -75,4 +76,5 @@ __all__ = [
     "segment",
     "set_num_threads",
     "shrink",
+    "warm_up",
 ]

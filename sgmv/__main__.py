@@ -20,6 +20,7 @@ from sgmv.errors import SgmvError
 # name: module, help
 COMMANDS = {
     "info": ("sgmv.info", "CPU features, backend, tiles, threads, cache folder"),
+    "warm-up": ("sgmv.warm_up", "compile the kernels now, before a first call needs them"),
     "explain": ("sgmv.explain.command", "a batch from rows to thread blocks, in every engine"),
     "simulate": ("sgmv.serving.command", "many adapters served: hits, waiting times, bytes"),
     "explorer": ("sgmv.explorer.write", "a page that shows what a GPU would do with a batch"),

@@ -44,7 +44,7 @@ def check_dtype(argument: str, dtype: npt.DTypeLike, remedy: str = TO_FLOAT32) -
             )
         dtype = ml_dtypes.bfloat16
     try:
-        found = np.dtype(dtype)
+        found = None if dtype is None else np.dtype(dtype)  # numpy takes None for float64
     except TypeError:
         found = None
     if found is None or found.name not in BITS or not found.isnative:

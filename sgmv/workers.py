@@ -182,6 +182,15 @@ class Team(Pool):
         self.lock.acquire()
 
 
+def warm_up() -> None:
+    """Compile what helpers run, on a gate that is closed; and what torch's run, if it is loaded."""
+    closed = Pool()
+    closed.close()
+    help_out(closed.address, 0, 0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torchs_pool(torch)
+
+
 pool = Pool()
 _torchs: Pool | None = None  # what helps with torch's tensors, once that is known
 

@@ -26,6 +26,7 @@ FLOORS = [
     {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
     {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
+    {"warm_up"},
     {
         "compat.peft",
         "compat.products",
@@ -121,6 +122,7 @@ def test_compiled_code_is_in_one_folder_and_knows_no_other() -> None:
 def test_numba_flags_stand_in_one_place() -> None:
     allowed = {"numba", "numba.types", "llvmlite", "llvmlite.ir", "llvmlite.binding"}
     allowed |= {f"numba.extending{name}" for name in ("", ".intrinsic", ".overload")}
+    allowed |= {"numba.core", "numba.core.event"}
     for name, path in sources("sgmv").items():
         used = {m for m in imports(path) if m.split(".")[0] in ("numba", "llvmlite")}
         assert not used or name in {*COMPILERS, "amx", "info"}, f"{name} imports {used}"

@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,29 +79,3 @@ def test_a_wrong_command_is_refused() -> None:
     done = command("no-such-thing")
     assert done.returncode == 2
     assert "no-such-thing" in done.stderr
-
-
-class Terminal:
-    def __init__(self, isatty: bool) -> None:
-        self.written: list[str] = []
-        self.isatty = lambda: isatty
-
-    def write(self, text: str) -> None:
-        self.written.append(text)
-
-
-@pytest.mark.parametrize(
-    ("isatty", "seconds", "lines"), [(True, 0.2, 1), (True, 0, 0), (False, 0.2, 0)]
-)
-def test_says_that_it_compiles(
-    isatty: bool, seconds: float, lines: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a terminal, and only when it takes longer than loading from the cache."""
-    terminal = Terminal(isatty)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(jit, "TELL_AFTER_S", 0.05)
-    with jit.telling_if_slow():
-        time.sleep(seconds)
-    time.sleep(0.1)
-    assert len(terminal.written) == lines
-    assert all("compiling" in line for line in terminal.written)

@@ -34,8 +34,8 @@ from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import run, workspace
 from sgmv.layouts.names import BASE_NAME
-from sgmv.lora import add_lora
 from sgmv.segment import Segments, segment
+from sgmv.warm_up import warm_up
 from sgmv.workers import torchs_pool
 
 CORNER = 8  # how many values of the first rows of A and of B are held to tell a swap
@@ -143,8 +143,7 @@ class Accelerated:
                 some((f"{name}: {why}" for name, why in self.fallbacks.items()), 4),
                 "run this model with PEFT alone",
             )
-        for layer in self._layers.values():
-            layer.compile()
+        warm_up({mix for layer in self._layers.values() if (mix := layer.types())})
 
     def _restore(self) -> None:
         delattr(self._tuner, HOOKS)
@@ -376,13 +375,13 @@ class _Layer:
         self.stack = stack
         self.sources.update(made)
 
-    def compile(self) -> None:
-        """Compile, on one row, what the layer's float types need."""
+    def types(self) -> tuple[np.dtype[Any], ...]:
+        """The float types of x, weights and y, as the base layer's own type foretells them."""
         weight = getattr(self.module.get_base_layer(), "weight", None)
-        if weight is not None and weight.is_cpu and _is_float(weight.dtype):
-            dtype = float_dtype("weight", weight.dtype)
-            y, x = np.zeros((1, self.stack.h_out), dtype), np.zeros((1, self.stack.h_in), dtype)
-            add_lora(y, x, self.stack, self.stack.ids[:1])
+        if weight is None or not weight.is_cpu or not _is_float(weight.dtype):
+            return ()
+        dtype = float_dtype("weight", weight.dtype)
+        return dtype, self.stack.dtype, dtype
 
 
 class _Source:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
-import sys
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import event
 from numba.extending import intrinsic, overload
 
 # `contract` allows fused multiply-add. No nnan or ninf: NaN and inf must pass through.
@@ -84,23 +85,50 @@ def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], A
     return decorate
 
 
-TELL_AFTER_S = 1.0
+NOTICE_AFTER_S = 0.5  # of compiling: a kernel or two, where a cached one takes milliseconds
+logger = logging.getLogger("sgmv")
 
 
-@contextlib.contextmanager
-def telling_if_slow() -> Any:
-    """Say on a terminal that compiling is going on, if it takes longer than a cached load."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    line = "sgmv: compiling kernels for this machine, once; some seconds ...\n"
-    timer = threading.Timer(TELL_AFTER_S, sys.stderr.write, [line])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+class Notice(event.Listener):  # type: ignore[misc]  # numba publishes no types
+    """Says once that a call is slow because it compiles, unless that is expected.
+
+    seconds  spent compiling sgmv's functions so far; loading them from the cache is not compiling
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.given = self.expected = False
+        self._depth = 0
+        self._begun = 0.0
+
+    def on_start(self, event: Any) -> None:
+        """Of numba, when it begins to compile a function, perhaps inside another."""
+        if not _is_ours(event):
+            return
+        if self._depth == 0:
+            self._begun = time.perf_counter()
+            if self.seconds > NOTICE_AFTER_S and not (self.given or self.expected):
+                self.given = True
+                logger.warning(
+                    "sgmv: compiling kernels for this machine; they are kept, so that this happens "
+                    "once. To have it done before the first call: sgmv.warm_up()"
+                )
+        self._depth += 1
+
+    def on_end(self, event: Any) -> None:
+        """Of numba, when it has compiled a function."""
+        if _is_ours(event):
+            self._depth -= 1
+            if self._depth == 0:
+                self.seconds += time.perf_counter() - self._begun
+
+
+def _is_ours(event: Any) -> bool:
+    return str(event.data["dispatcher"].py_func.__module__).startswith("sgmv.")
+
+
+notice = Notice()
+event.register("numba:compile", notice)
 
 
 _entries: dict[int, Callable[..., None]] = {}
@@ -116,8 +144,7 @@ def entry(function: Callable[..., None], integers: int = 2) -> int:
         return id(function)
     compiled: Any = jit()(function)
     signature = (types.int64,) * integers
-    with telling_if_slow():
-        compiled.compile(types.void(*signature))
+    compiled.compile(types.void(*signature))
     found = compiled.overloads[signature]
     _entries[id(compiled)] = compiled  # keeps the code at the address alive
     address = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)

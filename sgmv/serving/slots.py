@@ -31,6 +31,7 @@ from sgmv.peft import load_peft, near_names
 from sgmv.segment import check_count
 from sgmv.serving.requests import LoRARequest, check_lora_request
 from sgmv.serving.residency import Counters, Residency
+from sgmv.warm_up import warm_up
 
 
 class Active(NamedTuple):
@@ -107,6 +108,7 @@ class AdapterSlots:
         self._residency = Residency(max_loras, max_cpu_loras, policy)
         self.max_lora_rank = check_count("max_lora_rank", max_lora_rank, 1)
         self.dtype = check_dtype("dtype", dtype)
+        warm_up([self.dtype])
         self.policy = policy
         self.bytes_read = 0  # from disk into host memory
         self.bytes_loaded = 0  # from host memory into slots

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import import_module
@@ -10,12 +10,13 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sgmv import workers
 from sgmv.adapters import Adapter, AdapterStack
 from sgmv.console import progress
 from sgmv.dtypes import BITS, check_dtype
-from sgmv.errors import DtypeError, ShapeError
+from sgmv.errors import ShapeError
 from sgmv.expand import expand
 from sgmv.kernels.jit import logger, notice
 from sgmv.lora import add_lora
@@ -28,21 +29,25 @@ Mix = tuple[Dtype, Dtype, Dtype]  # of x, weights and y
 _warm: set[Mix] = set()
 
 
-def warm_up(dtypes: Iterable[Any] = ("float32",)) -> float:
+def warm_up(dtypes: Iterable[Any] | npt.DTypeLike = "float32") -> float:
     """Compile what calls of these float types need; returns the seconds that compiling took.
 
     Semantics: afterwards `shrink`, `expand` and `add_lora` compile nothing for these types. The
     kernels are kept on disk: a later process loads them, in less than a second. A terminal shows a
     bar; logger "sgmv" gets one line at level INFO.
 
-    dtypes  each a float type that x, weights and y share, or a tuple of their three
+    dtypes  a float type that x, weights and y share; or several of them, where a tuple of three
+            is the type of each
 
-    Raises DtypeError for types that sgmv does not have, before anything is compiled.
+    Raises DtypeError for types that sgmv does not have, ShapeError for a tuple of another length,
+    before anything is compiled.
 
     >>> warm_up(["float32", ("float16", "float32", "float16")]) >= 0
     True
     """
-    found = [_mix(f"dtypes[{i}]", dtype) for i, dtype in enumerate(dtypes)]
+    single = isinstance(dtypes, str | type | np.dtype)
+    each: Any = [dtypes] if single else dtypes
+    found = [_mix(f"dtypes[{i}]", dtype) for i, dtype in enumerate(each)]
     before, expected = notice.seconds, notice.expected
     notice.expected = True
     try:
@@ -103,21 +108,30 @@ def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
     """Of `python -m sgmv`: compiles, and says how long that took."""
     parser.add_argument(
         "--dtypes",
-        default="float32",
-        help=f"of x, weights and y, with commas between: {', '.join(BITS)} (default: float32)",
+        type=_names,
+        default=["float32"],
+        metavar="TYPE,...",
+        help=f"of x, weights and y: any of {', '.join(BITS)} (default: float32)",
     )
     return _run
 
 
-def _run(given: Namespace) -> str:
-    names = [name.strip() for name in given.dtypes.split(",")]
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in BITS]:
+        raise ArgumentTypeError(
+            f"expected any of {', '.join(BITS)}, with commas, got {unknown[0]!r}"
+        )
     if "bfloat16" in names:
         try:
             import_module("ml_dtypes")
         except ImportError:
-            raise DtypeError(
-                "dtypes", "ml_dtypes, which defines bfloat16", "no such package",
-                "pip install ml_dtypes",
-            ) from None  # fmt: skip
-    seconds = warm_up(names)
-    return f"kernels for {', '.join(names)} are ready; compiling took {seconds:.1f} s"
+            raise ArgumentTypeError(
+                "expected ml_dtypes, which defines bfloat16, to be installed; pip install ml_dtypes"
+            ) from None
+    return names
+
+
+def _run(given: Namespace) -> str:
+    seconds = warm_up(given.dtypes)
+    return f"kernels for {', '.join(given.dtypes)} are ready; compiling took {seconds:.1f} s"

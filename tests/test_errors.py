@@ -95,6 +95,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.MemoryLayoutError,
         ["y: ", "apart from x", "overlap", "x.copy()"],
     ),
+    "two types to warm up for": (
+        lambda: sgmv.warm_up([("float32", "float32")]),
+        errors.ShapeError,
+        ["dtypes[0]: ", "three", "('float32', 'float32')", "name one, or all three"],
+    ),
     "x of integers": (
         add(x=X.astype(np.int32)),
         errors.DtypeError,

@@ -179,7 +179,7 @@ def test_public_names_have_contracts() -> None:
     """One line, `Semantics:`, and an example; a source, where somebody else defined the thing."""
     import sgmv
 
-    ours = {"SgmvError", "get_num_threads", "info", "set_num_threads"}
+    ours = {"SgmvError", "get_num_threads", "info", "set_num_threads", "warm_up"}
     public = {name: getattr(sgmv, name) for name in sgmv.__all__}
     public |= {
         f"{owner.__name__}.{name}": getattr(owner, name)

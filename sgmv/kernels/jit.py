@@ -89,7 +89,7 @@ NOTICE_AFTER_S = 0.5  # of compiling: a kernel or two, where a cached one takes 
 logger = logging.getLogger("sgmv")
 
 
-class Notice(event.Listener):  # type: ignore[misc]  # numba publishes no types
+class Notice(event.Listener):
     """Says once that a call is slow because it compiles, unless that is expected.
 
     seconds  spent compiling sgmv's functions so far; loading them from the cache is not compiling

@@ -94,7 +94,7 @@ def check_case(
     tolerance = 2 * norm_bound(batch, other)
     sizes: NDArray[np.float32] | None = None
     for name, update in {"by_segment": by_segment, **variants}.items():
-        y = _result(update, batch)
+        y = other if update is by_segment else _result(update, batch)
         row_bound, whole = bound, tolerance
         if roundings.get(name) and batch.y.dtype != np.float32:
             sizes = product_sizes(batch) if sizes is None else sizes

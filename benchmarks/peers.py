@@ -70,6 +70,14 @@ PEERS = {
 TURNS = (
     "torch", "torch_native", "grouped_mm", "sglang", "vllm", "mkl", "by_row", "by_segment", "einsum"
 )  # fmt: skip
+
+
+def left_out() -> dict[str, str]:
+    """The libraries that are not installed, and so none of its baselines runs."""
+    reasons = {"torch": peers_torch.missing(), "mkl": peers_mkl.refuses()}
+    return {library: why for library, why in reasons.items() if why}
+
+
 # Seconds that threads go on spinning after their last call, with something to spare. OpenBLAS:
 # 2**28 clock ticks; OpenMP: 7 to 10 ms measured. Beside them, calls on other threads took up to 100
 # times their time: whatever comes next first makes untimed calls for as long.

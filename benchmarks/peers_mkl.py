@@ -69,7 +69,7 @@ class _Plan:
     pointed_to: list[NDArray[Any]]
 
 
-def refuses(batch: Batch) -> str:
+def refuses(batch: Batch | None = None) -> str:
     """Nothing but the library is needed: it takes any widths."""
     return "" if _path() else "mkl is not installed"
 

@@ -21,7 +21,7 @@ from sgmv.workers import cores
 Run = Callable[[NDArray[Any], NDArray[Any], Batch], None]
 
 
-def missing(batch: Batch) -> str:
+def missing(batch: Batch | None = None) -> str:
     """Why torch cannot be asked at all."""
     return "" if find_spec("torch") else "torch is not installed"
 

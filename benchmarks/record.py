@@ -119,10 +119,17 @@ class CallTimes(TypedDict):
     ids: float
 
 
-class Record(TypedDict):
+class _Later(TypedDict, total=False):
+    """What records did not hold from the beginning."""
+
+    noisy: list[str]
+
+
+class Record(_Later):
     """One run. `threads`: of sgmv, the last is the main one. `untimed`: cases left out, and why.
 
-    `weights`: "hot", each call reads the same weights again.
+    `weights`: "hot", each call reads the same weights again. `noisy`: labels of the cases beside
+    which other processes ran, also when they were timed again.
     """
 
     schema: int
@@ -251,7 +258,7 @@ def without_noisy(record: Record) -> Record:
     reason = "other processes ran meanwhile"
     untimed = {**record["untimed"], **dict.fromkeys(noisy_cases(record), reason)}
     quiet = [case for case in record["cases"] if is_quiet(case["foreign_cores"])]
-    return {**record, "untimed": untimed, "cases": quiet}
+    return {**record, "untimed": untimed, "cases": quiet, "noisy": []}
 
 
 def is_quiet(foreign_cores: float | None) -> bool:
@@ -351,12 +358,12 @@ def check_schema(where: str, value: object, expected: Any) -> None:
     """
     origin, args = get_origin(expected), get_args(expected)
     if is_typeddict(expected):
-        hints = get_type_hints(expected)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
+        hints, needed = get_type_hints(expected), expected.__required_keys__
+        if not isinstance(value, dict) or not needed <= value.keys() <= hints.keys():
             got = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise RecordError(f"{where}: expected the keys {sorted(hints)}, got {got}")
-        for key, hint in hints.items():
-            check_schema(f"{where}.{key}", value[key], hint)
+        for key in value:
+            check_schema(f"{where}.{key}", value[key], hints[key])
     elif origin in (Union, types.UnionType):
         if value is not None:
             check_schema(where, value, next(arg for arg in args if arg is not types.NoneType))

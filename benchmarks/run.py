@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,15 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.gate import GateError, check_case
 from benchmarks.grid import Case
 from benchmarks.machine import cpu_use, foreign_cores
-from benchmarks.peers import PEERS, TURNS, rests
+from benchmarks.peers import PEERS, TURNS, left_out, rests
 from benchmarks.record import CallTimes, CaseRecord, Times, is_quiet, ratios, significant
-from benchmarks.timing import Budget, Timing, Variant, alternate
+from benchmarks.timing import NEVER, Budget, Deadline, Timing, Variant, alternate
 
 # From ids, sgmv also sorts: timed apart up to here, where sorting could be seen.
 IDS_ROWS = 64
 MIXED = "mixed"
 ATTEMPTS = 4
+PREPARING_S = 0.25  # a case's arrays and its gate, roughly
 T = TypeVar("T")
 
 
@@ -125,38 +126,75 @@ def _check_mixable(module: str, adapters: Sequence[sgmv.Adapter]) -> None:
         raise SystemExit(f"--adapters: {module}: expected float32 or 16 bits, got float64")
 
 
-def measure_all(
-    groups: Sequence[Group], terms: Terms, step: Callable[[str], None]
-) -> list[CaseRecord]:
-    """Gate and time every case; those beside which other processes ran get a second round.
+def time_cases(
+    groups: Sequence[Group],
+    records: dict[Case, CaseRecord],
+    terms: Terms,
+    until: Deadline,
+    step: Callable[[str], None],
+) -> None:
+    """Gate and time each case once, while there is time; what it gives goes into `records`.
 
+    Semantics: every case gets an equal share of the time left, and one round at least; the first
+    case is timed in any case. A case timed before keeps the quieter of its two timings.
     Raises GateError, which names the case.
     """
-    records: dict[Case, CaseRecord] = {}
-    for round_groups in (groups, _noisy(groups, records)):
-        for group in round_groups:
-            pool = group.make()
-            for case, ids in group.cases:
-                step(case.label())
-                try:
-                    records[case] = measure(case, pool, ids, terms)
-                except GateError as error:
-                    raise GateError(f"{case.label()}: {error}") from error
-    return list(records.values())
-
-
-def _noisy(groups: Sequence[Group], records: dict[Case, CaseRecord]) -> Iterator[Group]:
-    """Groups of the cases that were timed beside other processes; read once all are timed."""
+    waiting = sum(len(group.cases) for group in groups)
+    begun = 0
     for group in groups:
-        cases = [
-            (case, ids) for case, ids in group.cases if not is_quiet(records[case]["foreign_cores"])
-        ]
-        if cases:
-            yield Group(group.make, cases)
+        pool: Pool | None = None
+        for case, ids in group.cases:
+            if begun and until.left() <= 0:
+                return
+            step(case.label())
+            pool = pool or group.make()
+            try:
+                found = measure(case, pool, ids, terms, until.share(of=waiting - begun))
+            except GateError as error:
+                raise GateError(f"{case.label()}: {error}") from error
+            begun += 1
+            before = records.get(case)
+            if before is None or _noise(found) < _noise(before):
+                records[case] = found
 
 
-def measure(case: Case, pool: Pool, ids: NDArray[np.int64], terms: Terms) -> CaseRecord:
-    """Gate and time one case. Raises GateError; then nothing of this case was timed."""
+def smallest_first(groups: Sequence[Group]) -> list[Group]:
+    """Groups with large batches last: on a busy machine these take most of the time."""
+    return sorted(groups, key=lambda group: max(case.rows for case, _ids in group.cases))
+
+
+def unsettled(groups: Sequence[Group], records: dict[Case, CaseRecord]) -> list[Group]:
+    """Groups of the cases that are not timed yet; then of those timed beside other processes."""
+    untimed = _those(groups, lambda case: case not in records)
+    noisy = _those(groups, lambda case: case in records and not is_quiet(_noise(records[case])))
+    return untimed + noisy
+
+
+def _those(groups: Sequence[Group], wanted: Callable[[Case], bool]) -> list[Group]:
+    found = [
+        Group(group.make, [(case, ids) for case, ids in group.cases if wanted(case)])
+        for group in groups
+    ]
+    return [group for group in found if group.cases]
+
+
+def _noise(record: CaseRecord) -> float:
+    return record["foreign_cores"] or 0.0
+
+
+def about_s(cases: int, threads: int, budget: Budget) -> float:
+    """Seconds that so many cases take on a quiet machine with the baselines installed, roughly."""
+    absent = left_out()
+    pools = [PEERS[name].pool for name in TURNS if PEERS[name].pool not in absent]
+    pools = ["sgmv"] * (threads + 1) + pools  # once more from ids
+    turn_s = budget.turn_s + Variant("", lambda: None).settle_s
+    return cases * (budget.rounds * (len(pools) * turn_s + sum(rests(pools))) + PREPARING_S)
+
+
+def measure(
+    case: Case, pool: Pool, ids: NDArray[np.int64], terms: Terms, until: Deadline = NEVER
+) -> CaseRecord:
+    """Gate and time one case, once. Raises GateError; then nothing of this case was timed."""
     batch = make_batch(pool, ids, terms.seed)
     skipped = {name: why for name, peer in PEERS.items() if (why := peer.refuses(batch))}
     variants = _variants(batch, terms.threads)
@@ -179,7 +217,7 @@ def measure(case: Case, pool: Pool, ids: NDArray[np.int64], terms: Terms) -> Cas
     ]
     # y grows with every call and leaves float16's range in the end: no news, and no matter to time.
     with np.errstate(over="ignore", invalid="ignore"):
-        times, foreign = time_quietly(turns, terms.budget)
+        times, foreign = quietly(partial(alternate, turns, terms.budget, until), attempts=1)
     return _case_record(case, batch, checked, times_record(times), skipped, foreign, terms)
 
 
@@ -190,19 +228,19 @@ def time_quietly(
     return quietly(partial(alternate, turns, budget))
 
 
-def quietly(measure: Callable[[], T]) -> tuple[T, float | None]:
+def quietly(measure: Callable[[], T], attempts: int = ATTEMPTS) -> tuple[T, float | None]:
     """What a measurement gives, and the cores that other processes kept busy meanwhile.
 
-    Semantics: repeated, up to ATTEMPTS times, while others are busy; the quietest attempt counts,
-    whatever its timings are. Beside one other busy process on two cores, numpy's threaded product
-    took ten times its time (256 rows, one segment): such a case would flatter sgmv.
+    Semantics: repeated, up to `attempts` times in all, while others are busy; the quietest one
+    counts, whatever its timings are. Beside one other busy process on two cores, numpy's threaded
+    product took ten times its time (256 rows, one segment): such a case would flatter sgmv.
     """
-    attempts: list[tuple[T, float | None]] = []
-    while not attempts or (len(attempts) < ATTEMPTS and not is_quiet(attempts[-1][1])):
+    made: list[tuple[T, float | None]] = []
+    while not made or (len(made) < attempts and not is_quiet(made[-1][1])):
         before = cpu_use()
         found = measure()
-        attempts.append((found, foreign_cores(before, cpu_use())))
-    return min(attempts, key=lambda attempt: attempt[1] or 0.0)
+        made.append((found, foreign_cores(before, cpu_use())))
+    return min(made, key=lambda attempt: attempt[1] or 0.0)
 
 
 def add_lora_with_segments(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
@@ -238,14 +276,17 @@ def _variants(batch: Batch, threads: Sequence[int]) -> Updates:
 
 
 def _gated(variants: Updates) -> dict[str, Callable[[Any, Any, Batch], None]]:
-    """Variants that set their own number of threads, as the gate calls them one by one."""
+    """Variants as the gate calls them one by one: sgmv's set their own number of threads."""
 
     def run(name: str, y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
         update, before = variants[name]
         before()
         update(y, x, batch)
 
-    return {name: partial(run, name) for name in variants}
+    return {
+        name: update if name in PEERS else partial(run, name)
+        for name, (update, _before) in variants.items()
+    }
 
 
 def _case_record(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from benchmarks.console import Console, Span
 from benchmarks.goals import goals
@@ -12,6 +12,8 @@ from benchmarks.record import (
     Record,
     SummaryLine,
     by_dtype,
+    case_label,
+    is_quiet,
     main_variant,
     noisy_cases,
     summarise,
@@ -19,10 +21,14 @@ from benchmarks.record import (
 
 ROOM = 5  # baselines that fit beside the rest of a row
 LOSS = "!"  # a mark, not only a colour: it must survive a pipe and colour blindness
+NOISY = "?"
 
 
-def print_table(record: Record, console: Console) -> None:
-    """One block per shape; the main variant's ratios against the baselines that came closest."""
+def print_table(record: Record, console: Console, only: Container[str] | None = None) -> None:
+    """One block per shape; the main variant's ratios against the baselines that came closest.
+
+    only  labels of the cases to print: all, if left out
+    """
     main = main_variant(record)
     baselines = closest(record, ROOM)
     one = "sgmv@1" if 1 in record["threads"] else main
@@ -30,6 +36,8 @@ def print_table(record: Record, console: Console) -> None:
     head += [*(PEERS[name].short for name in baselines), "limit"]
     groups: dict[tuple[int, int, str, str], list[CaseRecord]] = {}
     for case in record["cases"]:
+        if only is not None and case_label(case) not in only:
+            continue
         key = (case["h_in"], case["h_out"], case["dtype"], ", ".join(case["names"]))
         groups.setdefault(key, []).append(case)
     rows = {key: [_row(c, main, one, baselines) for c in found] for key, found in groups.items()}
@@ -41,11 +49,14 @@ def print_table(record: Record, console: Console) -> None:
         console.print()
         console.print(_clip("{} > {} {}: {}".format(*key)), "bold")
         console.spans(_align([(text, "dim") for text in head], widths))
-        for row in block:
-            console.spans(_align(row, widths))
+        for case, row in zip(groups[key], block, strict=True):
+            mark = "" if is_quiet(case["foreign_cores"]) else NOISY
+            console.spans(_align(row, widths, mark=mark))
     console.print()
-    for line in footnotes(record):
+    for line in footnotes(record) if only is None else []:
         console.print(line, "dim")
+    for line in noise(record):
+        console.print(line, "bold yellow")
     if others := set(ran(record)) - set(baselines):
         titles = ", ".join(peer.title for name, peer in PEERS.items() if name in others)
         console.print(f"Only in the summary: {titles}.", "dim")
@@ -68,13 +79,15 @@ def print_summary(record: Record, console: Console) -> None:
     """Geometric mean, worst and best ratio per baseline; per popularity for the main variant."""
     main = main_variant(record)
     for dtype, part in by_dtype(record).items():
+        noisy = len(noisy_cases(part))
+        beside = f" ({noisy} of {len(part['cases'])} cases noisy)" if noisy else ""
         for threads in sorted(record["threads"], reverse=True):
             variant = f"sgmv@{threads}"
             lines = summarise(part, variant)
             if variant != main:
                 lines = [line for line in lines if line.popularity == "all"]
             console.print()
-            title = f"{dtype}, sgmv with {threads} thread{'s' * (threads > 1)} against"
+            title = f"{dtype}, sgmv with {threads} thread{'s' * (threads > 1)} against{beside}"
             console.print(title, "bold")
             _print_lines(lines, console)
 
@@ -118,20 +131,25 @@ def footnotes(record: Record) -> list[str]:
     """What the columns mean, and on what terms the baselines ran."""
     main = main_variant(record)
     blas = record["blas"]
-    lines = [
+    return [
         f"Ratios: baseline time / {main} time, at the median; {LOSS} marks a loss; - did not run.",
         "limit: share of the roofline, max(bytes / bandwidth at this footprint, FLOP / FMA peak).",
         "Segments (sgmv), row lists and weights as each baseline wants them made beforehand;",
         "weights hot: each call reads the same ones.",
         f"numpy's BLAS: {blas['name']}, threads: {blas['threads'] or 'its default'}.",
     ]
-    if noisy := noisy_cases(record):
-        lines.append(
-            f"WARNING: other processes ran during {len(noisy)} of {len(record['cases'])} cases: "
-            "do not trust these:"
-        )
-        lines += [f"  {label}" for label in noisy[:5]] + ["  ..."] * (len(noisy) > 5)
-    return lines
+
+
+def noise(record: Record) -> list[str]:
+    """Beside which cases other processes ran, if any."""
+    noisy = noisy_cases(record)
+    if not noisy:
+        return []
+    return [
+        f"WARNING: other processes ran during {len(noisy)} of {len(record['cases'])} cases, marked "
+        f"{NOISY}: do not trust these.",
+        "--patience SECONDS times them again after the table.",
+    ]
 
 
 def ratio_text(ratio: float) -> str:
@@ -174,12 +192,14 @@ def _ratio(ratio: float) -> Span:
     return ratio_text(ratio), "green" if ratio >= 1 else "bold red"
 
 
-def _align(cells: Sequence[Span], widths: Sequence[int], left: Sequence[int] = (2,)) -> list[Span]:
-    """Cells padded to their widths; those in `left` stand left, the others right.
+def _align(
+    cells: Sequence[Span], widths: Sequence[int], left: Sequence[int] = (2,), mark: str = ""
+) -> list[Span]:
+    """Cells padded to their widths, after a mark; those in `left` stand left, the others right.
 
     A loss mark hangs over the right edge, so that the digits of a column stay in line.
     """
-    spans: list[Span] = [("  ", "")]
+    spans: list[Span] = [(mark.ljust(2), "bold yellow")]
     for i, ((text, style), width) in enumerate(zip(cells, widths, strict=True)):
         if i in left:
             spans.append((text.ljust(width) + "  ", style))

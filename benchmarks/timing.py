@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,30 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Deadline:
+    """When something has to end, and the clock that tells. Units: seconds.
+
+    >>> Deadline(at=70.0, now=lambda: 10.0).share(of=3).left()
+    20.0
+    """
+
+    at: float
+    now: Callable[[], float] = time.perf_counter
+
+    def left(self) -> float:
+        """What is left; below 0 once it is over."""
+        return self.at - self.now()
+
+    def share(self, of: int) -> Deadline:
+        """The end of the first of so many equal parts of what is left."""
+        now = self.now()
+        return Deadline(now + (self.at - now) / of, self.now)
+
+
+NEVER = Deadline(math.inf)
+
+
+@dataclass(frozen=True)
 class Timing:
     """Quantiles over the timed calls. Units: microseconds."""
 
@@ -45,22 +70,29 @@ class Timing:
     calls: int
 
 
-def alternate(variants: Sequence[Variant], budget: Budget) -> dict[str, Timing]:
+def alternate(
+    variants: Sequence[Variant], budget: Budget, until: Deadline = NEVER
+) -> dict[str, Timing]:
     """The quantiles of all variants, over all their `turns`."""
-    return {name: summary(chain(*its)) for name, its in turns(variants, budget).items()}
+    found = turns(variants, budget, until)
+    return {name: summary(chain(*samples)) for name, samples in found.items()}
 
 
-def turns(variants: Sequence[Variant], budget: Budget) -> dict[str, list[list[int]]]:
+def turns(
+    variants: Sequence[Variant], budget: Budget, until: Deadline = NEVER
+) -> dict[str, list[list[int]]]:
     """The times of all variants, turn by turn: A B C A B C ... Units: nanoseconds.
 
     Semantics: a turn is first untimed calls, for settle_s if the variant settles, then timed calls
-    for `turn_s` (at least one, at most max_calls).
+    for `turn_s` (at least one, at most max_calls). After `until` no round but the first begins.
     """
     samples: dict[str, list[list[int]]] = {variant.name: [] for variant in variants}
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(budget.rounds):
+        for done in range(budget.rounds):
+            if done and until.left() <= 0:
+                break
             for variant in variants:
                 variant.before()
                 if variant.settles:

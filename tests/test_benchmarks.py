@@ -44,7 +44,7 @@ from benchmarks.record import (
     validate,
     without_noisy,
 )
-from benchmarks.timing import Budget, Variant, alternate
+from benchmarks.timing import Budget, Deadline, Variant, alternate
 from reference import workloads
 
 pytestmark = pytest.mark.once
@@ -320,22 +320,208 @@ def test_adapters_that_cannot_be_mixed_are_refused(h_in: int, dtype: type, messa
         run._check_mixable("mlp.up_proj", [first, second])
 
 
-def test_noisy_cases_get_a_second_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = {"first": [0.0], "second": [0.9, 0.0], "third": [0.9, 0.9]}
-    cases = {name: Case(8, 8, 1, 1, "identical", name, ()) for name in noise}
-    made: list[int] = []
+class Clock:
+    """A clock that stands still until something takes time."""
 
-    def measure(case: Case, *_: Any) -> Any:
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def until(self, seconds: float) -> Deadline:
+        return Deadline(self.seconds + seconds, self)
+
+
+def one_case_groups(names: str, made: list[str]) -> list[run.Group]:
+    """A group of one case for each letter, which stands as its dtype."""
+    return [
+        run.Group(
+            partial(made.append, name),
+            [(Case(8, 8, 1, 1, "identical", name, ()), np.zeros(1, np.int64))],
+        )
+        for name in names
+    ]
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, clock: Clock, takes: float, noise: Any) -> Any:
+    """Have each case take that long; `noise` is each case's busy cores, timing after timing."""
+    shares: list[tuple[str, float]] = []
+
+    def measure(case: Case, pool: Any, ids: Any, terms: Any, until: Deadline) -> Any:
+        shares.append((case.dtype, round(until.left(), 6)))
+        clock.seconds += takes
         return {"foreign_cores": noise[case.dtype].pop(0)}
 
     monkeypatch.setattr(run, "measure", measure)
-    groups = [
-        run.Group(partial(made.append, i), [(case, np.zeros(1, np.int64))])
-        for i, case in enumerate(cases.values())
-    ]
-    records = run.measure_all(groups, None, lambda label: None)
-    assert made == [0, 1, 2, 1, 2]
-    assert [record["foreign_cores"] for record in records] == [0.0, 0.0, 0.9]
+    return shares
+
+
+def test_noisy_cases_are_timed_again_and_the_quieter_timing_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, made, terms = Clock(), list[str](), Any
+    noise = {"a": [0.0], "b": [0.9, 0.0], "c": [0.9, 0.95, 0.7], "d": [None]}
+    measured(monkeypatch, clock, 1.0, noise)
+    groups, records = one_case_groups("abcd", made), dict[Case, Any]()
+    steps: list[list[str]] = []
+    while left := run.unsettled(groups, records):
+        if len(steps) == 3:
+            break
+        steps.append([])
+        run.time_cases(left, records, terms, clock.until(100.0), steps[-1].append)
+    assert "".join(made) == "abcdbcc"
+    assert [len(labels) for labels in steps] == [4, 2, 1]
+    assert [record["foreign_cores"] for record in records.values()] == [0.0, 0.0, 0.7, None]
+
+
+def test_cases_share_the_time_and_none_begins_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that is slow, or always noisy, delays the end by itself alone."""
+    clock, made = Clock(), list[str]()
+    shares = measured(monkeypatch, clock, 10.0, {name: [0.9] for name in "abcde"})
+    groups, records = one_case_groups("abcde", made), dict[Case, Any]()
+    run.time_cases(groups, records, Any, clock.until(25.0), lambda label: None)
+    assert clock.seconds == 1030.0
+    assert shares == [("a", 5.0), ("b", 3.75), ("c", 1.666667)]
+    untimed_first = [group.cases[0][0].dtype for group in run.unsettled(groups, records)]
+    assert "".join(untimed_first) == "deabc"
+    assert "".join(made) == "abc"
+
+
+def test_one_case_is_timed_even_if_compiling_took_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, records = Clock(), dict[Case, Any]()
+    measured(monkeypatch, clock, 10.0, {"a": [0.0]})
+    run.time_cases(one_case_groups("ab", []), records, Any, clock.until(-5.0), lambda label: None)
+    assert [case.dtype for case in records] == ["a"]
+
+
+def test_large_batches_are_timed_last() -> None:
+    groups, _untimed = run.synthetic_groups(cases("quick", Filters()), seed=0, memory=1 << 40)
+    rows = [max(case.rows for case, _ids in group.cases) for group in run.smallest_first(groups)]
+    assert rows == [64, 64, 64, 64, 64, 1024]
+
+
+@pytest.fixture
+def fake_run(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[tuple[str, float]]]:
+    """A benchmark in which nothing but the clock is measured, and when each table was printed."""
+    clock, printed = Clock(), list[tuple[str, float]]()
+    print_table = table.print_table
+
+    def first_use_s() -> float:
+        clock.seconds += 13.0
+        return 13.0
+
+    def measure(case: Case, pool: Any, ids: Any, terms: Any, until: Deadline) -> Any:
+        clock.seconds += 4.0
+        found: Any = {**synthetic_record()["cases"][0], "foreign_cores": 0.9}
+        fields = ("h_in", "h_out", "rank", "rows", "popularity", "dtype")
+        return {**found, **{name: getattr(case, name) for name in fields}}
+
+    def shown(record: Record, console: Console, only: Any = None) -> None:
+        printed.append(("all" if only is None else "again", clock.seconds - 1000.0))
+        print_table(record, console, only)
+
+    monkeypatch.setattr(run, "first_use_s", first_use_s)
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "_synthetic_pool", lambda *sizes: None)
+    monkeypatch.setattr(run, "call_us", lambda: {"segments": 2.0, "ids": 6.0})
+    monkeypatch.setattr(gate, "corpus_failures", lambda *_: (3, []))
+    monkeypatch.setattr(command, "probe", lambda threads, repeats: FLAT)
+    monkeypatch.setattr(table, "print_table", shown)
+    return clock, printed
+
+
+ARGV = ["--threads", "1", "2", "--no-figures", "--output"]
+
+
+def test_no_case_delays_the_table_and_patience_is_kept_to(
+    fake_run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every case takes 4 s and is noisy: what a busy machine looks like."""
+    clock, printed = fake_run
+    assert command.main([*ARGV, str(tmp_path), "--patience", "100"], now=clock) == 0
+    text = capsys.readouterr().out
+    assert "to time: 41 cases" in text
+    assert "75 s at the most; then noisy cases again, for 100 s" in text
+    timed = 16  # 13 s of compiling, then 4 s each, and none begins after 75 s
+    assert printed == [("all", 13.0 + 4 * timed), ("again", 13.0 + 4 * timed + 100.0)]
+    assert clock.seconds - 1000.0 == 13.0 + 4 * timed + 100.0
+    assert f"during {timed} of {timed} cases, marked ?" in text
+    assert f"no time was left for {41 - timed} cases" in text
+    counts = [tuple(map(int, found)) for found in re.findall(r"(\d+)/(\d+) \d+>", text)]
+    assert all(done < total for done, total in counts)
+    assert {total for _done, total in counts} == {41}
+    record = load(tmp_path / "quick.json")
+    assert len(record["cases"]) == len(record["noisy"]) == 41
+    assert record["untimed"] == {}
+
+
+@pytest.mark.parametrize("patience", ["0", "9"])
+def test_rows_that_stay_noisy_or_untimed_are_in_table_and_record(
+    patience: str, fake_run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    clock, printed = fake_run
+    assert command.main([*ARGV, str(tmp_path), "--patience", patience], now=clock) == 0
+    text = capsys.readouterr().out
+    record = load(tmp_path / "quick.json")
+    again = {"0": 0, "9": 3}[patience]
+    assert len(printed) == 1 + bool(again)
+    assert clock.seconds - 1000.0 == 77.0 + 4 * again
+    assert record["noisy"] == [case_label(case) for case in record["cases"]]
+    assert len(record["cases"]) == 16 + again
+    assert set(record["untimed"].values()) == {command.NO_TIME}
+    assert len(record["untimed"]) == 25 - again
+    first, *second = text.split("timed again: ")
+    marked = r"^\? +\d+ +\d+ +\w+"
+    assert len(re.findall(marked, first, re.MULTILINE)) == 16
+    assert [len(re.findall(marked, part, re.MULTILINE)) for part in second] == [again] * len(second)
+
+
+def test_ctrl_c_while_cases_are_timed_again_keeps_what_there_is(
+    fake_run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    clock, _printed = fake_run
+    measure = run.measure
+
+    def interrupted(*arguments: Any) -> Any:
+        if clock.seconds > 1080.0:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    assert command.main([*ARGV, str(tmp_path), "--patience", "60"], now=clock) == 0
+    assert "interrupted" in capsys.readouterr().out
+    assert len(load(tmp_path / "quick.json")["cases"]) == 17
+
+
+def test_a_record_to_commit_takes_the_time_it_needs(
+    fake_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, printed = fake_run
+    monkeypatch.setattr(readme, "RECORDS", tmp_path / "records")
+    argv = ["--record", "--no-figures", "--patience", "0"]
+    monkeypatch.setattr(command, "cores", lambda: 2)
+    monkeypatch.setattr(command, "OUTPUT", tmp_path)
+    assert command.main(argv, now=clock) == 0
+    assert printed == [("all", 13.0 + 4 * 41)]
+
+
+def test_timing_ends_after_the_round_in_which_time_is_up() -> None:
+    clock, calls = Clock(), list[str]()
+
+    def call(name: str) -> None:
+        calls.append(name)
+        clock.seconds += 1.0
+
+    variants = [Variant(name, partial(call, name), settles=False) for name in "AB"]
+    times = alternate(variants, Budget(rounds=4, turn_s=0.0), clock.until(3.0))
+    assert "".join(calls) == "ABAB"
+    assert {name: timing.calls for name, timing in times.items()} == {"A": 2, "B": 2}
+    alternate(variants, Budget(rounds=4, turn_s=0.0), clock.until(-1.0))
+    assert "".join(calls) == "ABABAB"
 
 
 def test_a_record_to_commit_leaves_noisy_cases_out() -> None:
@@ -547,7 +733,7 @@ def test_busy_machine_is_told_and_not_recorded(
 ) -> None:
     record = synthetic_record()
     record["cases"][1]["foreign_cores"] = 0.8
-    assert any("do not trust" in line for line in table.footnotes(record))
+    assert "1 of 2 cases, marked ?: do not trust" in " ".join(table.noise(record))
     monkeypatch.setattr(readme, "RECORDS", tmp_path / "records")
     args = command.parser().parse_args(["--record", "--no-figures"])
     args.output = tmp_path / "out"

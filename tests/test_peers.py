@@ -95,12 +95,12 @@ def test_every_baseline_has_a_turn_a_look_and_threads() -> None:
 def test_turns_wait_for_the_threads_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def time_quietly(turns: Any, budget: Any) -> Any:
+    def alternate(turns: Any, *limits: Any) -> Any:
         seen.extend(turns)
-        return real(turns, budget)
+        return real(turns, *limits)
 
-    real = run.time_quietly
-    monkeypatch.setattr(run, "time_quietly", time_quietly)
+    real = run.alternate
+    monkeypatch.setattr(run, "alternate", alternate)
     pool = make_pool(32, 16, 4, 4, np.dtype(np.float32), seed=0)
     case = Case(32, 16, 4, 4, "distinct", "float32", ())
     run.measure(case, pool, np.arange(4), run.Terms([1], ONE_CALL, 0, FLAT))

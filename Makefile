@@ -11,7 +11,7 @@ help:  ## this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'All take PYTHON=python3.12 and VENV=folder; ARGS goes to the command that is run.'
 
-bench: $(VENV)/bench.installed  ## gate, timings, table: about a minute (ARGS="--full" for all)
+bench: $(VENV)/bench.installed  ## gate, timings, table: within two minutes (ARGS="--full" for all)
 	$(RUN) -m benchmarks $(ARGS)
 
 test: $(VENV)/test.installed  ## the suite without its slow tests, minutes (ARGS="-k lora" for a part)

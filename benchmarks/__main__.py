@@ -29,7 +29,7 @@ from benchmarks import (
 from benchmarks.batch import dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.console import Console
-from benchmarks.grid import DTYPES, QUICK_ROWS, RANKS, Case, Filters, cases
+from benchmarks.grid import DTYPES, FULL_ROWS, QUICK_ROWS, RANKS, Case, Filters, cases
 from benchmarks.models import LAYERS, MODELS
 from benchmarks.peers import PEERS, TURNS, left_out
 from benchmarks.record import (
@@ -58,9 +58,9 @@ OTHERS = {
     "paper": paper.main,
     "peft": peft.main,
 }
-# The first pass over the cases ends this long after the start, or this long for each of many cases:
-# with .venv to be made, the table is there within two minutes, however busy the machine is.
-FIRST_PASS_S, FIRST_PASS_CASE_S = 75.0, 1.8
+# The first pass over the cases ends this long after the start; each case beyond so many adds to it.
+# .venv is made before: on a busy machine in 40 s, and the table has to be there within two minutes.
+FIRST_PASS_S, FIRST_PASS_CASES, MORE_S = 65.0, 50, 1.8
 PATIENCE_S = {"quick": 30.0, "full": 600.0}
 NO_TIME = "no time was left"
 TOLERATED = 0.01  # share of noisy cases that a committed record may leave out
@@ -238,39 +238,48 @@ def parser() -> Parser:
     mode = found.add_mutually_exclusive_group()
     mode.add_argument(
         "--quick", dest="mode", action="store_const", const="quick", default="quick",
-        help="about a minute (the default)",
+        help=f"one model's layers: about a minute, at most {FIRST_PASS_S:.0f} s (the default)",
     )  # fmt: skip
     mode.add_argument(
         "--full", dest="mode", action="store_const", const="full",
         help="every layer, rank, row count and popularity: about 25 minutes",
     )  # fmt: skip
     axes = found.add_argument_group("filters: the values to time on an axis")
-    axes.add_argument("--model", nargs="+", choices=MODELS)
-    axes.add_argument("--layer", nargs="+", choices=LAYERS)
-    axes.add_argument("--rank", nargs="+", type=at_least(1), help=f"any; --full has {RANKS}")
-    axes.add_argument("--rows", nargs="+", type=at_least(1), help="rows n in the batch")
-    axes.add_argument("--popularity", nargs="+", choices=POPULARITIES)
-    axes.add_argument("--dtype", nargs="+", choices=DTYPES, help="of x, weights and y")
-    axes.add_argument(
-        "--threads", nargs="+", type=at_least(1), help="of sgmv (default: 1, and all cores)"
-    )
+    for name, choices, about in (
+        ("model", MODELS, ""), ("layer", LAYERS, ""), ("popularity", POPULARITIES, ""),
+        ("dtype", DTYPES, "of x, weights and y: "),
+    ):  # fmt: skip
+        axes.add_argument(
+            f"--{name}", nargs="+", choices=choices, metavar=name.upper(),
+            help=about + ", ".join(choices),
+        )  # fmt: skip
+    for name, about in (
+        ("rank", f"r of the adapters; --full has {', '.join(map(str, RANKS))}"),
+        ("rows", f"n of the batch; --full has {', '.join(map(str, FULL_ROWS))}"),
+        ("threads", "of sgmv (default: 1, and all cores)"),
+    ):
+        axes.add_argument(f"--{name}", nargs="+", type=at_least(1), metavar="N", help=about)
     found.add_argument(
         "--adapters", nargs="+", type=Path, metavar="DIR",
         help="time these PEFT adapters, the batch mixed over them, one module per shape",
     )  # fmt: skip
-    found.add_argument("--seed", type=int, default=0)
+    found.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of weights, x, y and adapter ids"
+    )
     found.add_argument(
         "--patience", type=seconds, metavar="SECONDS",
-        help="for timing cases again, after the table, beside which other processes ran; 0 = none "
-        f"(default: {PATIENCE_S['quick']:.0f}, with --full {PATIENCE_S['full']:.0f})",
+        help="after the table, time again the cases beside which other processes ran, so long; "
+        f"0 = none (default: {PATIENCE_S['quick']:.0f}, with --full {PATIENCE_S['full']:.0f})",
     )  # fmt: skip
     found.add_argument(
-        "--memory-gib", type=float,
+        "--memory-gib", type=float, metavar="GIB",
         default=round(min(4.0, machine.available_memory() / 2**30 / 2), 1),
         help="weights that a case may hold, both copies (default: %(default)s)",
     )  # fmt: skip
     saving = found.add_mutually_exclusive_group()
-    saving.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s/")
+    saving.add_argument(
+        "--output", type=Path, default=OUTPUT, metavar="FOLDER", help="default: %(default)s/"
+    )
     saving.add_argument("--no-save", action="store_true", help="print only")
     saving.add_argument(
         "--record", action="store_true", help="write the record to benchmarks/records/, to commit"
@@ -294,10 +303,10 @@ def seconds(text: str) -> float:
 def first_pass_s(cases: int) -> float:
     """Seconds from the start to the end of the first pass at the latest.
 
-    >>> first_pass_s(41), first_pass_s(1000)
-    (75.0, 1800.0)
+    >>> first_pass_s(41), first_pass_s(60)
+    (65.0, 83.0)
     """
-    return max(FIRST_PASS_S, FIRST_PASS_CASE_S * cases)
+    return FIRST_PASS_S + MORE_S * max(0, cases - FIRST_PASS_CASES)
 
 
 def plan_lines(

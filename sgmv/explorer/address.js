@@ -16,9 +16,14 @@ function address(values) {
 
 let saving = null; // the timer after which a moment is kept: a browser refuses hundreds at once
 
+let saved = null; // the address that was written last
+
+// Not over an address that the browser has gone to and the page has yet to read.
 function save() {
   clearTimeout(saving);
-  history.replaceState(null, "", address({ ...state, moment }));
+  if (saved !== null && location.hash !== saved) return;
+  saved = address({ ...state, moment });
+  history.replaceState(null, "", saved);
 }
 
 function save_soon() {
@@ -30,5 +35,6 @@ function save_soon() {
 function read_address() {
   const given = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   controls_write({ ...FIVE_ROWS, ...DATA.start, ...given });
-  update(Math.trunc(Number(given.moment)) || 0);
+  saved = location.hash;
+  update(Math.trunc(Number(given.moment)) || 0, true);
 }

@@ -11,7 +11,7 @@ function draw_bytes() {
     ({ figures: of }) =>
       `${kernel_name(of.kernel)}: ${bytes(of.bytes_read)} read, ${bytes(of.bytes_written)} written`,
     ({ figures: of }) =>
-      `, ${significant((of.bytes_read + of.bytes_written) / of.io_bytes || 0)} times every operand once`,
+      `, ${significant((of.bytes_read + of.bytes_written) / of.io_bytes || 0)} × every operand once`,
   );
   const figure = $("bytes");
   const width = figure.clientWidth;

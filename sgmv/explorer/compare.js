@@ -111,14 +111,17 @@ function compared_over_time(sides, width, drawn) {
   const end = most(sides.map(({ timeline }) => timeline.end)) || 1;
   const blocks = most(sides.map(({ figures: f }) => Math.min(f.blocks, f.capacity))) || 1;
   const x = (time) => left + ((right - left) * time) / end;
-  drawn.push(label(0, 12, "Blocks on the GPU, over time", "strong"));
+  drawn.push(label(0, 12, "Blocks on the GPU, over steps of the main loop", "strong"));
   let y = 22;
   for (const side of sides) {
     const low = y + 20 + tall;
+    const how = `${count(side.figures.blocks, "block")}, ${ending(side)}`;
     const room_for = (count_of) => (tall * count_of) / blocks;
     drawn.push(
       label(left, y + 13, side.name),
-      label(right, y + 13, `${count(side.figures.blocks, "block")}, ${ending(side)}`, "quiet", "end"),
+      (side.name.length + how.length) * LETTER < right - left
+        ? label(right, y + 13, how, "quiet", "end")
+        : null,
       ...areas(occupancy(side.timeline, (bar) => [bar.kind]), x, low, room_for),
       label(left - 6, low - tall + 10, number(blocks), "quiet", "end"),
       label(left - 6, low, 0, "quiet", "end"),

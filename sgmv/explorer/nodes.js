@@ -67,7 +67,7 @@ function picture(figure, height, told, ...children) {
     shape(
       "svg",
       { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": told },
-      ...children,
+      ...children.filter(Boolean),
     ),
   );
 }
@@ -87,7 +87,7 @@ function table(head, lines) {
       "tbody",
       {},
       ...lines.map(([first, ...rest]) =>
-        node("tr", {}, filled_in(cell("th")(first), { scope: "row" }, []), ...rest.map(cell("td"))),
+        node("tr", {}, filled_in(cell("th")(first), rest.length ? { scope: "row" } : { scope: "rowgroup", colspan: head.length }, []), ...rest.map(cell("td"))),
       ),
     ),
   );
@@ -108,7 +108,7 @@ const listed = (items) => node("ul", {}, ...items.map((item) => node("li", {}, .
 function legend(name, meanings) {
   const items = meanings.map(([meaning, ...marks]) => {
     const sample = shape("svg", { viewBox: "0 0 18 12", "aria-hidden": "true" }, ...marks);
-    return node("li", {}, sample, meaning);
+    return node("li", {}, marks.length ? sample : null, meaning);
   });
   $(name).replaceChildren(...items);
 }

@@ -21,6 +21,7 @@ function draw_roof(moving) {
   const plot = {
     left, right, top, floor, lane,
     low: floor + POPULARITIES.length * lane + 16,
+    ridge: left + between(ridge, POWERS.x) * (right - left),
     x: (value) => left + between(value, POWERS.x) * (right - left),
     y: (value) => floor - between(value, POWERS.y) * (floor - top),
     roof: (intensity) => Math.min(device.fp16_peak, intensity * device.bandwidth),
@@ -104,15 +105,19 @@ function popularity_drawn({ left, floor, lane, x }, kind, i, intensity, rows) {
   ];
 }
 
-function batch_drawn({ left, right, low, x, y, roof }, intensity, moving) {
+function batch_drawn({ left, right, low, x, y, roof, ridge }, intensity, moving) {
   const [cx, cy] = [x(intensity), y(roof(intensity))];
   const point = shape("circle", { cx, cy, r: 8, class: "here" });
   const last = before?.figures.intensity;
   if (moving && last) moves_from(point, x(last) - cx, y(roof(last)) - cy);
-  const text = `this batch: ${significant(intensity)}`;
-  const named =
-    cx > (left + right) / 2
-      ? label(cx - 12, cy - 6, text, "strong", "end")
-      : label(cx + 12, cy + 18, text, "strong");
+  const until = ridge > cx ? Math.min(ridge, right) : right;
+  const texts = [`this batch: ${significant(intensity)}`, significant(intensity)];
+  const places = texts.flatMap((text) => [
+    [until - cx, cx + 12, cy + 18, text, "start"],
+    [cx - left, cx - 12, cy - 6, text, "end"],
+  ]);
+  const wide = (text) => text.length * LETTER + 12;
+  const [, at_x, at_y, text, anchor] = places.find(([free, , , name]) => wide(name) < free);
+  const named = label(at_x, at_y, text, "strong", anchor);
   return [line(cx, cy, cx, low, "drop"), point, named];
 }

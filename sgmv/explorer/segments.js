@@ -116,11 +116,13 @@ function under_segments({ n, S, seq_start, adapter_ids }, cell, width) {
     const [x, rows] = [seq_start[s] * cell, lengths[s]];
     const middle = x + (rows * cell) / 2;
     const half = wide(seq_start[s]) / 2;
-    const named = even ? s % every === 0 : x - half >= free;
+    const aside = Math.max(0, free - (x - half)); // a little aside, rather than not at all
+    const named = even ? s % every === 0 : aside < 14;
     drawn.push(line(x, y, x, y + (named ? 8 : 4), "axis"));
-    if (named && (s === 0 || x + half < width - wide(n))) {
-      drawn.push(label(x, y + 20, seq_start[s], "", s === 0 ? "start" : "middle"));
-      free = x + (s === 0 ? 2 * half : half);
+    if (named && x + aside + half < width - wide(n)) {
+      const at = Math.max(x + (even ? 0 : aside), half - 3);
+      drawn.push(label(at, y + 20, seq_start[s], "", "middle"));
+      free = at + half;
     }
     const name = adapter(adapter_ids[s]);
     const fits = (text) => wide(text) <= rows * cell;

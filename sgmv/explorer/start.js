@@ -15,12 +15,13 @@ function launched(values, { segments = segment(values.ids), whole = false } = {}
   return { values: known, segments, launch, figures: figures(launch), timeline: timeline(launch) };
 }
 
-function update(at_moment = 0) {
+// `fresh`: nothing is told of what was shown before.
+function update(at_moment = 0, fresh = false) {
   const next = controls_read();
   pause();
   stale(!next);
   if (!next) return;
-  before = shown;
+  before = fresh ? null : shown;
   state = next;
   shown = launched(state);
   beside = set_beside(state);
@@ -71,8 +72,7 @@ function start() {
   for (const [name, most_of] of Object.entries(DATA.most)) $(name).max = most_of;
   for (const name of [...COUNTS, "ids"]) {
     const problem = node("p", { class: "problem", id: `${name}-problem`, role: "alert" });
-    const place = $(name).closest(".beside") ?? $(name);
-    place.after(problem);
+    $(name).after(problem);
     const told_by = $(name).getAttribute("aria-describedby");
     $(name).setAttribute("aria-describedby", [told_by, problem.id].filter(Boolean).join(" "));
   }
@@ -86,7 +86,7 @@ function start() {
     const link = node("a", { href: story.address, click: followed }, story.title);
     $("stories").append(node("li", {}, link));
   }
-  if (matchMedia("(max-width: 800px)").matches) $("fold").open = false;
+  if (matchMedia("(max-width: 900px)").matches) $("fold").open = false;
   $("controls").addEventListener("input", changed);
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   for (const [name, event, to] of [
@@ -107,13 +107,12 @@ function start() {
   });
   addEventListener("resize", () => draw(false));
   addEventListener("hashchange", () => {
-    if (location.hash !== address({ ...state, moment })) read_address();
+    if (location.hash !== saved) read_address();
   });
   const asked = location.hash;
   controls_write({ ...FIVE_ROWS, ...DATA.start });
   update(); // what an address asks for may be wrong: then this is shown
   history.replaceState(null, "", asked || location.hash);
-  before = null;
   read_address();
 }
 

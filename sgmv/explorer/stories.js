@@ -28,24 +28,31 @@ const STORIES = [
     see: "segments",
     answer: () => [
       "Five rows came, for adapters 2, 0, none, 2 and 0. Sorted by adapter, rows of one adapter lie " +
-        "side by side: each such run is a *segment*. `seq_start` = [0, 1, 3, 5] says where each " +
+        "side by side: each such run is a *segment*. *seq_start* = [0, 1, 3, 5] says where each " +
         "begins: segment 1, adapter 0, is the sorted rows 1 and 2, from seq_start[1] up to, but not " +
         "with, seq_start[2].",
-      "Id -1 is the base model alone. Punica knows no such rows: they stay out of its launch.",
+      "Id -1 is the base model alone. Punica knows no such rows: they get no delta.",
     ],
   },
   {
     title: "Why sort",
     question: "Why sort the rows by adapter?",
-    values: { ...FIVE_ROWS, popularity: "uniform", n: 64, versus: "unsorted" },
+    values: {
+      ...FIVE_ROWS,
+      popularity: "uniform",
+      n: 64,
+      kernel: "punica_cutlass_expand",
+      versus: "unsorted",
+    },
     see: "compare",
     answer: (sorted, unsorted) => [
-      "A kernel reads an adapter’s weights once per segment and, for each segment, multiplies a whole " +
-        `tile. Unsorted, every change of adapter begins a new segment: ${count(sorted.figures.n, "row")} ` +
-        `make ${unsorted.figures.S} segments. Sorted they make ${sorted.figures.S}, one per adapter.`,
-      `So the same work moves ${bytes(moved(sorted))} in place of ${bytes(moved(unsorted))}, and takes ` +
-        `${steps(sorted)} in place of ${steps(unsorted)}. Integers are sorted, no rows of x: ` +
-        "the kernel looks up which row is meant.",
+      "A kernel reads an adapter’s weights once per segment, and multiplies them with a whole *tile* of " +
+        `${count(sorted.launch.tile.rows, "row")} however few rows the segment has. Unsorted, every change ` +
+        `of adapter begins a new segment: ${count(sorted.figures.n, "row")} make ` +
+        `${unsorted.figures.S} segments. Sorted they make ${sorted.figures.S}, one per adapter.`,
+      `So sorting saves both: ${bytes(moved(sorted))} of memory are read and written in place of ` +
+        `${bytes(moved(unsorted))}, and the blocks take ${steps(sorted)} in place of ${steps(unsorted)}. ` +
+        "Only row numbers are sorted, never the rows of x: the kernel looks up which row is meant.",
     ],
   },
   {
@@ -84,19 +91,20 @@ const STORIES = [
       `Punica cuts K into ${split.figures.split_k} chunks, a block for each: ` +
         `${count(split.figures.blocks, "block")}, done after ${steps(split)}. The price: the blocks ` +
         "leave their partial sums in *tmp*, a scratch buffer in GPU memory, meet at a *barrier*, which " +
-        "opens when all blocks have come, and only then add them up.",
+        "opens when all blocks have come, and only then add them up. So " +
+        `${bytes(moved(split))} are read and written in place of ${bytes(moved(whole))}; caches spare ` +
+        "part of it.",
     ],
   },
   {
     title: "Why [1, 132] hung",
     question: "Why did segments of 1 and 132 rows hang?",
-    values: { ...FIVE_ROWS, ids: "1*50, 0, 1*82", release: "1.0.0" },
+    values: { ...FIVE_ROWS, ids: "1*50, 0, 1*82", release: "1.0.0", versus: "release" },
     see: "time",
     answer: () => [
       "Before release 1.1.0 a block of Punica’s shrink came to the *barrier* once for every 64 rows of " +
         "its own segment: once for 1 row, 3 times for 132. A barrier opens only when all blocks have " +
-        "come, and the short segment’s blocks had already left.",
-      "Watch the blocks, and barrier 2.",
+        "come, and the short segment’s blocks had already left: the others wait for ever. Watch barrier 2.",
     ],
   },
   {
@@ -111,7 +119,7 @@ const STORIES = [
   },
   {
     title: "The split-K cliff",
-    question: "Why does one more adapter make it ten times slower?",
+    question: "Why does one more adapter take ten times as many steps?",
     values: { ...FIVE_ROWS, popularity: "distinct", n: 28, versus: "fewer" },
     see: "compare",
     answer: (over, within) => [
@@ -186,7 +194,7 @@ function draw_story() {
     { id: "story-next", class: "button", href: following.address, click: followed },
     `${verb} ${following.title} →`,
   );
-  const seen = story && story.see !== "time" ? [jump(story.see, "See it")] : [];
+  const seen = story && story.see === "segments" ? [jump(story.see, "See it")] : [];
   const watch = shown.timeline.moments.length > 1 ? [watch_link()] : [];
   $("story-ways").replaceChildren(next, ...watch, ...seen);
 }

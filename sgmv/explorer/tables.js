@@ -5,13 +5,17 @@ const ENGINES = {
   sgmv: "sgmv Segments", punica: "Punica", vllm_v1: "vLLM V1", sglang: "SGLang csgmv", lorax: "LoRAX",
 }; // prettier-ignore
 
+// A long name may be broken after its underscores.
+const name_shown = (name) =>
+  node("code", {}, ...name.split(/(?<=_)/).flatMap((part) => [node("wbr"), part]).slice(1));
+
 // One line for each engine's name, then one for each of its arrays.
 function draw_layouts() {
   const { segments, values } = shown;
   const lines = Object.entries(layouts(segments, values.ids, values)).flatMap(([engine, fields]) => [
-    [node("b", {}, ENGINES[engine]), "", ""],
+    [node("b", {}, ENGINES[engine])],
     ...Object.entries(fields).map(([name, [dtype, held]]) => [
-      node("code", {}, name),
+      name_shown(name),
       node("code", {}, `[${some(held, 12)}]`),
       `${dtype}, ${number(BYTES[dtype] * held.length)} B`,
     ]),
@@ -30,7 +34,7 @@ function draw_figures() {
   $("figures").replaceChildren(
     table(
       ["figure", "value"],
-      lines.map(([name, value]) => [node("code", {}, name), value_told(value)]),
+      lines.map(([name, value]) => [name_shown(name), value_told(value)]),
     ),
   );
 }

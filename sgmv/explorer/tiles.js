@@ -21,15 +21,9 @@ function draw_tiles() {
       used: Math.min(tile.rows, rows - i * tile.rows),
     })),
   );
-  const drawn = [
-    label(
-      0,
-      14,
-      `Rows: ${count(tiles.length, "tile")} of ${count(tile.rows, "row")}, ` +
-        `${number(f.rows)} of ${count(f.row_slots, "place")} taken`,
-      "strong",
-    ),
-  ];
+  const cut = `Rows: ${count(tiles.length, "tile")} of ${count(tile.rows, "row")}`;
+  const taken = `${cut}, ${number(f.rows)} of ${count(f.row_slots, "place")} taken`;
+  const drawn = [label(0, 14, taken.length * LETTER < width ? taken : cut, "strong")];
   let y = 26 + row_tiles(tiles, tile.rows, width, 26, drawn);
   const columns = `Columns of ${launch.shrinks ? "v" : "y"}: ${number(launch.width)}`;
   const products = `Products per sum (K): ${number(launch.k)}`;

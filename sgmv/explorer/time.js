@@ -10,7 +10,7 @@ const KINDS = {
   wait: ["waits at the barrier with nothing to do", () => [{ class: "room" }, { class: "waste" }]],
   stuck: ["waits for ever", () => [{ class: "stuck" }]],
   gone: ["has returned", () => [{ class: "gone" }]],
-  exit: ["finds nothing to do and leaves", () => [{ class: "base" }]],
+  exit: ["finds nothing to do and leaves", () => [{ class: "exit" }]],
 };
 const KINDS_IN_ORDER = Object.keys(KINDS);
 
@@ -34,7 +34,7 @@ function draw_time() {
         ? "An upright line is a *barrier* of the whole grid: it opens when every block stands at it. " +
             "Between two barriers a block sums its chunk of K, writes the sums to *tmp*, a scratch buffer " +
             "in GPU memory, and adds up what all chunks wrote."
-        : "Blocks that find no place wait for the next *wave*.",
+        : "A *wave* is as many blocks as the GPU holds at once; the others wait for a place.",
     ),
   );
   now("time-now", fate, ({ figures: of, launch: { device } }) =>
@@ -64,6 +64,7 @@ function draw_time() {
     ...time_ticks(x, at.end, right, low),
     ...barriers_drawn(plot, at),
     label(0, low + 34, plot.others, "quiet"),
+    label(right, low + 34, "steps of the main loop", "quiet", "end"),
     at.stuck ? label(right, 12, "∞", "alarm", "end") : null,
     box(0, top - 2, 0, low - top + 2, { class: "veil", id: "veil" }),
     shape("line", { class: "cursor", id: "cursor", y1: top - 6, y2: low + 2 }),
@@ -78,8 +79,10 @@ function fate({ figures: f, timeline: { stuck } }) {
   if (!f.capacity) return `${count(f.blocks, "block")}, none of which fits an SM`;
   if (stuck)
     return `${count(f.blocks, "block")}, stuck at barrier ${stuck.barrier} of ${f.barriers}`;
-  const barriers = f.cooperative ? `, ${count(f.barriers, "barrier")}` : "";
-  return `${count(f.blocks, "block")} in ${count(f.waves, "wave")}${barriers}`;
+  const how = f.cooperative
+    ? `, ${f.blocks === 1 ? "" : "all at once, "}${count(f.barriers, "barrier")}`
+    : ` in ${count(f.waves, "wave")}`;
+  return `${count(f.blocks, "block")}${how}`;
 }
 
 function idle_sms({ sms }, blocks) {
@@ -90,7 +93,7 @@ function idle_sms({ sms }, blocks) {
 const of_time = (left, right, end) => (time) => left + ((right - left) * time) / end;
 
 // SMs one below the other, each with its places.
-function lines_plot({ launch: { device }, figures: { blocks }, timeline: { bars, places, end } }) {
+function lines_plot({ launch: { device }, figures: { blocks }, timeline: { bars, moments, places, end } }) {
   const used = Math.min(places, blocks);
   const sms = Math.min(device.sms, used);
   const per_sm = Math.ceil(used / device.sms);
@@ -108,7 +111,7 @@ function lines_plot({ launch: { device }, figures: { blocks }, timeline: { bars,
     low: top + sms * per_sm * tall,
     by_segment: true,
     others: idle_sms(device, blocks),
-    drawn: [...bars_drawn(bars, x, y, tall - 1), ...returned_named(bars, x, y, tall, right), ...names],
+    drawn: [...bars_drawn(bars, x, y, tall - 1), ...returned_named(bars, moments, x, y, tall, right), ...names],
   }; // prettier-ignore
 }
 
@@ -129,16 +132,18 @@ function bars_drawn(bars, x, y, high) {
 }
 
 // The blocks of each segment that have returned, where there is room to say so.
-function returned_named(bars, x, y, tall, right) {
+function returned_named(bars, moments, x, y, tall, right) {
+  const barriers = moments.filter(({ kind }) => kind === "arrive").map(({ time }) => x(time));
   const gone = bars.filter(({ kind }) => kind === "gone");
   return [...new Set(gone.map(({ s }) => s))].flatMap((s) => {
     const own = gone.filter((bar) => bar.s === s);
     const places = own.map(({ place }) => y(place));
     const [from, to] = [Math.min(...places), most(places) + tall];
     const text = `${count(own.length, "block")} returned`;
-    const start = x(own[0].start);
-    if (to - from < 16 || right - start < text.length * LETTER) return [];
-    return [label(start + 8, (from + to) / 2 + 4, text)];
+    const edges = [x(own[0].start), ...barriers.filter((at) => at > x(own[0].start)), right];
+    const free = edges.findIndex((edge, i) => edges[i + 1] - edge > text.length * LETTER + 12);
+    if (to - from < 16 || free === -1) return [];
+    return [label(edges[free] + 8, (from + to) / 2 + 4, text, "halo")];
   });
 }
 
@@ -171,7 +176,9 @@ function areas_plot({ launch, figures: { blocks, capacity }, timeline }) {
 // Layers of blocks upon each other, as one shape each.
 function areas({ edges, layers }, x, low, room_for) {
   const floor = edges.slice(1).map(() => 0);
-  return layers.flatMap(({ key: [kind, s], blocks }) => {
+  const rank = ({ key: [kind, s = 0] }) => KINDS_IN_ORDER.indexOf(kind) * 1e6 + s;
+  const sorted = [...layers].sort((one, other) => rank(one) - rank(other));
+  return sorted.flatMap(({ key: [kind, s], blocks }) => {
     let d = "";
     for (let i = 0; i < blocks.length; i += 1) {
       if (!blocks[i]) continue;
@@ -187,16 +194,18 @@ function areas({ edges, layers }, x, low, room_for) {
   });
 }
 
-// Steps of the main loop, below an axis; the last names the unit.
+// Steps of the main loop, below an axis.
 function time_ticks(x, end, right, low) {
-  const wide = (text) => String(text).length * LETTER + 14;
-  const every = even_step((step) => x(step) - x(0) >= wide(number(Math.ceil(end))));
-  const ticks = range(Math.floor(end / every) + 1).map((i) => i * every);
-  const unit = "steps";
-  return ticks.flatMap((time) => [
-    line(x(time), low, x(time), low + 4, "axis"),
-    x(time) + wide(time) / 2 < right - wide(unit) ? label(x(time), low + 17, number(time), "quiet", "middle") : null,
-  ]).concat(label(right, low + 17, unit, "quiet", "end")).filter(Boolean);
+  const wide = number(Math.ceil(end)).length * LETTER;
+  const every = even_step((step) => x(step) - x(0) >= wide + 14);
+  return range(Math.floor(end / every) + 1).flatMap((i) => {
+    const at = x(i * every);
+    const anchor = at + wide / 2 > right + 6 ? "end" : "middle";
+    return [
+      line(at, low, at, low + 4, "axis"),
+      label(at, low + 17, number(i * every), "quiet", anchor),
+    ];
+  });
 }
 
 function barriers_drawn({ right, left, top, low, x }, { moments }) {

@@ -125,7 +125,9 @@ function with_barriers(launch, blocks, places) {
     time = arrived + ADD;
     for (const { i, s } of here) if (steps[s] >= barrier) add("add", i, s, arrived, time);
     const returning = here.filter(({ s }) => own[s] === barrier).length;
-    own.forEach((barriers, s) => barriers === barrier && returned.set(s, time));
+    own.forEach((last, s) => {
+      if (last === barrier) returned.set(s, steps[s] < barrier ? arrived : time);
+    });
     moments.push({ time, kind: "open", barrier, blocks, returning });
   }
   for (const { i, s } of every) {

@@ -52,16 +52,17 @@ function draw_verdict() {
 function what_fits({ launch, figures: f, values }) {
   const { sms } = launch.device;
   const lines = [
-    `This *launch*, one call of a kernel, starts a *grid* of ${count(f.blocks, "thread block")}, ` +
+    `This *launch*, one call of a kernel, starts a *grid* of ${count(f.blocks, "*thread block*", "*thread blocks*")}, ` +
       `groups of ${f.threads} threads that share fast memory. Each runs on one *SM*, a core of the GPU: ` +
       `${f.device} has ${sms}, and holds ${number(f.capacity)} of these blocks at once.`,
   ];
   if (launch.kernel === "punica_sgmv_shrink") {
     const chunks = ceil_div(launch.k, CHUNK);
-    const fit = f.cooperative ? "they fit" : "too many";
+    const fit = f.cooperative ? "which fit" : "too many";
     lines.push(
-      `K is split for up to ${count(f.split_k_segments, "segment")}, as the blocks of a split wait ` +
-        `for each other and must all fit. Here: ${count(chunks, "chunk")} of K × ` +
+      "K is cut into chunks of 256, a block for each. This *split of K* is made for up to " +
+        `${count(f.split_k_segments, "segment")}, because its blocks wait for each other and must ` +
+        `all be on the GPU. Here: ${count(chunks, "chunk")} × ` +
         `${count(f.S, "segment")} = ${count(chunks * f.S, "block")}, ${fit}.`,
     );
     if (f.shared_memory > WITHOUT_OPT_IN) {
@@ -75,7 +76,9 @@ function what_fits({ launch, figures: f, values }) {
     lines.push(
       `That is ${count(f.waves, "*wave*", "*waves*")}: ` +
         (f.waves > 1 ? "blocks that find no room wait for the next." : "all find room at once.") +
-        (f.early_exits ? ` ${count(f.early_exits, "block")} of them ${f.early_exits === 1 ? "finds" : "find"} nothing to do.` : ""),
+        (f.early_exits
+          ? ` ${number(f.early_exits)} of them ${f.early_exits === 1 ? "finds" : "find"} nothing to do.`
+          : ""),
     );
   }
   if (!f.deterministic && launch.atomics) {

@@ -735,6 +735,7 @@ PLANTED: dict[str, list[tuple[str, Fault, Any]]] = {
         ("wa_ptr", "shape", lambda p: p[:-1]),
         ("wa_ptr", "no weights", put(1, 0)),
         ("wb_ptr", "no weights", put(1, 0)),
+        ("wb_ptr", "no weights", put(1, 64)),
         ("wa_ptr", "no weights", put(1, 64)),
         ("wa_ptr", "stale", swap(0, 1)),
         ("rows", "stale", put(0, 8)),
@@ -919,6 +920,78 @@ def test_a_planted_fault_is_found_and_named(
     for finding in found:
         assert finding.remedy == REMEDY[finding.fault]
         assert str(finding).startswith(f"{finding.field}: {finding.fault}: ")
+
+
+@pytest.mark.parametrize(
+    ("layout", "field", "fault", "change"),
+    CASES,
+    ids=[f"{layout}-{field}-{fault}-{i}" for i, (layout, field, fault, _) in enumerate(CASES)],
+)
+def test_a_finding_says_what_was_expected_and_what_came(
+    layout: str, field: str, fault: Fault, change: Any
+) -> None:
+    changes = change if isinstance(change, dict) else {field: change}
+    for told in (IDS, None):
+        found = layouts.check(altered(RIGHT[layout], changes), told, slots=STACK, names=NAMES)
+        for finding in found:
+            assert re.fullmatch(r"expected .+, got .+", finding.what), finding
+
+
+# Changed alone these leave two fields that disagree, or numbers that the batch does not tell.
+NOT_TO_BE_TOLD = {
+    ("lorax raw", "s_end"),  # a slice that ends late, or the next that starts early
+    ("punica", "lora_rank"),  # no row of the batch has it: another call's
+    ("csgmv", "lora_ranks"),
+    ("triton", "lora_ranks"),
+    ("torch_native", "lora_ranks"),
+}
+
+
+@pytest.mark.parametrize("layout", RIGHT)
+def test_a_field_that_alone_is_wrong_is_named_first(layout: str) -> None:
+    tried = 0
+    for field, value in RIGHT[layout].items():
+        values = value if isinstance(value, list) else [value]
+        if field in {"rank_data", "adapter_names"} or (layout, field) in NOT_TO_BE_TOLD:
+            continue
+        for at, number in enumerate(values):
+            for by in (1, -1, 5, -5) if isinstance(number, int) else ():
+                changed = [*values[:at], number + by, *values[at + 1 :]]
+                metadata = {**RIGHT[layout], field: changed if value is values else changed[0]}
+                found = check(metadata, IDS)
+                assert not found or found[0].field == field, [metadata, *map(str, found)]
+                tried += bool(found)
+    assert tried or layout == "peft"
+
+
+def test_without_the_batch_the_field_that_fewer_others_bear_out_is_named_first() -> None:
+    """The rows, the ids and the counts agree; one number of the mapping does not."""
+    metadata = altered(RIGHT["vllm_v1"], {"token_lora_mapping": put(0, 1)})
+    first = layouts.check(metadata)[0]
+    assert (first.field, first.what, first.where) == (
+        "token_lora_mapping",
+        "expected 0, got 1",
+        "at 0",
+    )
+    metadata = altered(RIGHT["vllm_v0"], {"seq_len_tensor": put(0, 3)})
+    assert layouts.check(metadata, n=8)[0].field == "seq_len_tensor"
+
+
+def test_a_bad_wb_ptr_is_found_beside_a_bad_wa_ptr() -> None:
+    odd = RIGHT["punica"]["wb_ptr"][2] + 1
+    metadata = altered(RIGHT["punica"], {"wa_ptr": put(0, 64), "wb_ptr": to([0, 4096, odd])})
+    found = {(f.field, f.where): f.what for f in check(metadata, IDS)}
+    assert found["wa_ptr", "segment 0"] == "expected an address of weights, got 64"
+    assert found["wb_ptr", "segment [0, 1]"] == "expected an address of weights, got [0, 4096]"
+    assert "addresses that 4 divides" in found["wb_ptr", "segment 2"]
+
+
+@pytest.mark.parametrize("field", ["wa_ptr", "wb_ptr"])
+def test_pointers_are_those_of_the_weights_that_the_metadata_holds(field: str) -> None:
+    layout = layouts.punica(IDS, STACK, 8)
+    swapped = getattr(layout, field)[[1, 0, 2]]
+    found = layouts.check(dataclasses.replace(layout, **{field: swapped}))
+    assert [(f.field, f.fault, f.where) for f in found] == [(field, "no weights", "segment [0, 1]")]
 
 
 def test_every_fault_has_a_remedy_and_is_planted() -> None:

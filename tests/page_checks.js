@@ -51,7 +51,10 @@ function faint_texts() {
     const text = walker.currentNode.textContent.trim();
     if (!text || element.closest("svg, script, select, :disabled") || !visible(element)) continue;
     const ground = ground_of(element);
-    const ratio = contrast(over(faded(channels(getComputedStyle(element).color), element), ground), ground);
+    const ratio = contrast(
+      over(faded(channels(getComputedStyle(element).color), element), ground),
+      ground,
+    );
     if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${text.slice(0, 40)}`);
   }
   for (const control of drawn("select:enabled, input:enabled, textarea:enabled")) {
@@ -93,10 +96,15 @@ function faint_shapes() {
     if (element.matches(aside)) continue;
     const panel = ground_of(element.closest("section"));
     const paints = ["fill", "stroke"].map((what) => paint(element, what)).filter(Boolean);
-    const ratio = Math.max(0, ...paints.map((colour_of) => contrast(over(colour_of, panel), panel)));
+    const ratio = Math.max(
+      0,
+      ...paints.map((colour_of) => contrast(over(colour_of, panel), panel)),
+    );
     if (ratio < 3) found.push(`${ratio.toFixed(2)} ${element.outerHTML.slice(0, 120)}`);
   }
-  for (const element of drawn("button:enabled, select, textarea, input:not([type=range]), .stories a, .chip")) {
+  for (const element of drawn(
+    "button:enabled, select, textarea, input:not([type=range]), .stories a, .chip",
+  )) {
     const style = getComputedStyle(element);
     const edge = element.matches(".chip") ? style.backgroundColor : style.borderTopColor;
     const ground = ground_of(element.parentElement);
@@ -118,9 +126,12 @@ function overlaps() {
     const texts = [...svg.querySelectorAll("text")].map((text) => ({
       text: text.textContent,
       // a line of text is higher than its letters
-      at: (({ left, right, top, bottom }) => ({ left, right, top: top + 2.5, bottom: bottom - 2.5 }))(
-        text.getBoundingClientRect(),
-      ),
+      at: (({ left, right, top, bottom }) => ({
+        left,
+        right,
+        top: top + 2.5,
+        bottom: bottom - 2.5,
+      }))(text.getBoundingClientRect()),
     }));
     texts.forEach(({ text, at }, i) => {
       for (const other of texts.slice(i + 1)) {
@@ -139,13 +150,19 @@ function overlaps() {
 // Rings around what has the focus, cut off by a box that scrolls.
 function clipped_rings() {
   const found = [];
-  for (const element of drawn("a, button:enabled, select, input:enabled, textarea, summary, .scroll")) {
+  for (const element of drawn(
+    "a, button:enabled, select, input:enabled, textarea, summary, .scroll",
+  )) {
     element.focus();
     element.scrollIntoView({ block: "center" });
     const style = getComputedStyle(element);
     const wide = 3 + parseFloat(style.outlineOffset);
     const ring = inside(element.getBoundingClientRect(), -wide);
-    for (let box_of = element.parentElement; box_of !== document.body; box_of = box_of.parentElement) {
+    for (
+      let box_of = element.parentElement;
+      box_of !== document.body;
+      box_of = box_of.parentElement
+    ) {
       if (getComputedStyle(box_of).overflowY === "visible") continue;
       const edge = box_of.getBoundingClientRect();
       const cut =
@@ -162,7 +179,9 @@ function hidden_cells() {
   for (const each of document.querySelectorAll("details")) each.open = true;
   return drawn(".scroll").flatMap((box_of) =>
     [...box_of.querySelectorAll("td, th")]
-      .filter((cell) => cell.getBoundingClientRect().right > box_of.getBoundingClientRect().right + 1)
+      .filter(
+        (cell) => cell.getBoundingClientRect().right > box_of.getBoundingClientRect().right + 1,
+      )
       .map((cell) => cell.textContent.slice(0, 40)),
   );
 }
@@ -171,7 +190,9 @@ function hidden_cells() {
 function wrong_numbers() {
   const texts = drawn("p, li, h2, h3, text, .help").map((each) => each.textContent);
   texts.push(...drawn("[aria-label]").map((each) => each.getAttribute("aria-label")));
-  return texts.flatMap((text) => text.match(/(?<![\d.,~-])\b1 (?:more |thread )?[a-z]+s\b(?<!is)/g) ?? []);
+  return texts.flatMap(
+    (text) => text.match(/(?<![\d.,~-])\b1 (?:more |thread )?[a-z]+s\b(?<!is)/g) ?? [],
+  );
 }
 
 // Words that are used before the paragraph that defines them; `known` were defined before.
@@ -185,7 +206,9 @@ function undefined_words(known) {
       defined.add(WORDS[word] ? word : word.replace(/s$/, ""));
     }
     for (const word of Object.keys(WORDS)) {
-      const used = new RegExp(`(?<![\\w-])${word.replace(/y$/, "(?:y|ie)")}s?(?![\\w-])`).test(each.textContent);
+      const used = new RegExp(`(?<![\\w-])${word.replace(/y$/, "(?:y|ie)")}s?(?![\\w-])`).test(
+        each.textContent,
+      );
       if (used && !defined.has(word)) early.push(`${word}: ${each.textContent.slice(0, 60)}`);
     }
   }

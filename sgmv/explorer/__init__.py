@@ -2,8 +2,9 @@
 
     write_html ──> page.html, in which stand
                      style.css
-                     emulator.js, timeline.js, layouts.js   what a batch becomes: the same figures
-                                                            as sgmv.emulator and sgmv.layouts
+                     batch.js, launch.js, kernels.js        what a batch becomes: the same figures
+                     punica, bgmv, vllm, sglang.js          as sgmv.emulator and sgmv.layouts
+                     timeline.js, layouts.js
                      colours.js, nodes.js                   what drawings and sentences are made of
                      stories.js, words.js                   the path through SGMV, and its words
                      compare.js, verdict.js, segments.js, time.js, player.js,

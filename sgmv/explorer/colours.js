@@ -41,7 +41,9 @@ function of_luminance(hue, wanted) {
     if (luminance(vivid(hue, half)) < wanted) low = half;
     else high = half;
   }
-  return `rgb(${vivid(hue, low).map((value) => channel(Math.max(0, Math.min(1, value)))).join(" ")})`;
+  return `rgb(${vivid(hue, low)
+    .map((value) => channel(Math.max(0, Math.min(1, value))))
+    .join(" ")})`;
 }
 
 const ink_on = (wanted) => (wanted > 0.18 ? "#000" : "#fff"); // at least 4.5:1

@@ -92,7 +92,11 @@ function draw_compare() {
 
 const MEASURES = [
   ["Memory read and written", moved, bytes],
-  ["Time at least, by the roofline", ({ figures: f }) => f.roofline_us, (us) => `${significant(us)} µs`],
+  [
+    "Time at least, by the roofline",
+    ({ figures: f }) => f.roofline_us,
+    (us) => `${significant(us)} µs`,
+  ],
   [
     "Products multiplied, zeros included",
     ({ figures: f }) => f.lanes,
@@ -122,7 +126,12 @@ function compared_over_time(sides, width, drawn) {
       (side.name.length + how.length) * LETTER < right - left
         ? label(right, y + 13, how, "quiet", "end")
         : null,
-      ...areas(occupancy(side.timeline, (bar) => [bar.kind]), x, low, room_for),
+      ...areas(
+        occupancy(side.timeline, (bar) => [bar.kind]),
+        x,
+        low,
+        room_for,
+      ),
       label(left - 6, low - tall + 10, number(blocks), "quiet", "end"),
       label(left - 6, low, 0, "quiet", "end"),
       line(left, low - tall, left, low, "axis"),

@@ -66,7 +66,7 @@ function counted(name) {
     name,
     right
       ? ""
-      : `Expected a whole number from ${input.min} to ${number(Number(input.max))}, got “${input.value}”.`,
+      : `${name}: expected a whole number from ${input.min} to ${number(Number(input.max))}, got “${input.value}”.`,
   );
 }
 

@@ -87,7 +87,16 @@ function table(head, lines) {
       "tbody",
       {},
       ...lines.map(([first, ...rest]) =>
-        node("tr", {}, filled_in(cell("th")(first), rest.length ? { scope: "row" } : { scope: "rowgroup", colspan: head.length }, []), ...rest.map(cell("td"))),
+        node(
+          "tr",
+          {},
+          filled_in(
+            cell("th")(first),
+            rest.length ? { scope: "row" } : { scope: "rowgroup", colspan: head.length },
+            [],
+          ),
+          ...rest.map(cell("td")),
+        ),
       ),
     ),
   );

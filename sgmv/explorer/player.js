@@ -50,7 +50,8 @@ const TOLD = {
   wave: ({ time }) => {
     const { figures: f, timeline: at } = shown;
     const { running, ended, to_come } = progress(at, time);
-    if (ended === f.blocks) return ended === 1 ? "The only block is done." : `All ${number(ended)} blocks are done.`;
+    if (ended === f.blocks)
+      return ended === 1 ? "The only block is done." : `All ${number(ended)} blocks are done.`;
     const places = `${count(running, "block")} in ${count(at.places, "place")}`;
     return `${places}, ${number(ended)} done, ${number(to_come)} yet to find a place.`;
   },

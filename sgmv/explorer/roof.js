@@ -32,7 +32,10 @@ function draw_roof(moving) {
   };
   legend("roof-legend", [
     ["this batch", shape("circle", { cx: 9, cy: 6, r: 5, class: "here" })],
-    ["popularities: as many rows as this batch", shape("circle", { cx: 9, cy: 6, r: 5, class: "dot at" })],
+    [
+      "popularities: as many rows as this batch",
+      shape("circle", { cx: 9, cy: 6, r: 5, class: "dot at" }),
+    ],
     ["1, 2, 4 … 64 rows", shape("circle", { cx: 9, cy: 6, r: 3, class: "dot" })],
   ]);
   const alike = (kind) => `${kind} with as many rows: ${significant(intensity(kind, f.rows || 1))}`;

@@ -85,7 +85,9 @@ function cells_drawn({ n, rows, adapter_ids }, s, positions, cell, place, moving
 // Too narrow for a cell each: one shape for all rows of the segment.
 function strips_drawn({ rows }, positions, cell, place) {
   const { top, tall, low } = STRIP;
-  const came = positions.map((p) => `M${(rows[p] * cell).toFixed(2)} ${top}h${cell}v${tall}h-${cell}z`);
+  const came = positions.map(
+    (p) => `M${(rows[p] * cell).toFixed(2)} ${top}h${cell}v${tall}h-${cell}z`,
+  );
   return [
     shape("path", { d: came.join(""), style: fill(place) }),
     box(positions[0] * cell, low, positions.length * cell, tall, { style: fill(place) }),

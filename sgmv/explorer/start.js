@@ -34,8 +34,10 @@ function update(at_moment = 0, fresh = false) {
 // While a control holds something that cannot be shown, the panels show what was there before.
 function stale(is) {
   $("columns").classList.toggle("stale", is);
-  for (const part of [$("story"), $("compare-panel"), $("panels"), $("verdict-body")]) part.inert = is;
+  for (const part of [$("story"), $("compare-panel"), $("panels"), $("verdict-body")])
+    part.inert = is;
   if (!is) return;
+  $("fold").open = true;
   $("verdict").className = "verdict";
   $("verdict-title").textContent = "Not drawn: a field on this page needs another value.";
   announce_soon();
@@ -72,7 +74,7 @@ function start() {
   for (const [name, most_of] of Object.entries(DATA.most)) $(name).max = most_of;
   for (const name of [...COUNTS, "ids"]) {
     const problem = node("p", { class: "problem", id: `${name}-problem`, role: "alert" });
-    $(name).after(problem);
+    ($(name).closest(".widths") ?? $(name)).after(problem);
     const told_by = $(name).getAttribute("aria-describedby");
     $(name).setAttribute("aria-describedby", [told_by, problem.id].filter(Boolean).join(" "));
   }
@@ -105,7 +107,10 @@ function start() {
     event.preventDefault(); // a fragment would take the state's place in the address
     $("panels").focus();
   });
-  addEventListener("resize", () => draw(false));
+  addEventListener("resize", () => {
+    draw(false);
+    stale($("columns").classList.contains("stale"));
+  });
   addEventListener("hashchange", () => {
     if (location.hash !== saved) read_address();
   });

@@ -18,8 +18,7 @@ const FIVE_ROWS = {
 const moved = ({ figures: f }) => f.bytes_read + f.bytes_written;
 const steps = ({ timeline: { end } }) => count(Math.ceil(end), "step");
 
-// `see` is the panel that shows the answer. `answer` is written over what is shown and what stands
-// beside it; a paragraph each.
+// `answer` makes paragraphs of what is shown and what is beside it; `see` is a panel further down.
 const STORIES = [
   {
     title: "Five rows",
@@ -29,9 +28,9 @@ const STORIES = [
     answer: () => [
       "Five rows came, for adapters 2, 0, none, 2 and 0. Sorted by adapter, rows of one adapter lie " +
         "side by side: each such run is a *segment*. *seq_start* = [0, 1, 3, 5] says where each " +
-        "begins: segment 1, adapter 0, is the sorted rows 1 and 2, from seq_start[1] up to, but not " +
-        "with, seq_start[2].",
-      "Id -1 is the base model alone. Punica knows no such rows: they get no delta.",
+        "begins among the sorted rows: segment 1, of adapter 0, is rows 1 and 2, from seq_start[1] = 1 " +
+        "up to seq_start[2] = 3, where the next one begins.",
+      "Id -1 is the base model alone. Punica knows no such rows: nothing is added to them.",
     ],
   },
   {
@@ -44,15 +43,15 @@ const STORIES = [
       kernel: "punica_cutlass_expand",
       versus: "unsorted",
     },
-    see: "compare",
     answer: (sorted, unsorted) => [
-      "A kernel reads an adapter’s weights once per segment, and multiplies them with a whole *tile* of " +
-        `${count(sorted.launch.tile.rows, "row")} however few rows the segment has. Unsorted, every change ` +
+      "A kernel reads an adapter’s weights at least once per segment, for a whole *tile* of " +
+        `${count(sorted.launch.tile.rows, "row")}, however few the segment has. Unsorted, every change ` +
         `of adapter begins a new segment: ${count(sorted.figures.n, "row")} make ` +
         `${unsorted.figures.S} segments. Sorted they make ${sorted.figures.S}, one per adapter.`,
       `So sorting saves both: ${bytes(moved(sorted))} of memory are read and written in place of ` +
         `${bytes(moved(unsorted))}, and the blocks take ${steps(sorted)} in place of ${steps(unsorted)}. ` +
-        "Only row numbers are sorted, never the rows of x: the kernel looks up which row is meant.",
+        "Punica’s caller puts the rows of x in that order; vLLM and sgmv sort row numbers alone, and the " +
+        "kernel looks up which row is meant.",
     ],
   },
   {
@@ -65,7 +64,6 @@ const STORIES = [
       kernel: "punica_cutlass_expand",
       versus: "identical",
     },
-    see: "compare",
     answer: (distinct, identical) => [
       "With an adapter of its own, every row brings a weight matrix that no other row uses. " +
         `${count(distinct.figures.n, "row")} read ${count(distinct.figures.S, "matrix", "matrices")}: ` +
@@ -82,7 +80,6 @@ const STORIES = [
     title: "Why split K",
     question: "Why split K?",
     values: { ...FIVE_ROWS, popularity: "uniform", n: 16, versus: "unsplit" },
-    see: "compare",
     answer: (split, whole) => [
       `Shrink sums K = ${number(split.launch.k)} products for each of only ${split.launch.width} columns ` +
         "of v. One *thread block*, a group of threads that share fast memory, could do a whole segment; " +
@@ -100,10 +97,9 @@ const STORIES = [
     title: "Why [1, 132] hung",
     question: "Why did segments of 1 and 132 rows hang?",
     values: { ...FIVE_ROWS, ids: "1*50, 0, 1*82", release: "1.0.0", versus: "release" },
-    see: "time",
     answer: () => [
       "Before release 1.1.0 a block of Punica’s shrink came to the *barrier* once for every 64 rows of " +
-        "its own segment: once for 1 row, 3 times for 132. A barrier opens only when all blocks have " +
+        "its own segment, or part of them: once for 1 row, 3 times for 132. A barrier opens only when all blocks have " +
         "come, and the short segment’s blocks had already left: the others wait for ever. Watch barrier 2.",
     ],
   },
@@ -111,7 +107,6 @@ const STORIES = [
     title: "…and its fix",
     question: "How was the hang mended?",
     values: { ...FIVE_ROWS, ids: "1*50, 0, 1*82", versus: "release" },
-    see: "time",
     answer: () => [
       "Since 1.1.0 every block comes to as many barriers as the longest segment needs. A block with no " +
         "rows left comes with nothing to add, and waits.",
@@ -121,7 +116,6 @@ const STORIES = [
     title: "The split-K cliff",
     question: "Why does one more adapter take ten times as many steps?",
     values: { ...FIVE_ROWS, popularity: "distinct", n: 28, versus: "fewer" },
-    see: "compare",
     answer: (over, within) => [
       "Blocks that wait for each other must all be on the GPU at once. " +
         `${within.figures.S} segments × ${within.figures.split_k} chunks of K = ` +
@@ -136,7 +130,6 @@ const STORIES = [
     title: "A race between blocks",
     question: "What can go wrong without hanging?",
     values: { ...FIVE_ROWS, popularity: "identical", n: 130 },
-    see: "time",
     answer: () => [
       "Beyond 64 rows a block takes several steps, and *tmp*, the scratch buffer of the partial sums, is " +
         "used again in each. A fast block may write its next sums to it while a slow one still reads " +
@@ -154,11 +147,9 @@ const STORIES = [
       max_loras: 16,
       versus: "punica_sgmv_shrink",
     },
-    see: "compare",
     answer: ({ figures: f }) => [
-      "vLLM records its launches once, for any batch. So its *grid*, the blocks of a launch, is laid " +
-        `out as if each slot might hold all rows: ${number(f.early_exits)} of ${number(f.blocks)} blocks ` +
-        `leave at once. Of those that work, with K = ${number(f.h_in)}, 48 of the 64 splits of K ` +
+      "vLLM lays out its *grid*, the blocks of a launch, for the worst case, as if each slot might hold " +
+        `all rows: ${number(f.early_exits)} of ${number(f.blocks)} blocks leave at once. Of those that work, with K = ${number(f.h_in)}, 48 of the 64 splits of K ` +
         "multiply zeros.",
     ],
   },
@@ -188,13 +179,17 @@ function draw_story() {
     : ["What you have set is in the address of this page: keep it, or send it."];
   $("story-body").replaceChildren(...told.map((text) => paragraph(...prose(text))));
   const following = STORIES[(at + 1) % STORIES.length];
-  const verb = !story ? "The path from its start:" : following === STORIES[0] ? "Again from the start:" : "Next:";
+  const verb = !story
+    ? "The path from its start:"
+    : following === STORIES[0]
+      ? "Again from the start:"
+      : "Next:";
   const next = node(
     "a",
     { id: "story-next", class: "button", href: following.address, click: followed },
     `${verb} ${following.title} →`,
   );
-  const seen = story && story.see === "segments" ? [jump(story.see, "See it")] : [];
+  const seen = story?.see ? [jump(story.see, "See it")] : [];
   const watch = shown.timeline.moments.length > 1 ? [watch_link()] : [];
   $("story-ways").replaceChildren(next, ...watch, ...seen);
 }
@@ -216,7 +211,11 @@ function watch_link() {
     go(0);
     if (!playing) play();
   };
-  return node("button", { type: "button", id: "watch", click: watch }, "▶ Watch the blocks over time");
+  return node(
+    "button",
+    { type: "button", id: "watch", click: watch },
+    "▶ Watch the blocks over time",
+  );
 }
 
 // A story's link opened where it already is: the controls may hold something that is wrong.

@@ -7,19 +7,28 @@ const ENGINES = {
 
 // A long name may be broken after its underscores.
 const name_shown = (name) =>
-  node("code", {}, ...name.split(/(?<=_)/).flatMap((part) => [node("wbr"), part]).slice(1));
+  node(
+    "code",
+    {},
+    ...name
+      .split(/(?<=_)/)
+      .flatMap((part) => [node("wbr"), part])
+      .slice(1),
+  );
 
 // One line for each engine's name, then one for each of its arrays.
 function draw_layouts() {
   const { segments, values } = shown;
-  const lines = Object.entries(layouts(segments, values.ids, values)).flatMap(([engine, fields]) => [
-    [node("b", {}, ENGINES[engine])],
-    ...Object.entries(fields).map(([name, [dtype, held]]) => [
-      name_shown(name),
-      node("code", {}, `[${some(held, 12)}]`),
-      `${dtype}, ${number(BYTES[dtype] * held.length)} B`,
-    ]),
-  ]);
+  const lines = Object.entries(layouts(segments, values.ids, values)).flatMap(
+    ([engine, fields]) => [
+      [node("b", {}, ENGINES[engine])],
+      ...Object.entries(fields).map(([name, [dtype, held]]) => [
+        name_shown(name),
+        node("code", {}, `[${some(held, 12)}]`),
+        `${dtype}, ${number(BYTES[dtype] * held.length)} B`,
+      ]),
+    ],
+  );
   $("layouts").replaceChildren(table(["array", "values", "type, bytes"], lines));
 }
 

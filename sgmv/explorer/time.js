@@ -93,14 +93,19 @@ function idle_sms({ sms }, blocks) {
 const of_time = (left, right, end) => (time) => left + ((right - left) * time) / end;
 
 // SMs one below the other, each with its places.
-function lines_plot({ launch: { device }, figures: { blocks }, timeline: { bars, moments, places, end } }) {
+function lines_plot({
+  launch: { device },
+  figures: { blocks },
+  timeline: { bars, moments, places, end },
+}) {
   const used = Math.min(places, blocks);
   const sms = Math.min(device.sms, used);
   const per_sm = Math.ceil(used / device.sms);
   const tall = Math.max(6, Math.min(14, Math.floor(400 / (sms * per_sm))));
   const [left, top, right] = [52, 22, $("time").clientWidth - 8];
   const x = of_time(left, right, end);
-  const y = (place) => top + ((place % device.sms) * per_sm + Math.floor(place / device.sms)) * tall;
+  const y = (place) =>
+    top + ((place % device.sms) * per_sm + Math.floor(place / device.sms)) * tall;
   const every = even_step((step) => step * per_sm * tall >= 16);
   const names = range(Math.ceil(sms / every)).map((i) => {
     const middle = y(i * every) + (per_sm * tall) / 2;
@@ -213,10 +218,18 @@ function barriers_drawn({ right, left, top, low, x }, { moments }) {
   const apart = barriers.length > 1 ? x(barriers[1].time) - x(barriers[0].time) : right - left;
   const long = apart >= 72;
   const every = even_step((step) => step * apart >= (long ? 72 : 24));
-  return barriers.flatMap(({ time, barrier, ended }) => [
-    line(x(time), top - 4, x(time), low, ended ? "barrier shut" : "barrier"),
-    barrier % every === 0 || ended
-      ? label(x(time), 12, long ? `barrier ${barrier}` : barrier, ended ? "alarm" : "quiet", "middle")
-      : null,
-  ]).filter(Boolean);
+  return barriers
+    .flatMap(({ time, barrier, ended }) => [
+      line(x(time), top - 4, x(time), low, ended ? "barrier shut" : "barrier"),
+      barrier % every === 0 || ended
+        ? label(
+            x(time),
+            12,
+            long ? `barrier ${barrier}` : barrier,
+            ended ? "alarm" : "quiet",
+            "middle",
+          )
+        : null,
+    ])
+    .filter(Boolean);
 }

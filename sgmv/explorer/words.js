@@ -10,7 +10,8 @@ const WORDS = {
   expand: "the second half: y += v Bᵀ.",
   K: "the number of products in each sum: h_in in shrink, r in expand.",
   segment: "the rows of one adapter, side by side after sorting.",
-  seq_start: "where each segment begins among the sorted rows; the number of rows stands at its end.",
+  seq_start:
+    "where each segment begins among the sorted rows; the number of rows stands at its end.",
   popularity:
     "how the rows share the adapters: distinct, an adapter per row; uniform, √n adapters with equal " +
     "shares; skewed, each 1.5 times as many rows as the next; identical, one adapter.",
@@ -24,7 +25,8 @@ const WORDS = {
   "split of K": "K cut into chunks, a block for each, so that more SMs have work.",
   tmp: "a scratch buffer in GPU memory, for the partial sums of the chunks.",
   barrier: "a point at which blocks wait; it opens when all blocks of the grid have come.",
-  roofline: "the fastest that a GPU can be: the arithmetic’s time or the memory’s, the longer of the two.",
+  roofline:
+    "the fastest that a GPU can be: the arithmetic’s time or the memory’s, the longer of the two.",
   FLOP: "a floating-point operation: one addition or one multiplication.",
 };
 

@@ -70,20 +70,25 @@ function draw_compare() {
   $("compare-panel").hidden = !beside;
   if (!beside) return;
   const sides = [{ ...shown, name: beside.own_name }, beside];
+  const ends = sides.every(({ timeline }) => !timeline.stuck);
   const told_of = (side) =>
     `${side.name}: ${count(side.figures.S, "segment")}, ${count(side.figures.blocks, "block")}, ` +
-    `${ending(side)}, ${bytes(moved(side))} moved, at least ${significant(side.figures.roofline_us)} µs`;
+    ending(side) +
+    (ends
+      ? `, ${bytes(moved(side))} moved, at least ${significant(side.figures.roofline_us)} µs`
+      : "");
   $("compare-title").textContent = `Side by side: ${sides[0].name} and ${sides[1].name}`;
   $("compare-now").replaceChildren(...sides.map((side) => node("span", {}, `${told_of(side)}.`)));
   const width = $("compare").clientWidth;
   const drawn = [];
   let y = compared_over_time(sides, width, drawn);
-  for (const measure of MEASURES) y = compared_bars(sides, measure, width, y + 26, drawn);
+  for (const measure of ends ? MEASURES : [])
+    y = compared_bars(sides, measure, width, y + 26, drawn);
   picture($("compare"), y + 4, sides.map(told_of).join("; "), ...drawn);
   const kinds = KINDS_IN_ORDER.filter((kind) =>
     sides.some(({ timeline: { bars } }) => bars.some((bar) => bar.kind === kind)),
   );
-  legend("compare-legend", [...kinds.map(kind_meant), ...LANES_MEANT]);
+  legend("compare-legend", [...kinds.map(kind_meant), ...(ends ? LANES_MEANT : [])]);
   $("compare-note").textContent =
     sides[0].launch.kernel === sides[1].launch.kernel
       ? ""

@@ -48,7 +48,7 @@ const STORIES = [
         `${count(sorted.launch.tile.rows, "row")}, however few the segment has. Unsorted, every change ` +
         `of adapter begins a new segment: ${count(sorted.figures.n, "row")} make ` +
         `${unsorted.figures.S} segments. Sorted they make ${sorted.figures.S}, one per adapter.`,
-      `So sorting saves both: ${bytes(moved(sorted))} of memory are read and written in place of ` +
+      `So sorting saves memory traffic and steps: ${bytes(moved(sorted))} of memory are read and written in place of ` +
         `${bytes(moved(unsorted))}, and the blocks take ${steps(sorted)} in place of ${steps(unsorted)}. ` +
         "Punica’s caller puts the rows of x in that order; vLLM and sgmv sort row numbers alone, and the " +
         "kernel looks up which row is meant.",
@@ -82,11 +82,11 @@ const STORIES = [
     values: { ...FIVE_ROWS, popularity: "uniform", n: 16, versus: "unsplit" },
     answer: (split, whole) => [
       `Shrink sums K = ${number(split.launch.k)} products for each of only ${split.launch.width} columns ` +
-        "of v. One *thread block*, a group of threads that share fast memory, could do a whole segment; " +
-        `then ${count(whole.figures.blocks, "block")} would keep as many of the ` +
-        `${split.launch.device.sms} *SMs* (the GPU’s cores) at work, for ${steps(whole)}.`,
+        "of v. One *thread block*, a group of threads that share fast memory, could do a whole segment. " +
+        `But then only ${whole.figures.blocks} of the ${split.launch.device.sms} *SMs*, the GPU’s cores, ` +
+        `would have work, for ${steps(whole)}.`,
       `Punica cuts K into ${split.figures.split_k} chunks, a block for each: ` +
-        `${count(split.figures.blocks, "block")}, done after ${steps(split)}. The price: the blocks ` +
+        `${count(split.figures.blocks, "block")} on as many SMs, done after ${steps(split)}. The price: the blocks ` +
         "leave their partial sums in *tmp*, a scratch buffer in GPU memory, meet at a *barrier*, which " +
         "opens when all blocks have come, and only then add them up. So " +
         `${bytes(moved(split))} are read and written in place of ${bytes(moved(whole))}; caches spare ` +

@@ -74,8 +74,9 @@ function faint_labels() {
     const grounds = [panel];
     for (const shape_of of text.ownerSVGElement.querySelectorAll("rect, path, circle")) {
       if (!(shape_of.compareDocumentPosition(text) & Node.DOCUMENT_POSITION_FOLLOWING)) continue;
+      if (!shape_of.isPointInFill(middle)) continue;
       const colour_of = paint(shape_of, "fill");
-      if (!colour_of || !shape_of.isPointInFill(middle)) continue;
+      if (!colour_of) continue;
       const patterned = getComputedStyle(shape_of).fill.startsWith("url");
       if (!patterned) grounds.length = 0;
       grounds.push(over(colour_of, panel));

@@ -119,7 +119,7 @@ function under_segments({ n, S, seq_start, adapter_ids }, cell, width) {
     const middle = x + (rows * cell) / 2;
     const half = wide(seq_start[s]) / 2;
     const aside = Math.max(0, free - (x - half)); // a little aside, rather than not at all
-    const named = even ? s % every === 0 : aside < 14;
+    const named = even ? s % every === 0 : aside < 16;
     drawn.push(line(x, y, x, y + (named ? 8 : 4), "axis"));
     if (named && x + aside + half < width - wide(n)) {
       const at = Math.max(x + (even ? 0 : aside), half - 3);

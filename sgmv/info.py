@@ -10,6 +10,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 import llvmlite.binding
@@ -24,8 +25,10 @@ from sgmv.kernels.jit import JITTED, VECTOR_BITS
 from sgmv.kernels.pool import SYSCALL
 from sgmv.kernels.start import start
 from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
+from sgmv.terminal import Terminal
 
 CPUINFO = Path("/proc/cpuinfo")
+NAMES = " " * 14  # the width of their column
 TOLD = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
     *("amx-tile", "amx-bf16"),
@@ -53,7 +56,7 @@ class Info:
             value = getattr(self, field.name)
             if isinstance(value, Mapping):
                 value = ", ".join(f"{dtype} {name}" for dtype, name in value.items())
-            lines.append(f"{field.name.replace('_', ' '):14}{value}")
+            lines.append(f"{field.name.replace('_', ' '):{len(NAMES)}}{value}")
         return "\n".join(lines)
 
 
@@ -112,4 +115,13 @@ def _cpu_name() -> str:
 def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
     """Add the argument, and return what runs it."""
     parser.add_argument("--json", action="store_true", help="the same for programs")
-    return lambda given: json.dumps(asdict(info())) if given.json else str(info())
+    return lambda given: json.dumps(asdict(info())) if given.json else _fitted(str(info()))
+
+
+def _fitted(text: str) -> str:
+    """Long lines wrapped under their value, where they are read and not piped."""
+    if not sys.stdout.isatty():
+        return text
+    terminal = Terminal.of_stdout()
+    lines = (terminal.note(line, NAMES) for line in text.splitlines())
+    return terminal.text(list(chain.from_iterable(lines)))

@@ -433,7 +433,7 @@ def test_every_table_says_what_it_is_about(
         text = said(capsys, view, "--ids", "-1,0,0,5", *layer)
         assert max(map(len, text.splitlines())) <= width
         below = " ".join(text.splitlines()[2:4])
-        expected = "4 rows (1 base only), 2 adapters; h_in = 512, r = 32, h_out = 640; L4"
+        expected = "4 rows (1 base only), 2 adapters; h_in=512, r=32, h_out=640; L4"
         assert below.startswith(expected), view
 
 

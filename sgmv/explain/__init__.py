@@ -9,5 +9,5 @@
     launches    every engine's kernels on one GPU, in figures
     popularity  the same number of rows as Punica's paper mixes them, on the roofline
 
-docs/punica.md goes through them step by step.
+Without a VIEW: group and launches, which fit one screen.
 """

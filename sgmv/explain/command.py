@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +41,13 @@ VIEWS = {
     "popularity": View(mixes.mixes, mixes.draw_mixes),
 }
 SHOWN = ("group", "launches")
+VIEW_COLUMN = " " * 16
 BATCH = [2, 0, -1, 2, 0]
 
 
 def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
     """Add the arguments, and return what runs them."""
-    parser.description = explain.__doc__
+    parser.description = _fitted(explain.__doc__ or "")
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument(
         "views", nargs="*", type=_view, help=f"which of these ({' '.join(SHOWN)})", metavar="VIEW"
@@ -166,6 +168,16 @@ def _write_html(path: str, question: Question) -> str:
             "--html", "a file that can be written", str(error), "name another place"
         ) from error
     return f"written: {path}"
+
+
+def _fitted(text: str) -> str:
+    """The list of the views, wrapped under its second column."""
+    terminal = Terminal.of_stdout()
+    wrapped = (
+        terminal.note(line, VIEW_COLUMN if line.startswith(" ") else "") or [""]
+        for line in text.splitlines()
+    )
+    return "\n".join(chain.from_iterable(wrapped))
 
 
 def _view(text: str) -> str:

@@ -37,7 +37,7 @@ def draw_group(facts: Facts, terminal: Terminal) -> list[str]:
     sorted_ids = [ids[row] for row in rows]
     begins = {p: str(p) for p in start}
     lines = [
-        *terminal.title(f"Group: {facts['n']} rows, {facts['S']} segments"),
+        *terminal.title(f"Group: {plural(facts['n'], 'row')}, {plural(facts['S'], 'segment')}"),
         *terminal.note("The batch as it came, one adapter id per row; -1 = base only."),
         "",
         *terminal.strip({"row": _texts(range(len(ids))), "adapter_ids": _texts(ids)}, ids),

@@ -9,7 +9,7 @@ from sgmv.emulator import Launch
 from sgmv.explain.question import Facts, Question
 from sgmv.popularity import POPULARITIES, popularity
 from sgmv.segment import segment
-from sgmv.terminal import EDGE, EMPTY, FULL, Terminal
+from sgmv.terminal import EDGE, EMPTY, FULL, Terminal, plural
 
 THIS = "this batch"
 HEIGHT = 9  # lines of the roofline
@@ -56,7 +56,7 @@ def _costs(launch: Launch) -> Facts:
 def draw_mixes(facts: Facts, terminal: Terminal) -> list[str]:
     """A table, the bytes as bars, and the roofline with a point for each popularity."""
     batches, device = facts["batches"], facts["device"]
-    lines = terminal.title(f"Popularity: {facts['n']} rows on {device}, four ways")
+    lines = terminal.title(f"Popularity: {plural(facts['n'], 'row')} on {device}, four ways")
     table = [
         (
             name,

@@ -50,10 +50,10 @@ def draw_shrink(facts: Facts, terminal: Terminal) -> list[str]:
     return [
         *lines,
         *terminal.note(
-            f"{facts['rows']:,} rows in {facts['row_slots']:,} row slots: {wasted(facts)} of the "
-            f"multiply-adds are of zeros. {facts['shared_memory'] // KIB} KiB of shared memory "
-            f"per block, so {facts['resident_blocks']} blocks fit an SM and {facts['capacity']} "
-            f"the device; {facts['blocks']} blocks are {_waves(facts)}."
+            f"{plural(facts['rows'], 'row')} in {facts['row_slots']:,} row slots: "
+            f"{wasted(facts)} of the multiply-adds are of zeros. "
+            f"{facts['shared_memory'] // KIB} KiB of shared memory per block, so "
+            f"{facts['resident_blocks']} blocks fit an SM and {facts['capacity']} the device; {facts['blocks']} blocks are {_waves(facts)}."
         ),
     ]
 

@@ -60,7 +60,7 @@ class Question:
         rows, base = plural(self.segments.n, "row"), self.ids.count(BASE_ONLY)
         return (
             f"{rows} ({base:,} base only), {plural(len(self.slots), 'adapter')}; "
-            f"h_in = {self.h_in}, r = {self.rank}, h_out = {self.h_out}; {self.device.name}"
+            f"h_in={self.h_in}, r={self.rank}, h_out={self.h_out}; {self.device.name}"
         )
 
     @cached_property

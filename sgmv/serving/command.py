@@ -56,7 +56,7 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
     )
     for name, default, text in (*TRACE, *SERVER, *PRICES):
         kind = at_least(LEAST.get(name, 1)) if isinstance(default, int) else number
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (%(default)s)")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default:,})")
     parser.add_argument("--json", action="store_true", help="the table's figures")
     parser.add_argument("--figure", metavar="FILE", help="draw it as well (needs matplotlib)")
     return run

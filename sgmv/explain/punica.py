@@ -53,7 +53,8 @@ def draw_shrink(facts: Facts, terminal: Terminal) -> list[str]:
             f"{plural(facts['rows'], 'row')} in {facts['row_slots']:,} row slots: "
             f"{wasted(facts)} of the multiply-adds are of zeros. "
             f"{facts['shared_memory'] // KIB} KiB of shared memory per block, so "
-            f"{facts['resident_blocks']} blocks fit an SM and {facts['capacity']} the device; {facts['blocks']} blocks are {_waves(facts)}."
+            f"{facts['resident_blocks']} blocks fit an SM and {facts['capacity']} the device; "
+            f"{facts['blocks']} blocks are {_waves(facts)}."
         ),
     ]
 

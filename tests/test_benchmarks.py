@@ -361,7 +361,7 @@ def test_noisy_cases_are_timed_again_and_the_quieter_timing_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, made, terms = Clock(), list[str](), Any
-    noise = {"a": [0.0], "b": [0.9, 0.0], "c": [0.9, 0.95, 0.7], "d": [None]}
+    noise = {"a": [0.0], "b": [0.9, 0.0], "c": [0.9, 0.95, 0.92], "d": [None]}
     measured(monkeypatch, clock, 1.0, noise)
     groups, records = one_case_groups("abcd", made), dict[Case, Any]()
     steps: list[list[str]] = []
@@ -372,7 +372,7 @@ def test_noisy_cases_are_timed_again_and_the_quieter_timing_counts(
         run.time_cases(left, records, terms, clock.until(100.0), steps[-1].append)
     assert "".join(made) == "abcdbcc"
     assert [len(labels) for labels in steps] == [4, 2, 1]
-    assert [record["foreign_cores"] for record in records.values()] == [0.0, 0.0, 0.7, None]
+    assert [record["foreign_cores"] for record in records.values()] == [0.0, 0.0, 0.9, None]
 
 
 def test_cases_share_the_time_and_none_begins_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,6 +468,7 @@ def test_rows_that_stay_noisy_or_untimed_are_in_table_and_record(
     record = load(tmp_path / "quick.json")
     again = {"0": 0, "9": 3}[patience]
     assert len(printed) == 1 + bool(again)
+    assert ("timed again" in text) == bool(again)
     assert clock.seconds - 1000.0 == 65.0 + 4 * again
     assert record["noisy"] == [case_label(case) for case in record["cases"]]
     assert len(record["cases"]) == 13 + again
@@ -477,6 +478,32 @@ def test_rows_that_stay_noisy_or_untimed_are_in_table_and_record(
     marked = r"^\? +\d+ +\d+ +\w+"
     assert len(re.findall(marked, first, re.MULTILINE)) == 13
     assert [len(re.findall(marked, part, re.MULTILINE)) for part in second] == [again] * len(second)
+
+
+def test_each_pass_counts_its_own_cases(
+    fake_run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    clock, printed = fake_run
+    slow = run.measure
+
+    def measure(case: Case, *rest: Any) -> Any:
+        found = slow(case, *rest)
+        clock.seconds -= 3.0  # 1 s each: there is time for all
+        late = clock.seconds > 1000.0 + 13.0 + 41.0
+        return {**found, "foreign_cores": 0.9 if case.rank == 8 and not late else 0.0}
+
+    monkeypatch.setattr(run, "measure", measure)
+    assert command.main([*ARGV, str(tmp_path)], now=clock) == 0
+    text = capsys.readouterr().out
+    first, again = text.split("noisy cases again, for at most 30 s")
+    assert set(re.findall(r"^ +\d+/(\d+) \d+>", first, re.MULTILINE)) == {"41"}
+    assert re.findall(r"^ +(\d+)/(\d+) \d+>", again, re.MULTILINE)[0] == ("0", "4")
+    assert "4 rows changed, 0 of 41 cases are noisy now" in again
+    assert "?" not in again
+    assert "(4 of 41 cases noisy)" in first
+    assert load(tmp_path / "quick.json")["noisy"] == []
+    assert printed == [("all", 54.0), ("again", 58.0)]
 
 
 def test_ctrl_c_while_cases_are_timed_again_keeps_what_there_is(

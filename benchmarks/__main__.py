@@ -318,11 +318,11 @@ def plan_lines(
     about = round(run.about_s(cases, len(threads), budget) + 10, -1)
     left = first_pass.left()
     latest = f"{left:.0f} s at the most" if left < math.inf else "longer on a busy machine"
-    again = f"then noisy cases again, for {patience_s:.0f} s (--patience)"
+    again = f"; then noisy cases again, for {patience_s:.0f} s (--patience)" if patience_s else ""
     return [
         f"to time: {cases} cases, sgmv against {', '.join(titles)}"
         + (f" ({', '.join(absent.values())})" if absent else ""),
-        f"about {min(about, left):.0f} s to the table, {latest}; {again}",
+        f"about {min(about, left):.0f} s to the table, {latest}{again}",
     ]
 
 

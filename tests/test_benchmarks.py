@@ -469,6 +469,7 @@ def test_rows_that_stay_noisy_or_untimed_are_in_table_and_record(
     again = {"0": 0, "9": 3}[patience]
     assert len(printed) == 1 + bool(again)
     assert ("timed again" in text) == bool(again)
+    assert ("then noisy cases again" in text) == bool(again)
     assert clock.seconds - 1000.0 == 65.0 + 4 * again
     assert record["noisy"] == [case_label(case) for case in record["cases"]]
     assert len(record["cases"]) == 13 + again

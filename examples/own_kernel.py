@@ -9,12 +9,12 @@ from reference.workloads import corpus
 
 
 def add_lora(y, x, rows, seq_start, segment_ids, adapters, scalings):
-    """y[i] += scaling * (x[i] @ A.T) @ B.T, in place, segment by segment."""
-    for s, adapter_id in enumerate(segment_ids):
+    """y[i] += scaling * (x[i] @ A.T) @ B.T in place, one row at a time, as BGMV kernels do."""
+    adapter_ids = np.repeat(segment_ids, np.diff(seq_start))
+    for i, adapter_id in zip(rows, adapter_ids, strict=True):
         if adapters.get(adapter_id) is not None:  # -1, and None: base only
             A, B = adapters[adapter_id]  # (r, h_in), (h_out, r)
-            p = rows[seq_start[s] : seq_start[s + 1]]
-            y[p] += scalings[adapter_id] * ((x[p] @ A.T) @ B.T)
+            y[i] += scalings[adapter_id] * (B @ (A @ x[i]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Many LoRA adapters in one batch, on the CPU: Punica's SGMV kernel in Python.
 
+SGMV: Segmented Gather Matrix-Vector multiplication. Papers: Punica, https://arxiv.org/abs/2310.18547;
+S-LoRA, https://arxiv.org/abs/2311.03285.
+
     x (n, h_in) ───────────────── @ W.T, once for all rows ──────────────────> y (n, h_out)
      │                                                                          ^ +=
      │ rows sorted by adapter        shrink                  expand             │

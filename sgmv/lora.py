@@ -5,8 +5,8 @@
     x (n, h_in) ──────────shrink──────────> v (n, r) ──────────expand──────────> y (n, h_out)
                  x[rows] @ A.T per segment            y[rows] += scaling * v @ B.T
 
-`add_lora` is the call a server makes once per layer and step; the others are the functions of the
-course, told in its terms.
+`add_lora` is the call a server makes once per layer and step; the others are the textbook form, as
+numpy has it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _TENSOR_PREFIX = "base_model.model."
 _FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 _MERGE = "run it with PEFT, or merge it into the base weights where PEFT can (merge_and_unload)"
-_INSTALL = "pip install 'sgmv[peft]'"
+_INSTALL = "pip install safetensors ml_dtypes"
 
 # Options that are read here, and options that leave the delta as it is.
 _KNOWN_OPTIONS = (

@@ -49,7 +49,7 @@ def rendered(page: str) -> str:
     for name, text in blocks().items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, rest = page.split(begin)
-        page = f"{before}{begin}\n```\n{text}\n```\n{end}{rest.split(end)[1]}"
+        page = f"{before}{begin}\n```text\n{text}\n```\n{end}{rest.split(end)[1]}"
     return page
 
 

@@ -30,12 +30,12 @@ COMMAND = re.compile(r"^python (?:-m )?(?:examples|reference)\S*.*$", re.MULTILI
 HEAD = """\
 # Examples
 
-Six scripts, each read in a minute, and a notebook for a student of the layout:
-[`examples/student.ipynb`](../examples/student.ipynb) goes from the textbook form in numpy to
-segments, to sgmv, and to the picture (`pip install -e '.[notebook]'`).
+Six scripts, each read in a minute, to be run in a clone with its environment active
+([install](../README.md#install)) and the extra `peft` in it: `pip install -e '.[peft]'`.
 
-The scripts run from the root of a clone, once it is [installed](../README.md#install) with
-`pip install -e '.[peft]'`.
+And a notebook, [`examples/student.ipynb`](../examples/student.ipynb), from the textbook form in
+numpy to segments, to sgmv, and to the picture: `pip install -e '.[notebook]'`, then
+`jupyter lab examples/student.ipynb`.
 """
 
 

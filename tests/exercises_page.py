@@ -5,13 +5,20 @@ python -m tests.exercises_page my_answers.py    write them into a new file
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parent.parent / "docs" / "exercises.md"
 EXERCISE = re.compile(r"^## (\d+)\. ([^\n]+)\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+FUNCTION = re.compile(r"^def (\w+)\(", re.MULTILINE)
+
+
+def functions() -> dict[int, list[str]]:
+    """The names of the functions that each exercise asks for."""
+    exercises = EXERCISE.findall(PAGE.read_text())
+    return {int(number): FUNCTION.findall(text) for number, _, text in exercises}
 
 
 def skeleton() -> str:
@@ -22,6 +29,20 @@ def skeleton() -> str:
     return "\n\n".join(parts)
 
 
+def main() -> None:
+    """Write the file that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.exercises_page",
+        description="Write the functions of docs/exercises.md, to be filled in, into a new file.",
+    )
+    parser.add_argument("path", type=Path, help="the file to write, such as my_answers.py")
+    path = parser.parse_args().path
+    try:
+        with path.open("x") as file:  # never over somebody's answers
+            file.write(skeleton())
+    except OSError as error:
+        parser.error(f"path: expected a new file, got {path} ({error.strerror}); name another")
+
+
 if __name__ == "__main__":
-    with open(sys.argv[1], "x") as file:  # never over somebody's answers
-        file.write(skeleton())
+    main()

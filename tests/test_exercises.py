@@ -9,6 +9,7 @@ import doctest
 import importlib.util
 import inspect
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,11 +24,12 @@ import sgmv
 from reference.workloads import corpus
 from sgmv import emulator, layouts
 from tests import exercises_answers, exercises_page, punica_page
-from tests.planting import run_python
+from tests.planting import ROOT, run_python
 
 pytestmark = pytest.mark.once
 
 Answers = Any  # a module, or whatever has its functions
+FUNCTIONS = exercises_page.functions()
 
 
 def load(path: Path) -> ModuleType:
@@ -39,8 +41,42 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def integers(values: Any) -> list[int]:
-    return [int(value) for value in values]
+def plain(value: Any) -> Any:
+    """Arrays, tuples and numpy's numbers as Python's lists and numbers."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def close(got: Any, right: float) -> bool:
+    return isinstance(got, int | float) and math.isclose(got, right, abs_tol=1e-12)
+
+
+def called(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    """The call as one writes it, and what it returns; an answer's own exception fails the check."""
+    shown = [getattr(each, "name", None) or repr(plain(each)) for each in arguments]
+    call = f"{name}({', '.join(shown)})"
+    try:
+        return call, plain(function(*arguments))
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"{call} raised {error!r}") from error
+
+
+def hold(
+    answers: Answers,
+    name: str,
+    arguments: tuple[Any, ...],
+    right: Any,
+    equal: Callable[[Any, Any], bool] = operator.eq,
+    why: str = "",
+) -> None:
+    """Fails with what was given, what the answer made of it, and what it should have been."""
+    call, got = called(getattr(answers, name), name, arguments)
+    right = plain(right)
+    reason = f": {why}" if why else ""
+    assert equal(got, right), f"{call} gave {got!r}; it should have been {right!r}{reason}"
 
 
 def random_lengths(most: int, count: int = 40) -> Iterator[list[int]]:
@@ -71,9 +107,8 @@ def shrink(
 
 def check_1(answers: Answers) -> None:
     for ids in [[], [7], [-1, -1], *random_ids(-1, 9)]:
-        got = [integers(field) for field in answers.segment(ids)]
         right = sgmv.segment(ids)
-        assert got == [integers(f) for f in (right.rows, right.seq_start, right.adapter_ids)], ids
+        hold(answers, "segment", (ids,), [right.rows, right.seq_start, right.adapter_ids])
 
 
 def check_2(answers: Answers) -> None:
@@ -90,10 +125,9 @@ def check_3(answers: Answers) -> None:
         if max(ids) == -1:
             continue
         for max_loras in (5, 8):
-            got = [integers(field) for field in answers.kernel_meta(ids, max_loras)]
             right = layouts.vllm_v1(ids, max_loras)
             fields = right.active_lora_ids, right.num_tokens_per_lora, right.lora_token_start_loc
-            assert got == [integers(field) for field in fields], (ids, max_loras)
+            hold(answers, "kernel_meta", (ids, max_loras), fields)
 
 
 def check_4(answers: Answers) -> None:
@@ -102,44 +136,44 @@ def check_4(answers: Answers) -> None:
     for lengths in [[5, 40], [256], [64], *random_lengths(150)]:
         for most in (1, 16, 48, 256):
             right = layouts.sglang(ids_of(lengths), stack, max_lora_chunk_size=most)
-            wanted = [*zip(integers(right.weight_indices), integers(np.diff(right.seg_indptr)))]  # noqa: B905
-            got = [(int(s), int(rows)) for s, rows in answers.chunks(lengths, most)]
-            assert got == wanted, (lengths, most)
+            pairs = np.column_stack([right.weight_indices, np.diff(right.seg_indptr)])
+            hold(answers, "chunks", (lengths, most), pairs)
 
 
 def check_5(answers: Answers) -> None:
-    assert answers.wasted([], 64) == 0
+    hold(answers, "wasted", ([], 64), 0.0, close)
     for lengths in [[64, 128], [65], *random_lengths(200)]:
         expand = emulator.punica_cutlass_expand(ids_of(lengths), 16, 4096)
         for tile_rows, figures in ((64, shrink(lengths).figures()), (32, expand.figures())):
             right = figures["wasted_rows"] / figures["row_slots"]
-            got = answers.wasted(lengths, tile_rows)
-            assert math.isclose(got, right, abs_tol=1e-12), (lengths, tile_rows, got, right)
+            hold(answers, "wasted", (lengths, tile_rows), right, close)
 
 
 def check_6(answers: Answers) -> None:
     for r in (16, 32, 64, 96, 128):
-        got, right = answers.shared_memory(r), shrink([1], r=r).shared_memory
-        assert got == right, (r, got, right)
+        hold(answers, "shared_memory", (r,), shrink([1], r=r).shared_memory)
 
 
 def check_7(answers: Answers) -> None:
     """The answer's segments fit, one more does not: the launches themselves are asked."""
     for device in emulator.DEVICES.values():
         for h_in, r in ((4096, 16), (4096, 64), (11008, 16), (3424, 32)):
-            S = answers.split_k_segments(h_in, r, device)
+            S = shrink([1], h_in, r, device).split_k_segments
             assert shrink([1] * S, h_in, r, device).cooperative, (device.name, h_in, r, S)
             assert not shrink([1] * (S + 1), h_in, r, device).cooperative, (h_in, r, S)
+            hold(answers, "split_k_segments", (h_in, r, device), S)
 
 
 def check_8(answers: Answers) -> None:
     for lengths in [[1, 132], [64, 65], [65, 128], [200], [1], *random_lengths(200)]:
         right = shrink(lengths, release="1.0.0").deadlock is not None
-        assert bool(answers.hangs(lengths, True)) == right, lengths
-        assert not answers.hangs(lengths, False), "blocks that do not wait cannot wait for ever"
-    found = answers.smallest_hang()
-    assert shrink(found, release="1.0.0").deadlock is not None, found
-    assert sum(found) == 66, f"{sum(found)} rows; it can be done with fewer"
+        hold(answers, "hangs", (lengths, True), right)
+        hold(answers, "hangs", (lengths, False), False, why="without a split, no block waits")
+    call, found = called(answers.smallest_hang, "smallest_hang", ())
+    shown = f"{call} gave {found!r}"
+    assert isinstance(found, list), f"{shown}; it should have been a list of lengths"
+    assert shrink(found, release="1.0.0").deadlock, f"{shown}; it should have been one that hangs"
+    assert sum(found) == 66, f"{shown}, {sum(found)} rows; it should have been 66 rows in all"
 
 
 def check_9(answers: Answers) -> None:
@@ -152,23 +186,24 @@ def check_9(answers: Answers) -> None:
             for i in range(first + 1, min(first + chunk, k)):
                 part = part + x[i] * w[i]
             right = part if right is None else right + part
-        got = answers.split_sum(x, w, chunk)
-        assert np.float32(got).tobytes() == np.float32(right).tobytes(), (k, chunk, got, right)
+        got = np.float32(called(answers.split_sum, "split_sum", (x, w, chunk))[1])
+        given = f"x, w of {k} numbers" if k > 5 else f"{plain(x)}, {plain(w)}"
+        assert got.tobytes() == np.float32(right).tobytes(), (
+            f"split_sum({given}, {chunk}) gave {got:.9g}; it should have been {right:.9g}"
+        )
 
 
 def check_10(answers: Answers) -> None:
     for lengths in random_lengths(100):
-        got = answers.intensity(lengths, 16, 4096)
         right = sgmv.segment(ids_of(lengths)).stats(1, 4096, 16).expand.intensity
-        assert math.isclose(got, right), (lengths, got, right)
+        hold(answers, "intensity", (lengths, 16, 4096), right, close)
     for target, k, width in ((1, 16, 4096), (12.7, 16, 4096), (40, 64, 4096), (0.5, 1, 1)):
-        got = answers.rows_to_reach(target, k, width)
         enough = (
             m for m in range(1, 10_000) if exercises_answers.intensity([m], k, width) >= target
         )
-        assert got == next(enough, None), (target, k, width)
+        hold(answers, "rows_to_reach", (target, k, width), next(enough, None))
     for target in (15.94, 153):
-        assert answers.rows_to_reach(target, 16, 4096) is None, "no number of rows is enough"
+        hold(answers, "rows_to_reach", (target, 16, 4096), None, why="no number of rows is enough")
 
 
 CHECKS: dict[int, Callable[[Answers], None]] = {
@@ -185,10 +220,26 @@ CHECKS: dict[int, Callable[[Answers], None]] = {
 }
 
 
+def answers_to(number: int, path: str | None) -> Answers:
+    """The module that holds the answers; skips an exercise that it does not answer."""
+    if path is None:
+        return exercises_answers
+    if not Path(path).is_file():
+        pytest.fail(
+            f"SGMV_EXERCISES: expected a file of answers, got {path} (no such file); "
+            f"write one with `python -m tests.exercises_page {path}`",
+            pytrace=False,
+        )
+    answers = load(Path(path))
+    missing = [name for name in FUNCTIONS[number] if not hasattr(answers, name)]
+    if missing:
+        pytest.skip(f"exercise {number}: {path} has no {' or '.join(missing)}")
+    return answers
+
+
 @pytest.mark.parametrize("number", CHECKS)
 def test_check(number: int) -> None:
-    path = os.environ.get("SGMV_EXERCISES")
-    answers = load(Path(path)) if path else exercises_answers
+    answers = answers_to(number, os.environ.get("SGMV_EXERCISES"))
     try:
         CHECKS[number](answers)
     except NotImplementedError:
@@ -290,8 +341,83 @@ MISTAKES: list[tuple[int, dict[str, Any]]] = [
 )
 def test_mistakes_are_refused(number: int, mistake: dict[str, Any]) -> None:
     answers = SimpleNamespace(**{**vars(exercises_answers), **mistake})
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError) as refused:
         CHECKS[number](answers)
+    if number == 2:  # the corpus's own words: the case, and its worst element
+        assert re.search("expected|lost its bits", str(refused.value))
+    else:
+        assert "it should have been" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "mistake", "message"),
+    [
+        (
+            1,
+            {"segment": lambda ids: None},
+            "segment([]) gave None; it should have been [[], [0], []]",
+        ),
+        (1, {"segment": lambda ids: ids[0]}, "segment([]) raised IndexError"),
+        (
+            7,
+            {"split_k_segments": lambda h_in, r, device: 28},
+            "split_k_segments(4096, 16, A100) gave 28; it should have been 27",
+        ),
+        (
+            8,
+            {"smallest_hang": lambda: [1, 132]},
+            "smallest_hang() gave [1, 132], 133 rows; it should have been 66 rows in all",
+        ),
+    ],
+)
+def test_a_refusal_says_what_it_should_have_been(
+    number: int, mistake: dict[str, Any], message: str
+) -> None:
+    answers = SimpleNamespace(**{**vars(exercises_answers), **mistake})
+    with pytest.raises(AssertionError) as refused:
+        CHECKS[number](answers)
+    assert str(refused.value).startswith(message)
+
+
+# Somebody's file
+
+
+def checked(path: Path) -> str:
+    """What pytest says of these answers, as the page has it run."""
+    program = (
+        "import pytest; "
+        "raise SystemExit(pytest.main(['-q', 'tests/test_exercises.py', '-k', 'check']))"
+    )
+    return run_python(program, SGMV_EXERCISES=str(path)).stdout
+
+
+def test_a_file_with_one_answer_skips_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"import numpy as np\n{inspect.getsource(exercises_answers.segment)}")
+    path.write_text(path.read_text().replace("Sequence[int]", "'list'").replace("Any", "'Any'"))
+    said = checked(path)
+    assert "1 passed, 9 skipped" in said
+    assert "mine.py has no hangs or smallest_hang" in said
+
+
+def test_an_empty_skeleton_skips_all(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(exercises_page.skeleton())
+    assert "10 skipped" in checked(path)
+
+
+def test_answers_that_are_not_there_say_how_to_begin(tmp_path: Path) -> None:
+    said = checked(tmp_path / "mine.py")
+    assert "10 failed" in said
+    assert f"python -m tests.exercises_page {tmp_path / 'mine.py'}" in said
+
+
+def test_no_page_gives_an_answer_away() -> None:
+    """Exercise 2's answer stood in the README: segment by segment, in numpy."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*")]
+    assert len(pages) > 10
+    for path in pages:
+        assert "((x[p] @ A.T) @ B.T)" not in path.read_text(), path
 
 
 # The page
@@ -341,5 +467,13 @@ def test_answers_are_never_overwritten(tmp_path: Path) -> None:
     program = "import runpy; runpy.run_module('tests.exercises_page', run_name='__main__')"
     done = run_python(program, arguments=[str(path)])
     assert done.returncode != 0
-    assert "FileExistsError" in done.stderr
+    assert f"expected a new file, got {path} (File exists)" in done.stderr
     assert path.read_text() == "mine"
+
+
+def test_help_is_no_file_name(tmp_path: Path) -> None:
+    program = "import runpy; runpy.run_module('tests.exercises_page', run_name='__main__')"
+    done = run_python(program, tmp_path, arguments=["--help"])
+    assert done.returncode == 0
+    assert "my_answers.py" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -70,7 +70,7 @@ def test_every_mix_of_types(types: tuple[str, str, str], build: object) -> None:
 
 
 def test_lora_delta_and_apply_single_equal_the_definition() -> None:
-    case = integer("course", "the course's functions", [0] * 5, {0: 8}, 33, 20)
+    case = integer("textbook", "the textbook form", [0] * 5, {0: 8}, 33, 20)
     A, B = case.adapters[0]
     delta = sgmv.lora_delta(case.x, A, B, 0.5)
     np.testing.assert_array_equal(delta, reference.lora_delta(case.x, A, B, 0.5))

@@ -559,7 +559,7 @@ def test_a_missing_package_says_how_to_install_it(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    refusal(FIXTURES / "llama" / "patterns-bf16", package, "pip install 'sgmv[peft]'")
+    refusal(FIXTURES / "llama" / "patterns-bf16", package, "pip install safetensors ml_dtypes")
 
 
 def test_float32_needs_no_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:

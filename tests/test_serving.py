@@ -1040,9 +1040,9 @@ def test_the_page_tells_what_the_commands_print(
         for command in re.findall(r"^\$ python -m sgmv (.*)$", block[0], re.MULTILINE):
             main(command.split())
             text += f"$ python -m sgmv {command}\n{capsys.readouterr().out}"
-        return f"```\n{text}```\n"
+        return f"```console\n{text}```\n"
 
-    expected, blocks = re.subn(r"```\n\$ .*?```\n", shown, page, flags=re.DOTALL)
+    expected, blocks = re.subn(r"```console\n\$ .*?```\n", shown, page, flags=re.DOTALL)
     assert blocks == 2
     if os.environ.get("SGMV_WRITE_PAGE"):
         PAGE.write_text(expected)

@@ -15,8 +15,8 @@ Most engines name slots, not ids. `slots` tells which: an AdapterStack, a mappin
 None where the ids are slots already. `adapter_ids` of each layout is the way back, and what it
 takes is what the metadata lacks: slots, the number of rows, names. `sgmv.segment` does the rest.
 
-`check` reads anybody's metadata and names what is wrong with it. docs/engines.md has one batch in
-every layout.
+`check` reads anybody's metadata and names what is wrong with it. `python -m sgmv explain layout`
+prints one batch in every layout.
 """
 
 from sgmv.layouts.findings import Finding, check

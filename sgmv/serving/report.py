@@ -87,7 +87,7 @@ def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ServingError(
-            "figure", "matplotlib", "none installed", "pip install 'sgmv[bench]'"
+            "figure", "matplotlib", "none installed", "pip install matplotlib"
         ) from error
     drawing = Figure(figsize=(9.6, 7.2), layout="constrained")
     (hits, wait), (data, tenants) = drawing.subplots(2, 2)

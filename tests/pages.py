@@ -7,7 +7,6 @@ Needs the standard library alone: it also runs in an environment that has no pyt
 
 from __future__ import annotations
 
-import ast
 import doctest
 import re
 import sys
@@ -17,9 +16,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-# sh: commands. console: a command and what it prints. text: nothing that runs.
-LANGUAGES = {"python", "sh", "console", "text"}
-LARGE = {"torch", "peft", "transformers"}  # a block that imports one is left out where it is missing
+# sh: commands. console: a command and what it prints. text: nothing that runs. pycon, on the
+# page of the API alone: a docstring's example, which runs where it is written.
+LANGUAGES = {"python", "sh", "console", "text", "pycon"}
+LARGE = {
+    "torch",
+    "peft",
+    "transformers",
+}  # a block that imports one is left out where it is missing
 
 _BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`]+)`")
@@ -66,12 +70,7 @@ def extra(page: Path) -> str | None:
 
 def missing(source: str) -> set[str]:
     """The large packages that a block imports and that are not installed."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
+    names = set(re.findall(r"^(?:>>> )?(?:import|from) (\w+)", source, re.MULTILINE))
     return {name for name in names & LARGE if not find_spec(name)}
 
 

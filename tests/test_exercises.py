@@ -453,9 +453,7 @@ def test_the_pages_examples_are_right(tmp_path: Path) -> None:
 
 
 def test_the_pages_pictures_can_be_drawn() -> None:
-    commands = re.findall(
-        r"^`python -m sgmv (explain [^`]+)`$", exercises_page.PAGE.read_text(), re.M
-    )
+    commands = re.findall(r"^`sgmv (explain [^`]+)`$", exercises_page.PAGE.read_text(), re.M)
     assert len(commands) == len(CHECKS)
     for command in commands:
         assert punica_page.printed(command), command

@@ -55,7 +55,7 @@ REMEDY: Mapping[str, str] = {
     "no weights": "load the adapter first, or name base only",
     "stale": "make the metadata anew for every batch",
     "int32 wrap": "name slots, not ids, and split batches of 2**31 rows",
-    "base misplaced": "put base-only rows where this engine has them: `python -m sgmv explain layout`",
+    "base misplaced": "put base-only rows where `python -m sgmv explain layout` has them",
     "active ids": "list the slots of the rows once each, ascending, -1 first, then pad with -1",
     "counts": "count anew from the rows",
     "shape": "give all of the engine's fields, as long as `python -m sgmv explain layout` has them",

@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # A file of tests is one process: those that follow find its kernels compiled.
 TESTS = $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: help bench test test-all explorer check format readme clean
+.PHONY: help bench test test-all pages explorer check format readme clean
 
 help:  ## this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ test: $(VENV)/test.installed  ## the suite without its slow tests, minutes (ARGS
 
 test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
 	$(TESTS) --hypothesis-profile=thorough --durations=10 $(ARGS)
+
+pages: $(VENV)/test.installed  ## each block and command of README and docs/, in fresh environments
+	$(RUN) -m pytest -q tests/fresh_pages.py $(ARGS)
 
 explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch (ARGS=--no-open)
 	$(RUN) -m sgmv explorer $(ARGS)

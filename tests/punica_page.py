@@ -16,11 +16,11 @@ from unittest import mock
 from sgmv.__main__ import main
 
 PAGE = Path(__file__).parent.parent / "docs" / "punica.md"
-COMMAND = re.compile(r"```console\n\$ python -m sgmv ([^\n]+)\n.*?```", re.DOTALL)
+COMMAND = re.compile(r"```console\n\$ sgmv ([^\n]+)\n.*?```", re.DOTALL)
 
 
 def printed(arguments: str) -> str:
-    """What `python -m sgmv` prints into a pipe, with these arguments."""
+    """What `sgmv` prints into a pipe, with these arguments."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as output,
         mock.patch.dict(os.environ, COLUMNS="80"),
@@ -31,9 +31,7 @@ def printed(arguments: str) -> str:
 
 def rendered(page: str) -> str:
     """The page with every picture drawn anew."""
-    return COMMAND.sub(
-        lambda found: f"```console\n$ python -m sgmv {found[1]}\n{printed(found[1])}```", page
-    )
+    return COMMAND.sub(lambda found: f"```console\n$ sgmv {found[1]}\n{printed(found[1])}```", page)
 
 
 if __name__ == "__main__":

@@ -1037,9 +1037,9 @@ def test_the_page_tells_what_the_commands_print(
 
     def shown(block: re.Match[str]) -> str:
         text = ""
-        for command in re.findall(r"^\$ python -m sgmv (.*)$", block[0], re.MULTILINE):
+        for command in re.findall(r"^\$ sgmv (.*)$", block[0], re.MULTILINE):
             main(command.split())
-            text += f"$ python -m sgmv {command}\n{capsys.readouterr().out}"
+            text += f"$ sgmv {command}\n{capsys.readouterr().out}"
         return f"```console\n{text}```\n"
 
     expected, blocks = re.subn(r"```console\n\$ .*?```\n", shown, page, flags=re.DOTALL)

@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name=options.kernel,
             progress=progress,
         )
+    except KeyboardInterrupt:
+        return 130
     except ValueError as error:
         print(f"reference: error: {error}", file=sys.stderr)
         return 2

@@ -80,7 +80,7 @@ def smallest(case: Workload, wrong: Callable[[Workload], Wrong | None]) -> Workl
     >>> case = real("demo", "y as it was", [0, 1, 0, -1], {0: 5, 1: 3}, h_in=8, h_out=9)
     >>> least = smallest(case, lambda case: case.wrong(case.y))
     >>> least.x.tolist(), least.y.tolist(), least.adapter_ids.tolist(), least.scalings
-    ([[1.0]], [[0.0]], [0], {0: 2.0})
+    ([[1.0]], [[0.0]], [0], {0: 1.0})
     """
     found = wrong(case)
     if found is None:
@@ -203,7 +203,7 @@ def _simpler(case: Workload) -> Sequence[Callable[[Workload], Workload]]:
     ]
     for i in case.adapters:
         changes += [adapter(i, 1.0, None), adapter(i, None, 1.0)]
-        changes.append(_scaling(i))
+        changes += [_scaling(i, 1.0), _scaling(i, 2.0)]
         changes.append(
             lambda case, i=i: replace(  # type: ignore[misc]
                 case,
@@ -216,11 +216,13 @@ def _simpler(case: Workload) -> Sequence[Callable[[Workload], Workload]]:
     return changes
 
 
-def _scaling(adapter_id: int) -> Callable[[Workload], Workload]:
-    """To 2, which a dropped scaling still fails; a fault of anything else fails at 1 too."""
+def _scaling(adapter_id: int, value: float) -> Callable[[Workload], Workload]:
+    """To 1, or where the fault needs another, to 2."""
 
     def change(case: Workload) -> Workload:
-        return replace(case, scalings={**case.scalings, adapter_id: 2.0})
+        if case.scalings[adapter_id] == 1.0:
+            return case
+        return replace(case, scalings={**case.scalings, adapter_id: value})
 
     return change
 

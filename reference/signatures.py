@@ -14,7 +14,8 @@
 A signature that has no place for something gets cases without it. Punica and vLLM have one rank in
 a call: they are called once for each rank of the batch (Punica with that rank's rows, sorted; vLLM
 with -1 for all others). Punica has no scaling: the cases have 1. vLLM has one in a call: it is
-called once for each. Rows of rank 0 are left to the kernels that are told of ranks.
+called once for each. Rows of rank 0 are left to the kernels that are told of ranks. The v of
+punica-sgmv has x's type: in 16 bits it is rounded, which the bounds do not allow.
 """
 
 import sys

@@ -24,12 +24,12 @@ def read(path: str) -> dict[str, sgmv.Adapter]:
 
 
 slots = AdapterSlots(max_loras=2, max_cpu_loras=3, max_lora_rank=16, modules=MODULES, read=read)
-scheduler = Scheduler(max_loras=2)
+scheduler = Scheduler[str](max_loras=2)
 NAMES = ["french", "greek", "latin"]
 FRENCH, GREEK, LATIN = (LoRARequest(n, i, f"adapters/{n}") for i, n in enumerate(NAMES, start=1))
 
 
-def forward(step: Step) -> None:
+def forward(step: Step[str]) -> None:
     """The model; each layer's base product would come before `add_lora`."""
     x = np.ones((step.n, h), "float32")
     for module in MODULES:

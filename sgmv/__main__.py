@@ -45,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make_parser(names: Collection[str] = tuple(COMMANDS)) -> Parser:
     """The parser of all commands, with the arguments of those named."""
     prog = "sgmv" if Path(sys.argv[0]).stem == "sgmv" else "python -m sgmv"
-    parser = Parser(prog=prog, description="Many LoRA adapters in one batch, on the CPU.")
+    parser = Parser(
+        prog=prog,
+        description="Many LoRA adapters in one batch, on the CPU.",
+        epilog="Completion in bash, zsh or tcsh: pip install shtab, then "
+        "shtab --shell=bash --prog sgmv sgmv.__main__.make_parser",
+    )
     parser.add_argument("--version", action="version", version=f"sgmv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgmv
-from sgmv.errors import SgmvError
+from sgmv.errors import SgmvError, UnknownAdapterError
 from tests.conftest import JITTED
 
 H_IN, H_OUT = 6, 5
@@ -246,3 +246,11 @@ def test_never_stale(operations: list[tuple[str, int, int]]) -> None:
         assert stack.ids == sorted(model)
         for known, value in model.items():
             assert served(stack, known) == value
+
+
+def test_what_is_not_loaded_need_not_be_loaded_to_be_unloaded() -> None:
+    stack = sgmv.AdapterStack(H_IN, H_OUT, slots=1)
+    with pytest.raises(UnknownAdapterError, match=r"got 99; there is nothing to unload$"):
+        stack.unload(99)
+    with pytest.raises(UnknownAdapterError, match=r"got 99; load it first$"):
+        stack[99]

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sgmv.compat.arrays import as_array
+import sgmv
+from sgmv.compat import vllm
+from sgmv.compat.arrays import as_array, to_float32
 from sgmv.errors import DtypeError, MemoryLayoutError
 
 pytestmark = pytest.mark.once
@@ -33,6 +35,24 @@ def test_tensors_share_their_memory(name: str) -> None:
     assert array.ctypes.data == tensor.data_ptr() + tensor.element_size()
     array[0, 0] = 7
     assert tensor[0, 1] == 7
+
+
+def test_what_to_do_is_said_in_the_owners_words() -> None:
+    """A tensor has no .astype, an array no .float()."""
+    assert to_float32(np.ones(1)) == "convert it first, for example with .astype(np.float32)"
+    assert to_float32(object()) == "convert it first, for example with .float()"
+
+
+def test_a_tensor_is_not_told_astype() -> None:
+    torch = pytest.importorskip("torch")
+    x, A, y = torch.ones(2, 4), torch.ones(1, 1, 3, 4), torch.zeros(2, 3)
+    ids = torch.zeros(2, dtype=torch.int64)
+    for operands in ((x.int(), A, y), (x, A.int(), y), (x, A, y.int())):
+        with pytest.raises(DtypeError, match=r"got int32; .*\.float\(\)"):
+            vllm.bgmv_shrink(*operands, ids, 1.0)
+    for values in ([0.5, 1.0], [True, False]):
+        with pytest.raises(DtypeError, match=r"adapter_ids: .*\.long\(\)"):
+            sgmv.segment(torch.tensor(values))
 
 
 def test_a_tensor_elsewhere_is_refused() -> None:

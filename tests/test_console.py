@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import io
 import json
 import re
@@ -54,6 +55,7 @@ def test_help_has_every_argument_of_every_command() -> None:
     for name, (_, text) in COMMANDS.items():
         assert name in found
         assert text[:20] in found
+    assert "sgmv.__main__.make_parser" in found
     assert "--popularity" in run_python("-m", "sgmv", "explain", "--help").stdout
 
 
@@ -207,18 +209,28 @@ def test_what_is_not_there_is_an_attribute_error(module: types.ModuleType) -> No
         assert name in dir(module)
 
 
-def test_type_checkers_know_submodules(tmp_path: Path) -> None:
-    """By their own types, not as Any: what is not there is an error."""
+def test_documented_use_passes_mypy_strict(tmp_path: Path) -> None:
+    """And submodules have their own types, not Any: what is not there is an error."""
     pytest.importorskip("mypy", reason="mypy is not installed")
-    program = tmp_path / "program.py"
-    program.write_text(
+    page = doctest.script_from_examples((ROOT / "docs" / "serving.md").read_text())
+    [ten_lines] = re.findall(
+        r"^## The API in ten lines$.*?```python\n(.*?)```",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    (tmp_path / "serving_page.py").write_text(page)
+    (tmp_path / "ten_lines.py").write_text(ten_lines)
+    (tmp_path / "wrong.py").write_text(
         "import sgmv\n\n"
-        "slots: int = sgmv.layouts.vllm_v1\n"
+        "layout: int = sgmv.layouts.vllm_v1\n"
         "model: int = sgmv.compat.peft.accelerate\n"
         "sgmv.laoyuts\n"
     )
-    done = run_python("-m", "mypy", "--strict", str(program))
-    lines = [line for line in done.stdout.splitlines() if "program.py" in line]
-    assert len(lines) == 3, done.stdout
-    for line, expected in zip(lines, ("LoRAKernelMeta", "Accelerated", '"laoyuts"'), strict=True):
+    programs = sorted(map(str, tmp_path.glob("*.py")))
+    server = str(ROOT / "examples" / "server_step.py")
+    done = run_python("-m", "mypy", "--strict", *programs, server)
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == 3, done.stdout
+    for line, expected in zip(errors, ("LoRAKernelMeta", "Accelerated", '"laoyuts"'), strict=True):
+        assert "wrong.py" in line
         assert expected in line

@@ -277,7 +277,7 @@ def test_pinned_adapters_stay_and_are_told() -> None:
 
 
 BAD = {
-    "a rank above max_lora_rank": ({"q": ((4, 3), (4, 4))}, StackError, "rank"),
+    "a rank above max_lora_rank": ({"q": ((4, 3), (4, 4))}, StackError, "at most max_lora_rank = "),
     "another width": ({"q": ((1, 5), (4, 1))}, ShapeError, "h_in = 3"),
     "no layer": ({}, ServingError, "without any"),
     "a layer of another model": ({"k": ((1, 3), (4, 1))}, ServingError, "'q'"),

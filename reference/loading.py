@@ -52,7 +52,7 @@ def _file(path: Path) -> ModuleType:
     sys.modules[path.stem] = module  # numba and pickle look modules up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _not_imported(str(path), error) from error
     return module
 
@@ -60,11 +60,11 @@ def _file(path: Path) -> ModuleType:
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _not_imported(name, error) from error
 
 
-def _not_imported(where: str, error: Exception) -> ValueError:
+def _not_imported(where: str, error: BaseException) -> ValueError:
     return ValueError(
         f"kernel: expected {where} to be importable, got {type(error).__name__}: {error}; "
         "import it by itself to see where"

@@ -249,7 +249,7 @@ def judge(kernels: Sequence[Kernel], case: Workload, like: str, torch: bool) -> 
         actual = call(kernels, case, like, torch)
     except SpoiledError as error:
         return Evidence(case, None, Wrong("spoiled", str(error)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())
         return Evidence(case, None, Wrong("raised", f"{type(error).__name__}: {said}"[:300]))
     return Evidence(case, actual, case.wrong(actual))

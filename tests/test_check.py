@@ -805,6 +805,17 @@ def test_a_wrong_command_shows_no_traceback(files: Path) -> None:
     assert re.fullmatch(r"reference: error: kernel: expected a file, got .+\n", done.stderr)
 
 
+def test_a_kernel_that_ends_the_process_fails(files: Path) -> None:
+    (files / "ends.py").write_text("import sys\n\n\ndef my_kernel(*operands):\n    sys.exit(0)\n")
+    done = run("check", "ends.py:my_kernel", folder=files)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("likeliest: it raises SystemExit: 0, in every case")
+    (files / "ends.py").write_text("raise SystemExit\n")
+    done = run("check", "ends.py:my_kernel", folder=files)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected ends.py to be importable, got SystemExit" in done.stderr
+
+
 def test_an_interrupt_ends_without_a_traceback(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import ast
 import re
 import shlex
 import sys
+import textwrap
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -264,5 +265,6 @@ def test_the_wheels_page_has_no_dead_link() -> None:
     text = PROJECT["readme"]["text"]
     assert not re.search(r"\]\((?!https://)", text)
     assert "Segmented Gather Matrix-Vector multiplication" in " ".join(text.split())
+    exec(textwrap.dedent("".join(re.findall(r"^ {4}.*\n|^\n", text, re.MULTILINE))), {})
     assert metadata.metadata("sgmv")["Name"] == "sgmv"
     assert all(url.startswith("https://") for url in PROJECT["urls"].values())

@@ -31,6 +31,8 @@ from numba import types
 from numba.core import event
 from numba.extending import intrinsic, overload
 
+from sgmv.kernels.disk import KernelCache
+
 # `contract` allows fused multiply-add. No nnan or ninf: NaN and inf must pass through.
 IN_ORDER = frozenset({"contract"})
 # `reassoc` lets a sum run in vector lanes. It fixes the order per compiled loop, not per source
@@ -71,15 +73,11 @@ def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], A
     flags: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
 
     def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            compiled = numba.njit(cache=True, **flags)(function)
-        except RuntimeError:  # neither the package's folder nor the user's cache is writable
-            return numba.njit(**flags)(function)
-        # numba's cache notices an edit of the function's own file only, but a kernel also holds
-        # the code of what it calls in the others. No jit, or another numba: no such attribute.
-        with contextlib.suppress(AttributeError):
-            index = compiled._cache._cache_file
-            index._source_stamp = (index._source_stamp, KERNELS)
+        compiled = numba.njit(**flags)(function)
+        # An edit of the function's own file is not all: it also holds the code of what it calls.
+        if JITTED:
+            with contextlib.suppress(RuntimeError):  # there is no folder that can be written
+                compiled._cache = KernelCache(function, KERNELS)
         return compiled
 
     return decorate

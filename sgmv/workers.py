@@ -15,34 +15,37 @@ import os
 import platform
 import sys
 import threading
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from sgmv.errors import ValueRangeError
-from sgmv.kernels.jit import entry
+from sgmv.kernels.jit import entry, logger
 from sgmv.kernels.pool import (
     CLOSED,
     CPU_WORDS,
     CPUS,
+    GETTID,
     HELPERS,
     KEPT_CLEAR,
     MASK,
     MEMBER,
     POOL_FIELDS,
-    SETAFFINITY,
     SYSCALL,
     TEAM,
     THREAD_IDS,
     close_gate,
     help_out,
+    life,
     member,
 )
 from sgmv.segment import check_count
+from sgmv.threads import NativeThread, are_patched
 
-# The numbers of Linux's futex, getcpu and sched_setaffinity. Elsewhere helpers sleep on a Python
-# semaphore, which woke them 10 us later here, and needs the GIL.
-SYSTEM_CALLS = {"x86_64": (202, 309, 203), "aarch64": (98, 168, 122)}
+# The numbers of Linux's futex, getcpu, sched_setaffinity and gettid. Elsewhere helpers sleep on a
+# Python semaphore, which woke them 10 us later here, and needs the GIL.
+SYSTEM_CALLS = {"x86_64": (202, 309, 203, 186), "aarch64": (98, 168, 122, 178)}
 
 
 def cores() -> int:
@@ -101,25 +104,23 @@ class Pool:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.helpers: list[threading.Thread] = []
+        self.helpers: list[threading.Thread | NativeThread] = []
+        self.closed = False
         self.asleep = 0
         self.bell = threading.Semaphore(0)
         memory = np.zeros(POOL_FIELDS + 8, np.int64)
         start = -memory.ctypes.data // 8 % 8  # to the next cache line
         self.fields = memory[start : start + POOL_FIELDS]
-        self.fields[SYSCALL : SETAFFINITY + 1] = _system_calls()
+        self.fields[SYSCALL : GETTID + 1] = _system_calls()
         self.cpus, self.mask = np.zeros((2, CPU_WORDS), np.int64)
         self.fields[CPUS], self.fields[MASK] = self.cpus.ctypes.data, self.mask.ctypes.data
         self.address = int(self.fields.ctypes.data)
 
     def prepare(self, helpers: int) -> None:
         """Have at least so many helpers, or as many as the system gives, and ring the bell."""
-        while len(self.helpers) < helpers:
-            index = len(self.helpers)
-            helper = threading.Thread(target=self._help, args=(index,), name=f"sgmv-{index}")
-            helper.daemon = True
+        while len(self.helpers) < helpers and not self.closed:
             try:
-                helper.start()
+                helper = self._helper(len(self.helpers))
             except RuntimeError:  # no thread to be had, or the interpreter is shutting down
                 return
             self.helpers.append(helper)
@@ -131,10 +132,27 @@ class Pool:
     def close(self) -> None:
         """End all helpers: they must not be in compiled code when the interpreter goes away."""
         with self.lock:
+            self.closed = True
+            if not self.helpers:  # nothing has been compiled for them either
+                return
             close_gate(self.address)
             self.bell.release(len(self.helpers) + 1)
             for helper in self.helpers:
                 helper.join()
+
+    def _helper(self, index: int) -> threading.Thread | NativeThread:
+        """A thread that has begun to help; raises RuntimeError where there is none to be had."""
+        if self.fields[SYSCALL]:
+            native = NativeThread(_life(), np.array([self.address, index, 0]))
+            native.start()
+            return native
+        if are_patched():
+            _log_alone()
+            raise RuntimeError
+        helper = threading.Thread(target=self._help, args=(index,), name=f"sgmv-{index}")
+        helper.daemon = True
+        helper.start()
+        return helper
 
     def _know_helpers(self) -> None:
         """Note who they are, and on which cores they may run, as they did not yet."""
@@ -152,15 +170,28 @@ class Pool:
             self.bell.acquire()
 
 
+@cache
+def _life() -> int:
+    return entry(life, integers=1)
+
+
+@cache
+def _log_alone() -> None:
+    logger.warning(
+        "sgmv: Python's threads have been replaced, as gevent does, and this system has no futex "
+        "for others to sleep on: calls run on one thread"
+    )
+
+
 def _system_calls() -> tuple[int, ...]:
     """Address of libc's syscall(2), and SYSTEM_CALLS; zeros where there is no such thing."""
     numbers = SYSTEM_CALLS.get(platform.machine())
     if not sys.platform.startswith("linux") or numbers is None:
-        return 0, 0, 0, 0
+        return (0,) * 5
     try:
         syscall = ctypes.CDLL(None).syscall
     except (OSError, AttributeError):
-        return 0, 0, 0, 0
+        return (0,) * 5
     return ctypes.cast(syscall, ctypes.c_void_p).value or 0, *numbers
 
 
@@ -185,8 +216,11 @@ class Team(Pool):
 def warm_up() -> None:
     """Compile what helpers run, on a gate that is closed; and what torch's run, if it is loaded."""
     closed = Pool()
-    closed.close()
-    help_out(closed.address, 0, 0)
+    close_gate(closed.address)
+    if closed.fields[SYSCALL]:
+        _life()
+    else:
+        help_out(closed.address, 0, 0)
     if (torch := sys.modules.get("torch")) is not None:
         torchs_pool(torch)
 

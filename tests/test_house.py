@@ -16,8 +16,9 @@ pytestmark = pytest.mark.once
 ROOT = Path(__file__).parent.parent
 # Each file may import from those before it in its own line's reach, and from no other.
 FLOORS = [
-    {"errors", "kernels.jit"},
-    {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats"},
+    {"errors", "kernels.disk", "threads"},
+    {"kernels.jit"},
+    {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.modes"},
     {"compat.arrays", "console", "kernels.amx_instructions", "kernels.call", "memory"},
     {"kernels.panels", "kernels.plan", "kernels.pool"},
     {"kernels.amx", "kernels.loops", "kernels.start", "kernels.tiles", "segment"},
@@ -47,7 +48,10 @@ FLOORS = [
     {"__init__", "__main__"},
 ]
 # Who may know numba and llvmlite; info tells their versions, and amx asks for the CPU's features.
-COMPILERS = {f"kernels.{name}" for name in ("jit", "atomics", "emit", "floats", "panels", "tiles")}
+COMPILERS = {
+    f"kernels.{name}"
+    for name in ("jit", "atomics", "disk", "emit", "floats", "modes", "panels", "tiles")
+}
 COMPILERS |= {"kernels.amx", "kernels.amx_instructions"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
 
@@ -122,7 +126,10 @@ def test_compiled_code_is_in_one_folder_and_knows_no_other() -> None:
 def test_numba_flags_stand_in_one_place() -> None:
     allowed = {"numba", "numba.types", "llvmlite", "llvmlite.ir", "llvmlite.binding"}
     allowed |= {f"numba.extending{name}" for name in ("", ".intrinsic", ".overload")}
-    allowed |= {"numba.core", "numba.core.event"}
+    # What jit and disk build on beneath numba's public names.
+    inside = ("event", "caching", "caching.FunctionCache", "serialize", "serialize.dumps")
+    inside += ("compiler_lock", "compiler_lock.global_compiler_lock")
+    allowed |= {"numba.core", *(f"numba.core.{name}" for name in inside)}
     for name, path in sources("sgmv").items():
         used = {m for m in imports(path) if m.split(".")[0] in ("numba", "llvmlite")}
         assert not used or name in {*COMPILERS, "amx", "info"}, f"{name} imports {used}"

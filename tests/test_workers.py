@@ -42,6 +42,7 @@ from sgmv.kernels.call import (
 from sgmv.kernels.jit import JITTED, entry, jit, vector
 from sgmv.kernels.pool import GATE, INSIDE, SHUT, SLEEPERS, SYSCALL
 from sgmv.launch import WORTH_SHARING_NS
+from sgmv.threads import NativeThread
 from tests.acceptance import assert_same_bits, backends_of, check, stack_of
 from tests.planting import run_python
 
@@ -513,12 +514,13 @@ def test_the_caller_goes_on_where_no_thread_can_be_had(
     sgmv.set_num_threads(4)
     tried = []
 
-    def refuse(self: threading.Thread) -> None:
+    def refuse(self: object) -> None:
         tried.append(self)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        for kind in (threading.Thread, NativeThread):
+            patch.setattr(kind, "start", refuse)
         if isinstance(error, RuntimeError) or not JITTED:
             check(CASE, add(), "alone")
         else:

@@ -142,12 +142,13 @@ class KernelCache(FunctionCache):
         super().__init__(function)
         own = self._impl.locator.get_source_stamp()
         name = self._impl.filename_base
-        self._cache_file = KernelFiles(Path(self._cache_path), name, (own, stamp))
+        self._files = KernelFiles(Path(self._cache_path), name, (own, stamp))
+        self._cache_file = self._files  # type: ignore[assignment]  # of the same three methods
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function; None where it is to be compiled, and this process may do so."""
         found = self._load(sig, target_context)
-        if found is None and one_process.acquire(self._cache_file.folder, (self, sig)):
+        if found is None and one_process.acquire(self._files.folder, (self, sig)):
             found = self._load(sig, target_context)
         if found is not None:
             one_process.release((self, sig))
@@ -157,7 +158,7 @@ class KernelCache(FunctionCache):
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:  # whatever reading and linking foreign bytes may raise
-            path = self._cache_file.folder
+            path = self._files.folder
             return log_once("a kernel cannot be loaded from the cache", path, repr(error))
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -165,6 +166,6 @@ class KernelCache(FunctionCache):
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            log_once("kernels cannot be kept in the cache", self._cache_file.folder, error)
+            log_once("kernels cannot be kept in the cache", self._files.folder, error)
         finally:
             one_process.release((self, sig))

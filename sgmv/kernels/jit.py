@@ -29,6 +29,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import event
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload
 
 from sgmv.kernels.disk import KernelCache
@@ -127,6 +128,29 @@ def _is_ours(event: Any) -> bool:
 
 notice = Notice()
 event.register("numba:compile", notice)
+
+
+def _hold_compiler() -> None:
+    """Before a fork: a child would wait for ever for a lock that another thread holds.
+
+    numba's first, as a thread that compiles takes them.
+    """
+    global_compiler_lock.acquire()
+    _llvm_lock.__enter__()
+
+
+def _let_compiler_go() -> None:
+    _llvm_lock.__exit__(None, None, None)
+    global_compiler_lock.release()
+
+
+_llvm_lock: Any = llvmlite.binding.ffi.lib._lock
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_hold_compiler,
+        after_in_parent=_let_compiler_go,
+        after_in_child=_let_compiler_go,
+    )
 
 
 _entries: dict[int, Callable[..., None]] = {}

@@ -45,13 +45,14 @@ from sgmv.kernels.call import (
     THREADS,
 )
 from sgmv.kernels.jit import enter, jit, vector
+from sgmv.kernels.modes import DEFAULT, set_mode
 
 # The pool's int64s, each on a cache line of its own. GATE is SHUT, or the number of the call that
 # stands in CALL, where no number comes twice, or CLOSED for good. TEAM is GOMP_parallel's address,
 # or 0, and MEMBER that of `member`.
 GATE, INSIDE, SLEEPERS, CALL, NUMBER, TEAM, MEMBER = range(0, 56, 8)
-# Linux's, or 0: the address of libc's syscall(2), and the numbers of three system calls.
-SYSCALL, FUTEX, GETCPU, SETAFFINITY = range(56, 60)
+# Linux's, or 0: the address of libc's syscall(2), and the numbers of four system calls.
+SYSCALL, FUTEX, GETCPU, SETAFFINITY, GETTID = range(56, 61)
 # The caller's core, now and when helpers were last told to keep off it; how many helpers there are;
 # the addresses of their thread ids, of the cores that they may use, one bit each, and of scratch.
 CPU, KEPT_CLEAR, HELPERS, THREAD_IDS, CPUS, MASK = range(64, 70)
@@ -67,7 +68,15 @@ EVERY_TASK = 1 << 62
 
 @jit()
 def take_part(call: int, limit: int) -> None:
-    """Run tasks of both phases, at most `limit` of each."""
+    """Run tasks of both phases, at most `limit` of each, in the one floating-point mode."""
+    mode = set_mode(DEFAULT)
+    run_tasks(call, limit)
+    set_mode(mode)
+
+
+@jit()
+def run_tasks(call: int, limit: int) -> None:
+    """`take_part`, in whatever mode."""
     fields = vector(call, FIELDS, INTEGER)
     if fields[SHRINK] != 0:
         tasks = fields[BLOCK_COUNT] * fields[SHRINK_CUTS]
@@ -170,6 +179,17 @@ def close_gate(pool: int) -> None:
     """Send all helpers home, for good."""
     store_atomic(pool + 8 * GATE, CLOSED)
     wake(pool)
+
+
+def life(seat: int) -> None:
+    """What a native thread runs: it stores its id, then helps until the gate is closed.
+
+    seat  the address of int64s: the pool's address, the helper's index, room for the thread's id
+    """
+    given = vector(seat, 3, INTEGER)
+    fields = vector(given[0], POOL_FIELDS, INTEGER)
+    store_atomic(seat + 16, system_call(fields[SYSCALL], fields[GETTID], 0, 0, 0))
+    help_out(given[0], given[1], 0)
 
 
 @jit()

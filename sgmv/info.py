@@ -17,13 +17,12 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from sgmv import amx, workers
+from sgmv import amx, cache, workers
 from sgmv.backend import choose
 from sgmv.dtypes import BITS
 from sgmv.kernels.emit import LANES
-from sgmv.kernels.jit import JITTED, VECTOR_BITS
+from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.pool import SYSCALL
-from sgmv.kernels.start import start
 from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
 from sgmv.terminal import Terminal
 
@@ -80,7 +79,6 @@ def info() -> Info:
     shrink = ", ".join(f"{rows}x{ranks}" for rows, ranks in RANKS.items())
     expand = ", ".join(f"{rows}x{LANES * vectors}" for rows, vectors in COLUMN_VECTORS.items())
     sleep = "a futex" if workers.pool.fields[SYSCALL] else "a semaphore"
-    cache = getattr(getattr(start, "_cache", None), "cache_path", None)
     return Info(
         cpu=f"{_cpu_name()}, {workers.cores()} cores",
         features=" ".join(name for name in TOLD if found.get(name)) or "none that tiles could use",
@@ -90,7 +88,7 @@ def info() -> Info:
         shrink_tiles=shrink if tiled else "none",
         expand_tiles=expand if tiled else "none",
         threads=f"{workers.get_num_threads()}; helpers sleep on {sleep}",
-        cache=str(cache or ("none" if JITTED else "none, NUMBA_DISABLE_JIT is set")),
+        cache=cache.state(),
         versions=f"Python {platform.python_version()}, numba {numba.__version__}, "
         f"llvmlite {llvmlite.__version__}, numpy {np.__version__}",
     )

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 import sgmv
-from sgmv import errors
+from sgmv import cache, errors
+from sgmv.kernels.disk import SUFFIX
 from sgmv.popularity import popularity
 
 SOURCES = Path(sgmv.__file__).parent
@@ -40,6 +42,18 @@ def read_only(array: np.ndarray) -> np.ndarray:
 
 def add(y: Any = Y, x: Any = X, ids: Any = IDS, to: Any = None) -> Any:
     return lambda: sgmv.add_lora(y, x, stack() if to is None else to, ids)
+
+
+def empty_a_folder_of_someone_else() -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError("Permission denied")
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / f"kernel{SUFFIX}").touch()
+        patch.setattr(cache, "folder", lambda: Path(folder))
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Path, "unlink", refuse)
+            cache.clear()
 
 
 SHARED = np.ones((5, 7), F)
@@ -94,6 +108,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         add(y=SHARED[:, 2:6], x=SHARED[:, :3]),
         errors.MemoryLayoutError,
         ["y: ", "apart from x", "overlap", "x.copy()"],
+    ),
+    "a cache that cannot be emptied": (
+        empty_a_folder_of_someone_else,
+        errors.SgmvError,
+        ["--clear: ", "can be written", "Permission denied", "by hand"],
     ),
     "two types to warm up for": (
         lambda: sgmv.warm_up([("float32", "float32")]),
@@ -518,7 +537,14 @@ def test_every_refusal_in_the_sources_is_in_this_table() -> None:
     }
     # Refusals that another process must see: test_workers.py and the test below.
     # Those of the command line, and of names that are not there: test_console.py.
-    elsewhere = ("SGMV_NUM_THREADS", "'bfloat16'", "ArgumentTypeError", "AttributeError")
+    # What no user sees, for a pool goes on without the thread: test_workers.py.
+    elsewhere = (
+        "SGMV_NUM_THREADS",
+        "'bfloat16'",
+        "ArgumentTypeError",
+        "AttributeError",
+        "strerror",
+    )
     assert not {at for at, text in missed.items() if not any(word in text for word in elsewhere)}
 
 

@@ -26,8 +26,8 @@ FLOORS = [
     {"amx"},
     {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
     {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
-    {"expand", "info", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
-    {"warm_up"},
+    {"cache", "expand", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
+    {"info", "warm_up"},
     {
         "compat.peft",
         "compat.products",

@@ -105,7 +105,7 @@ class _OneProcess:
         if fcntl is None or self._file is not None:
             return False
         try:
-            self._file = os.open(folder / f"compiling{SUFFIX}", os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = os.open(folder / "compiling.lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:  # a folder that cannot be written: nothing will be saved for others either
             return False
         self._owner = owner

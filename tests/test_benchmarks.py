@@ -884,7 +884,7 @@ def test_command_line_from_gate_to_record(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "benchmarks", *argv, "--popularity", "skewed",
-            "--threads", "1", "--no-figures", "--output", str(tmp_path),
+            "--threads", "1", "--no-figures", "--patience", "0", "--output", str(tmp_path),
         ],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -15,7 +15,7 @@ bench: $(VENV)/bench.installed  ## gate, timings, table: within two minutes (ARG
 	$(RUN) -m benchmarks $(ARGS)
 
 test: $(VENV)/test.installed  ## the suite without its slow tests, minutes (ARGS="-k lora" for a part)
-	$(TESTS) -m "not compiles and not oracle" $(ARGS)
+	$(TESTS) -m "not browser and not compiles and not oracle" $(ARGS)
 
 test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
 	$(TESTS) --hypothesis-profile=thorough --durations=10 $(ARGS)

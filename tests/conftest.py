@@ -29,8 +29,16 @@ settings.register_profile("thorough", deadline=None)
 settings.register_profile("quick", deadline=None, max_examples=40)
 settings.load_profile("quick")
 
-SLOW = {"compiles", "oracle"}  # marks, see pyproject.toml
+SLOW = {"browser", "compiles", "oracle"}  # marks, see pyproject.toml
 LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a page in Chromium, before marks select."""
+    for item in items:
+        if "page" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -51,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Say what `make test` did not run."""
     if left_out := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(
-            f"{left_out} slow tests were left out ({' and '.join(sorted(SLOW))}): "
+            f"{left_out} slow tests were left out ({', '.join(sorted(SLOW))}): "
             "`make test-all` runs all"
         )
 

@@ -6,6 +6,8 @@ two tensors per adapted layer:
     base_model.model.<module>.lora_A.weight   A (r, h_in)
     base_model.model.<module>.lora_B.weight   B (h_out, r)
 
+Another process may write there meanwhile: what is returned is one version of both files.
+
 Whatever would make PEFT compute something else than `y + scaling * (x @ A.T) @ B.T` is refused by
 name, never ignored.
 """
@@ -17,21 +19,28 @@ import json
 import math
 import os
 import re
+import stat
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sgmv import forms
 from sgmv.adapters import Adapter
 from sgmv.errors import PeftError
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from sgmv.files import TensorFile, one_version, read_text, shown
 
 _TENSOR_PREFIX = "base_model.model."
-_FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+_FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MERGE = "run it with PEFT, or merge it into the base weights where PEFT can (merge_and_unload)"
-_INSTALL = "pip install safetensors ml_dtypes"
+_SHARD = (
+    "a rank's part, or nothing, as DeepSpeed ZeRO-3 and FSDP leave it",
+    "gather the parameters before saving: stage3_gather_16bit_weights_on_model_save with ZeRO-3, "
+    "a full state dict with FSDP",
+)
+_INSTALL = "pip install ml_dtypes"
+_LOCAL = "pass a local directory that save_pretrained wrote (nothing is downloaded)"
+_PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 # Options that are read here, and options that leave the delta as it is.
 _KNOWN_OPTIONS = (
@@ -68,7 +77,7 @@ _REFUSED_OPTIONS = {
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def load_peft(directory: str | os.PathLike[str]) -> dict[str, Adapter]:
+def load_peft(directory: _PathLike) -> dict[str, Adapter]:
     """Read every adapted layer of a directory that PEFT's `save_pretrained` wrote.
 
     Semantics: `{module: Adapter(A, B, scaling)}`, where
@@ -86,7 +95,9 @@ def load_peft(directory: str | os.PathLike[str]) -> dict[str, Adapter]:
 
     Raises PeftError: a file is missing or damaged; config and tensors disagree; the adapter is
     more than plain LoRA (DoRA, biases, other peft types, changed base weights); an option is
-    unknown; safetensors, or ml_dtypes for bfloat16, is not installed.
+    unknown; ml_dtypes, for bfloat16, is not installed; another process changed the files at each
+    of three readings. What is returned is one version of both files, where their sizes and times
+    tell versions apart.
     Source: peft 0.21, LoraConfig, get_pattern_key, LoraLayer.update_layer; rsLoRA (arXiv
     2312.03732).
 
@@ -105,11 +116,10 @@ def load_peft(directory: str | os.PathLike[str]) -> dict[str, Adapter]:
     {'mlp.up_proj': Adapter(r=2, h_in=3, h_out=5, float32, scaling=4.0)}
     >>> scratch.cleanup()
     """
-    config, weights = _open(directory)
-    return {module: _read(weights, module, config) for module in weights.modules}
+    return _load(directory, lambda weights: weights.modules)
 
 
-def read_adapter(directory: str | os.PathLike[str], module: str) -> Adapter:
+def read_adapter(directory: _PathLike, module: str) -> Adapter:
     """Read one adapted layer; the others stay on disk.
 
     Semantics: `load_peft(directory)[module]`.
@@ -125,23 +135,50 @@ def read_adapter(directory: str | os.PathLike[str], module: str) -> Adapter:
     sgmv.errors.PeftError: directory: expected a PEFT adapter directory, got no-such-place \
 (no such directory); pass a local directory that save_pretrained wrote (nothing is downloaded)
     """
-    config, weights = _open(directory)
-    if module not in weights.modules:
-        expected = f"a layer that the adapter in {directory} changes"
-        raise PeftError("module", expected, repr(module), near_names(str(module), weights.modules))
-    return _read(weights, module, config)
+
+    def pick(weights: _Weights) -> list[str]:
+        if module not in weights.modules:
+            expected = f"a layer that the adapter in {shown(weights.path.parent)} changes"
+            remedy = near_names(str(module), weights.modules)
+            raise PeftError("module", expected, repr(module), remedy)
+        return [module]
+
+    return _load(directory, pick)[module]
 
 
-def _open(directory: str | os.PathLike[str]) -> tuple[_Config, _Weights]:
+def _load(directory: object, pick: Callable[[_Weights], Iterable[str]]) -> dict[str, Adapter]:
+    path = _path(directory)
+
+    def read() -> dict[str, Adapter]:
+        _check_is_directory(path)
+        config = _Config(path / forms.CONFIG_FILE)
+        with _open_tensors(path / forms.WEIGHTS_FILE) as file:
+            weights = _Weights(path / forms.WEIGHTS_FILE, file)
+            return {module: _read(weights, module, config) for module in pick(weights)}
+
+    return one_version([path / forms.CONFIG_FILE, path / forms.WEIGHTS_FILE], read)
+
+
+def _path(directory: object) -> Path:
     expected = "a PEFT adapter directory"
-    remedy = "pass a local directory that save_pretrained wrote (nothing is downloaded)"
-    if not isinstance(directory, (str, os.PathLike)):
-        raise PeftError("directory", expected, type(directory).__name__, remedy)
-    path = Path(directory)
-    if not path.is_dir():
-        got = "a file" if path.exists() else "no such directory"
-        raise PeftError("directory", expected, f"{path} ({got})", remedy)
-    return _Config(path / CONFIG_FILE), _Weights(path / WEIGHTS_FILE)
+    if not isinstance(directory, (str, bytes, os.PathLike)):
+        raise PeftError("directory", expected, type(directory).__name__, _LOCAL)
+    name = os.fsdecode(directory)
+    if not name or "\0" in name:
+        raise PeftError("directory", expected, f"{name!r} (no path)", _LOCAL)
+    return Path(name)
+
+
+def _check_is_directory(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        got = f"{shown(path)} ({'no such directory' if missing else error.strerror})"
+        raise PeftError("directory", "a PEFT adapter directory", got, _LOCAL) from error
+    if not stat.S_ISDIR(mode):
+        got = f"{shown(path)} ({'a file' if stat.S_ISREG(mode) else 'not a directory'})"
+        raise PeftError("directory", "a PEFT adapter directory", got, _LOCAL)
 
 
 class _Config:
@@ -172,18 +209,21 @@ class _Config:
         return float(alpha / (math.sqrt(rank) if self._use_rslora else rank))
 
     def _bad_value(self, option: str, expected: str, module: str, got: object) -> PeftError:
-        return PeftError(option, f"{expected} for {module!r}", repr(got), f"correct {self.path}")
+        return self._error(option, f"{expected} for {module!r}", repr(got), "correct the file")
+
+    def _error(self, option: str, expected: str, got: str, remedy: str) -> PeftError:
+        return PeftError(f"{option} in {shown(self.path)}", expected, got, remedy)
 
     def _pattern(self, options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         pattern = options.get(name) or {}
-        remedy = f"correct {self.path}"
+        remedy = "correct the file"
         if not isinstance(pattern, dict):
-            raise PeftError(name, "an object of pattern: value", repr(pattern), remedy)
+            raise self._error(name, "an object of pattern: value", repr(pattern), remedy)
         for key in pattern:
             try:
                 _expression(key)
-            except re.error as error:
-                raise PeftError(
+            except (re.error, OverflowError, RecursionError) as error:
+                raise self._error(
                     name, "regular expressions", f"{key!r} ({error})", remedy
                 ) from error
         return pattern
@@ -191,27 +231,26 @@ class _Config:
     def _refuse(self, options: Mapping[str, Any]) -> None:
         peft_type = options.get("peft_type")
         if peft_type != "LORA":
-            raise PeftError("peft_type", "'LORA'", repr(peft_type), _MERGE)
+            raise self._error("peft_type", "'LORA'", repr(peft_type), _MERGE)
         for name, why in _REFUSED_OPTIONS.items():
             if options.get(name):
                 got = f"{name}={_short(options[name])} ({why})"
-                raise PeftError(name, "plain LoRA", got, _MERGE)
+                raise self._error(name, "plain LoRA", got, _MERGE)
         bias = options.get("bias", "none")
         if bias != "none":
             got = f"bias={bias!r} (replaces biases of the base model)"
-            raise PeftError("bias", "'none'", got, _MERGE)
+            raise self._error("bias", "'none'", got, _MERGE)
         self._refuse_init(options.get("init_lora_weights"))
         known = _KNOWN_OPTIONS | _REFUSED_OPTIONS.keys()
         unknown = {name: value for name, value in options.items() if value and name not in known}
         if unknown:
             got = ", ".join(f"{name}={_short(value)}" for name, value in unknown.items())
             remedy = "if an option does not change the adapter's output, take it out of the file"
-            raise PeftError(str(self.path), "options known to sgmv", got, remedy)
+            raise PeftError(shown(self.path), "options known to sgmv", got, remedy)
 
-    @staticmethod
-    def _refuse_init(init: object) -> None:
+    def _refuse_init(self, init: object) -> None:
         if (init.lower() if isinstance(init, str) else init) not in _HARMLESS_INITS:
-            raise PeftError(
+            raise self._error(
                 "init_lora_weights",
                 "an initialisation that leaves the base weights alone",
                 f"{init!r} (the adapter belongs to changed base weights)",
@@ -222,17 +261,16 @@ class _Config:
 class _Weights:
     """The tensors of `adapter_model.safetensors`: names and shapes now, values when asked."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: TensorFile) -> None:
         self.path = path
-        self._file = _open_safetensors(path)
-        self.modules = self._pair(sorted(self._file.keys()))
+        self.file = file
+        self.modules = self._pair(sorted(file.entries))
 
-    def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        view = self._file.get_slice(name)
-        return tuple(view.get_shape()), view.get_dtype()
-
-    def tensor(self, name: str) -> Any:
-        return self._file.get_tensor(name)
+    def tensor(self, name: str, dtype: str) -> Any:
+        try:
+            return self.file.tensor(name, dtype)
+        except (OSError, ValueError) as error:
+            raise _damaged(self.path, "a safetensors file", error) from error
 
     def _pair(self, names: list[str]) -> tuple[str, ...]:
         halves: dict[str, set[str]] = {}
@@ -244,38 +282,48 @@ class _Weights:
             else:
                 others.append(name)
         if others:
-            got = f"{_few(others)} ({_what_is(others[0])})"
-            raise PeftError(str(self.path), f"only {_TENSOR_PREFIX}<module>.lora_A/B", got, _MERGE)
+            # A base weight is saved beside an embedding's adapter, and is not why that is refused.
+            cause = min(others, key=lambda name: ".base_layer." in name)
+            what, remedy = _what_is(cause)
+            expected = f"only {_TENSOR_PREFIX}<module>.lora_A/B"
+            raise PeftError(shown(self.path), expected, f"{_few(others)} ({what})", remedy)
         for module, found in halves.items():
             if len(found) == 1:
                 (half,) = found
                 got = f"lora_{half} alone"
                 raise PeftError(
-                    str(self.path), f"lora_A and lora_B of {module}", got, "save it again"
+                    shown(self.path), f"lora_A and lora_B of {module}", got, "save it again"
                 )
         if not halves:
-            remedy = "check target_modules: this adapter changes nothing"
-            raise PeftError(str(self.path), "LoRA tensors", "none", remedy)
+            raise PeftError(
+                shown(self.path),
+                "LoRA tensors",
+                "none: a header without data, as is saved from an empty state dict",
+                "check target_modules, and save the PeftModel itself, with its own state dict",
+            )
         return tuple(halves)
 
 
 def _read(weights: _Weights, module: str, config: _Config) -> Adapter:
     names = [f"{_TENSOR_PREFIX}{module}.lora_{half}.weight" for half in "AB"]
-    (shape_a, type_a), (shape_b, type_b) = (weights.header(name) for name in names)
+    (type_a, shape_a, *_), (type_b, shape_b, *_) = (weights.file.entries[name] for name in names)
+    where = f"{module} in {shown(weights.path)}"
     rank = config.rank(module)
     shapes = f"lora_A {shape_a} and lora_B {shape_b}"
-    if len(shape_a) != 2 or len(shape_b) != 2:
-        got = f"{shapes} (a convolution's or an expert stack's)"
-        raise PeftError(module, "a linear layer's A (r, h_in) and B (h_out, r)", got, _MERGE)
+    if len(shape_a) != 2 or len(shape_b) != 2 or 0 in shape_a + shape_b:
+        is_shard = any(len(shape) < 2 or 0 in shape for shape in (shape_a, shape_b))
+        what, remedy = _SHARD if is_shard else ("a convolution's or an expert stack's", _MERGE)
+        expected = "a linear layer's A (r, h_in) and B (h_out, r)"
+        raise PeftError(where, expected, f"{shapes} ({what})", remedy)
     if shape_a[0] != rank or shape_b[1] != rank:
         expected = f"A ({rank}, h_in) and B (h_out, {rank}), as {config.path.name} says"
-        raise PeftError(module, expected, shapes, "take config and tensors from the same save")
+        raise PeftError(where, expected, shapes, "take config and tensors from the same save")
     if type_a != type_b or type_a not in _FLOAT_TYPES:
         got = f"lora_A {type_a} and lora_B {type_b}"
-        raise PeftError(module, f"one of {', '.join(_FLOAT_TYPES)} for both", got, "save it again")
+        raise PeftError(where, f"one of {', '.join(_FLOAT_TYPES)} for both", got, "save it again")
     if type_a == "BF16":
-        _need_bfloat16(module)
-    A, B = (weights.tensor(name) for name in names)
+        _need_bfloat16(where)
+    A, B = (weights.tensor(name, _FLOAT_TYPES[type_a]) for name in names)
     return Adapter(A, B, scaling=config.scaling(module))
 
 
@@ -292,58 +340,65 @@ def _expression(key: str) -> re.Pattern[str]:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    remedy = "copy the whole directory that save_pretrained wrote"
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PeftError("directory", path.name, f"{path} ({error.strerror})", remedy) from error
-    except ValueError as error:
-        raise PeftError(str(path), "JSON", f"damaged text ({error})", remedy) from error
+        options = json.loads(read_text(path).decode("utf-8"))
+    except FileNotFoundError as error:
+        got, remedy = forms.without_config(path.parent)
+        raise PeftError("directory", path.name, got, remedy) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, "JSON", error) from error
     if not isinstance(options, dict):
-        raise PeftError(str(path), "a JSON object", type(options).__name__, remedy)
+        raise PeftError(shown(path), "a JSON object", type(options).__name__, forms.COPY)
     return options
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_tensors(path: Path) -> TensorFile:
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise PeftError("safetensors", "an installed package", "none", _INSTALL) from error
-    if not path.is_file():
-        pickled = path.with_suffix(".bin")
-        if pickled.exists():
-            remedy = "load it with PEFT and save_pretrained(..., safe_serialization=True)"
-            raise PeftError(
-                "directory", path.name, f"{pickled} (a pickle, which can run code)", remedy
-            )
-        remedy = "copy the whole directory that save_pretrained wrote"
-        raise PeftError("directory", path.name, f"{path} (no such file)", remedy)
-    try:
-        return safe_open(str(path), framework="numpy")
-    except (SafetensorError, OSError) as error:
-        remedy = "copy or save it again"
-        raise PeftError(
-            str(path), "a safetensors file", f"damaged data ({error})", remedy
-        ) from error
+        return TensorFile(path)
+    except FileNotFoundError as error:
+        got, remedy = forms.without_weights(path.parent)
+        raise PeftError("directory", path.name, got, remedy) from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, "a safetensors file", error) from error
 
 
-def _need_bfloat16(module: str) -> None:
+def _damaged(path: Path, expected: str, error: Exception) -> PeftError:
+    if isinstance(error, OSError):
+        remedy = "try again, or copy the file again"
+        return PeftError(shown(path), expected, error.strerror or str(error), remedy)
+    got, remedy = forms.of_file(path) or (
+        f"damaged data ({error})",
+        "copy or save it again; if it is being written, try again",
+    )
+    return PeftError(shown(path), expected, got, remedy)
+
+
+def _need_bfloat16(where: str) -> None:
     try:
         import ml_dtypes  # noqa: F401  (importing it teaches numpy the type's name)
     except ImportError as error:
-        raise PeftError(module, "ml_dtypes, to hold bfloat16", "none", _INSTALL) from error
+        raise PeftError(where, "ml_dtypes, to hold bfloat16", "none", _INSTALL) from error
 
 
-def _what_is(name: str) -> str:
+def _what_is(name: str) -> tuple[str, str]:
+    """A tensor that is not plain LoRA's, and what to do about it."""
     if "lora_magnitude_vector" in name:
-        return "DoRA's magnitudes"
+        return "DoRA's magnitudes", _MERGE
     if "lora_embedding_" in name:
-        return "an embedding's adapter"
+        return "an embedding's adapter", _MERGE
     if name.endswith(".bias"):
-        return "a bias"
+        return "a bias", _MERGE
+    if name.endswith(".base_layer.weight"):
+        what = (
+            "a weight of the base model, saved because the adapter changes that embedding or head"
+        )
+        return what, (
+            "if it is the base model's own, save the adapter without it: "
+            "save_pretrained(..., save_embedding_layers=False)"
+        )
     if ".lora_" in name:
-        return "not plain LoRA"
-    return "a weight of the base model, or another method's"
+        return "not plain LoRA", _MERGE
+    return "a weight of the base model, or another method's", _MERGE
 
 
 def near_names(module: str, modules: Collection[str]) -> str:

@@ -282,6 +282,7 @@ def write_refused(root: Path) -> None:
         "layer-replication": LoraConfig(**q_proj, layer_replication=[[0, 1], [0, 1]]),
         "alora": LoraConfig(**q_proj, alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
         "embedding": LoraConfig(r=2, target_modules=["embed_tokens"]),
+        "lm-head": LoraConfig(r=2, target_modules=["lm_head"]),  # saved with the base weight
         "ia3": peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
         "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], init_r=3, total_step=10),
         "loha": peft.LoHaConfig(r=2, target_modules=["q_proj"]),

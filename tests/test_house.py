@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 # Each file may import from those before it in its own line's reach, and from no other.
 FLOORS = [
     {"errors", "kernels.disk", "threads"},
-    {"kernels.jit"},
-    {"dtypes", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.modes"},
+    {"files", "kernels.jit"},
+    {"dtypes", "forms", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.modes"},
     {"compat.arrays", "console", "kernels.amx_instructions", "kernels.call", "memory"},
     {"kernels.panels", "kernels.plan", "kernels.pool"},
     {"kernels.amx", "kernels.loops", "kernels.start", "kernels.tiles", "segment"},

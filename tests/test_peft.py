@@ -314,7 +314,8 @@ REFUSED_BY_PEFT = {
     "trainable-tokens": ("trainable_token_indices", "[1, 3]"),
     "layer-replication": ("layer_replication",),
     "alora": ("alora_invocation_tokens", "aLoRA"),
-    "embedding": ("embed_tokens", "tensors"),
+    "embedding": ("embed_tokens", "tensors", "an embedding's adapter"),
+    "lm-head": ("'base_model.model.lm_head.base_layer.weight'", "save_embedding_layers=False"),
     "ia3": ("peft_type", "'LORA'", "'IA3'"),
     "adalora": ("peft_type", "'ADALORA'"),
     "loha": ("peft_type", "'LOHA'"),
@@ -328,6 +329,15 @@ def test_other_than_plain_lora_is_refused_by_name(directory: str) -> None:
         load_peft(FIXTURES / "refused" / directory)
     for part in REFUSED_BY_PEFT[directory]:
         assert part in str(caught.value)
+
+
+def test_what_the_remedy_for_lm_head_leaves_is_read(tmp_path: Path) -> None:
+    """PEFT with save_embedding_layers=False writes the same file without the base weight."""
+    target = copy_of("refused/lm-head", tmp_path)
+    tensors = load_file(target / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.base_layer.weight"]
+    save_file(tensors, target / "adapter_model.safetensors")
+    assert list(load_peft(target)) == ["lm_head"]
 
 
 def test_every_refused_fixture_is_tested() -> None:
@@ -391,11 +401,13 @@ def test_foreign_tensors_are_refused_by_name(
         ("rank_pattern", {"q_proj": -1}, "positive integer"),
         ("alpha_pattern", {"q_proj[": 4}, "regular expressions"),
         ("alpha_pattern", {"q_proj)": 4}, "regular expressions"),
+        ("alpha_pattern", {"q_proj{99999999999}": 4}, "regular expressions"),
         ("alpha_pattern", {"q_proj": []}, "finite number"),
     ],
 )
 def test_options_are_refused_by_name(option: str, value: Any, part: str, tmp_path: Path) -> None:
-    refusal(copy_of("llama/attention-f32", tmp_path, **{option: value}), option, part)
+    directory = copy_of("llama/attention-f32", tmp_path, **{option: value})
+    refusal(directory, option, part, str(directory))
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "Orthogonal", "mica"])
@@ -538,7 +550,12 @@ def test_no_adapted_layer(tmp_path: Path) -> None:
         (np.ones((2, 3)), np.ones((5, 4)), ("B (h_out, 2)", "lora_B (5, 4)")),
         (np.ones((4, 3)), np.ones((5, 2)), ("A (2, h_in)", "lora_A (4, 3)")),
         (np.ones((2, 3, 1)), np.ones((5, 2)), ("linear layer", "(2, 3, 1)")),
-        (np.ones(2), np.ones((5, 2)), ("linear layer", "(2,)")),
+        (np.ones((2, 3, 1, 1)), np.ones((5, 2, 1, 1)), ("a convolution's or an expert stack's",)),
+        # ZeRO-3 leaves nothing of a tensor, FSDP a rank's flat part of it.
+        (np.ones(0), np.ones(0), ("linear layer", "lora_A (0,)", "ZeRO-3", "stage3_gather_16bit")),
+        (np.ones((2, 0)), np.ones((5, 2)), ("lora_A (2, 0)", "ZeRO-3")),
+        (np.ones((2, 3)), np.ones((0, 2)), ("lora_B (0, 2)", "ZeRO-3")),
+        (np.ones(2), np.ones((5, 2)), ("linear layer", "(2,)", "FSDP", "full state dict")),
         (np.ones((2, 3), np.int8), np.ones((5, 2), np.int8), ("F32, F16, BF16, F64", "I8")),
         (np.ones((2, 3), np.float16), np.ones((5, 2), np.float32), ("lora_A F16", "lora_B F32")),
     ],
@@ -546,7 +563,7 @@ def test_no_adapted_layer(tmp_path: Path) -> None:
 def test_shapes_and_types_that_disagree(
     A: Array, B: Array, parts: tuple[str, ...], tmp_path: Path
 ) -> None:
-    refusal(write_adapter(tmp_path, halves(Q_PROJ, A, B)), Q_PROJ, *parts)
+    refusal(write_adapter(tmp_path, halves(Q_PROJ, A, B)), Q_PROJ, str(tmp_path), *parts)
 
 
 def test_a_rank_pattern_that_the_tensors_deny(tmp_path: Path) -> None:
@@ -554,14 +571,122 @@ def test_a_rank_pattern_that_the_tensors_deny(tmp_path: Path) -> None:
     refusal(directory, Q_PROJ, "A (16, h_in)", "lora_A (3, 48)", "lora_B (48, 3)")
 
 
-@pytest.mark.parametrize("package", ["safetensors", "ml_dtypes"])
-def test_a_missing_package_says_how_to_install_it(
-    package: str, monkeypatch: pytest.MonkeyPatch
+# What is there instead, by its name
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13648688\n",
+            ("a Git LFS pointer", "git lfs pull"),
+        ),
+        (b"/annex/objects/SHA256E-s13--ab.safetensors\n", ("git-annex", "git annex get")),
+        (b"\n<!doctype html>\n<html>", ("a web page", "download")),
+        (b"PK\x03\x04\x00\x00\x08\x08", ("torch.save", "safe_serialization=True")),
+        (b"GGUF\x03\x00\x00\x00", ("a GGUF file",)),
+        (b"", ("an empty file", "full disk")),
+        (bytes(5000), ("zeros", "crash")),
+    ],
+)
+def test_a_file_of_other_content(
+    data: bytes, parts: tuple[str, ...], name: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    refusal(FIXTURES / "llama" / "patterns-bf16", package, "pip install safetensors ml_dtypes")
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / name).write_bytes(data)
+    refusal(directory, str(directory / name), *parts)
 
 
-def test_float32_needs_no_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_40_bytes(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    save_file({}, path, metadata={"format": "pt"})
+    assert path.stat().st_size == 40
+    refusal(directory, str(path), "a header without data", "state dict", "target_modules")
+
+
+def test_a_sharded_save(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    path.rename(directory / "adapter_model-00001-of-00002.safetensors")
+    (directory / "adapter_model.safetensors.index.json").write_text("{}")
+    refusal(directory, str(directory), "a sharded save", "max_shard_size")
+
+
+def test_weights_under_another_name(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    path.rename(directory / "adapters.safetensors")
+    refusal(directory, str(path), "no such file; there is adapters.safetensors")
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    """As a Hub cache has when its blobs were deleted, or git-annex before `get`."""
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    path.unlink()
+    path.symlink_to("../blobs/4d7a")
+    refusal(directory, str(path), "a link to ../blobs/4d7a, which is not there", "download")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "chosen"),
+    [
+        (["french", "greek"], "named adapters: french, greek", "greek"),
+        (
+            ["checkpoint-500", "checkpoint-1000"],
+            "checkpoint-500, checkpoint-1000",
+            "checkpoint-1000",
+        ),
+        (["checkpoint-9", "final"], "named adapters: checkpoint-9, final", "final"),
+        ([f"a{i}" for i in range(9)], "a0, a1, a2, a3, a4, ...", "a8"),
+    ],
+)
+def test_a_root_of_adapters(names: list[str], kind: str, chosen: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in names:
+        copy_of("llama/attention-f32", root / name).rename(root / "moved")
+        (root / name).rmdir()
+        (root / "moved").rename(root / name)
+    refusal(root, "adapter_config.json", kind, f"as in {root / chosen}")
+    assert load_peft(root / chosen)
+
+
+@pytest.mark.parametrize("main", ["aaaa", "bbbb", None])
+def test_a_hub_cache_folder(main: str | None, tmp_path: Path) -> None:
+    cache = tmp_path / "models--somebody--french"
+    for revision in ("aaaa", "bbbb"):
+        shutil.copytree(FIXTURES / "llama" / "attention-f32", cache / "snapshots" / revision)
+    if main:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(main)
+    chosen = cache / "snapshots" / (main or "bbbb")
+    refusal(cache, str(cache), "a Hub cache folder", f"pass {chosen}")
+    assert load_peft(chosen)
+    shutil.rmtree(cache / "snapshots")
+    (cache / "snapshots").mkdir()
+    refusal(cache, "a Hub cache folder without an adapter", "download")
+
+
+def test_a_whole_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    refusal(tmp_path, str(tmp_path), "a whole model", "the directory of an adapter")
+
+
+def test_weights_without_a_config(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / "adapter_config.json").unlink()
+    refusal(directory, "adapter_config.json", "no such file; the weights are there", "copy")
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    refusal(FIXTURES / "llama" / "patterns-bf16", "ml_dtypes", "pip install ml_dtypes")
+
+
+@pytest.mark.parametrize("package", ["ml_dtypes", "safetensors"])
+def test_float32_needs_no_package(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     assert load_peft(FIXTURES / "llama" / "attention-f32")

@@ -1,0 +1,131 @@
+"""What a directory or a file is, where an adapter that PEFT saved was expected.
+
+Each answer is what was found, in words for a message, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from sgmv.files import open_regular, shown
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+COPY = "copy the whole directory that save_pretrained wrote"
+
+_AGAIN = "download or copy the file again"
+_STARTS = (
+    (
+        b"version https://git-lfs.github.com/",
+        "a Git LFS pointer: a line of text in place of the file",
+        "run `git lfs pull` where it was cloned, or download the file itself",
+    ),
+    (
+        b"/annex/objects/",
+        "a git-annex pointer: a line of text in place of the file",
+        "run `git annex get` where it was cloned, or download the file itself",
+    ),
+    (b"<", "a web page: what a browser shows in place of the file", _AGAIN),
+    (
+        b"PK\x03\x04",
+        "a file of torch.save under this name: a pickle, which can run code",
+        "load it with PEFT and save_pretrained(..., safe_serialization=True)",
+    ),
+    (b"GGUF", "a GGUF file under this name", "convert the adapter that PEFT saved instead"),
+)
+
+
+def of_file(path: Path) -> tuple[str, str] | None:
+    """A file of other content than its name says; None for what is merely damaged."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(64) or b""
+    except OSError:
+        return None
+    if not start:
+        return "damaged data (an empty file)", f"{_AGAIN}; a full disk leaves such files"
+    if not start.strip(b"\0"):
+        return "damaged data (zeros)", f"{_AGAIN}; a crash while it was written leaves zeros"
+    for prefix, what, remedy in _STARTS:
+        if start.lstrip().startswith(prefix):
+            return what, remedy
+    return None
+
+
+def without_config(directory: Path) -> tuple[str, str]:
+    """A directory that has no adapter_config.json."""
+    place = shown(directory)
+    snapshots = directory / "snapshots"
+    if snapshots.is_dir():
+        of_adapters = _adapters(snapshots)
+        if not of_adapters:
+            return f"{place} (a Hub cache folder without an adapter)", "download the adapter first"
+        chosen = _revision(directory)
+        first = chosen if chosen in of_adapters else of_adapters[-1]
+        return f"{place} (a Hub cache folder)", f"pass {shown(snapshots / first)}"
+    names = _adapters(directory)
+    if names:
+        checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+        kind = "checkpoints" if checkpoints == names else "named adapters"
+        some = ", ".join(shown(name) for name in names[:5]) + (", ..." if names[5:] else "")
+        remedy = f"pass one of them, as in {shown(directory / names[-1])}"
+        return f"{place} (no such file; it holds {kind}: {some})", remedy
+    if _has(directory, r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"):
+        return f"{place} (a whole model)", "pass the directory of an adapter, or use it as the base"
+    if _has(directory, re.escape(WEIGHTS_FILE)):
+        return f"{place} (no such file; the weights are there)", COPY
+    return f"{place} (no such file)", COPY
+
+
+def without_weights(directory: Path) -> tuple[str, str]:
+    """A directory that has no adapter_model.safetensors."""
+    path = directory / WEIGHTS_FILE
+    if path.is_symlink():
+        target = shown(os.readlink(path))
+        return f"{shown(path)} (a link to {target}, which is not there)", _AGAIN
+    parts = _has(directory, r"adapter_model-\d+-of-\d+\.safetensors")
+    if parts or _has(directory, rf"{re.escape(WEIGHTS_FILE)}\.index\.json"):
+        return (
+            f"{shown(directory)} (a sharded save, {len(parts)} parts)",
+            "save it again in one file: with PEFT's save_pretrained, or a larger max_shard_size",
+        )
+    pickled = path.with_suffix(".bin")
+    if pickled.exists():
+        return (
+            f"{shown(pickled)} (a pickle, which can run code)",
+            "load it with PEFT and save_pretrained(..., safe_serialization=True)",
+        )
+    others = _has(directory, r".*\.(safetensors|bin|gguf|npz)")
+    beside = f"; there is {', '.join(shown(name) for name in others[:3])}" if others else ""
+    return f"{shown(path)} (no such file{beside})", COPY
+
+
+def _adapters(directory: Path) -> list[str]:
+    """Sub-directories that hold an adapter; checkpoint-1000 after checkpoint-500."""
+    found = [name for name in _names(directory) if (directory / name / CONFIG_FILE).is_file()]
+    return sorted(
+        found,
+        key=lambda name: [
+            int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)
+        ],
+    )
+
+
+def _revision(cache: Path) -> str:
+    try:
+        return (cache / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _has(directory: Path, pattern: str) -> list[str]:
+    return sorted(name for name in _names(directory) if re.fullmatch(pattern, name))
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []

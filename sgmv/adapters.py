@@ -26,17 +26,19 @@ import numpy.typing as npt
 from sgmv.dtypes import Array, check_dtype, check_matrix, promote
 from sgmv.errors import (
     DtypeError,
+    SgmvError,
     ShapeError,
     StackError,
     UnknownAdapterError,
     ValueRangeError,
+    shown,
     some,
 )
 from sgmv.kernels.call import PANEL, WIDE_PANEL
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import NO_SLOT, UNKNOWN, find
 from sgmv.memory import aligned
-from sgmv.segment import Integers, check_count, is_integer
+from sgmv.segment import MOST, Integers, check_count, fits_memory, is_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +291,8 @@ class AdapterStack:
         self.slots = check_count("slots", slots, 0)
         self.max_rank = check_count("max_rank", max_rank, 0)
         self.dtype = check_dtype("dtype", dtype)
-        self._table = SlotTable.empty(self.h_in, self.h_out, self.slots, self.dtype)
+        with fits_memory("slots", self.slots):
+            self._table = SlotTable.empty(self.h_in, self.h_out, self.slots, self.dtype)
         self._changing = threading.Lock()
         _stacks.add(self)
 
@@ -318,7 +321,8 @@ class AdapterStack:
         [0, 5, 9]
         """
         given = {
-            _adapter_id(i): as_adapter(f"adapters[{i}]", entry) for i, entry in items(adapters)
+            _adapter_id(i, "adapters"): as_adapter(f"adapters[{i}]", entry)
+            for i, entry in items(adapters)
         }
         held = [adapter for adapter in given.values() if adapter is not None]
         if not held and (h_in is None or h_out is None):
@@ -397,6 +401,10 @@ unload an adapter first, or make the stack with more slots
         >>> stack.fitted(Adapter(np.ones((4, 64), "float32"), np.ones((32, 4), "float32")))
         Adapter(r=4, h_in=64, h_out=32, float16, scaling=1.0)
         """
+        if not isinstance(adapter, Adapter):
+            raise DtypeError(
+                "adapter", "an Adapter", type(adapter).__name__, "wrap it in Adapter(A, B)"
+            )
         self._check_fits(adapter)
         A, B = (self._converted(weights) for weights in (adapter.A, adapter.B))
         return Adapter(A, B, adapter.scaling)
@@ -533,7 +541,11 @@ def as_adapter(argument: str, entry: AdapterLike) -> Adapter | None:
     if entry is None or isinstance(entry, Adapter):
         return entry
     if isinstance(entry, tuple | list) and len(entry) == 2:
-        return Adapter(*entry)
+        try:
+            return Adapter(*entry)
+        except SgmvError as error:  # it names A or B: say whose
+            where = f"{argument}, {error.argument}"
+            raise type(error)(where, error.expected, error.received, error.remedy) from None
     raise DtypeError(
         argument, "an Adapter, a pair (A, B) or None", type(entry).__name__, "wrap it in Adapter"
     )
@@ -541,7 +553,7 @@ def as_adapter(argument: str, entry: AdapterLike) -> Adapter | None:
 
 def check_scaling(argument: str, scaling: object) -> float:
     """The scaling as a float, if it is a real number that float32 can hold."""
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float, np.integer, np.floating)):
+    if not is_integer(scaling) and not isinstance(scaling, (float, np.floating)):
         raise DtypeError(
             argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
         )
@@ -556,16 +568,14 @@ def check_scaling(argument: str, scaling: object) -> float:
     return value
 
 
-def _adapter_id(adapter_id: object) -> int:
+def _adapter_id(adapter_id: object, argument: str = "adapter_id") -> int:
     if not is_integer(adapter_id):
-        raise DtypeError(
-            "adapter_id", "an integer >= 0", repr(adapter_id), "name adapters by integers"
-        )
-    if not 0 <= adapter_id < 2**63 - 1:
+        raise DtypeError(argument, "an integer >= 0", repr(adapter_id), "name adapters by integers")
+    if not 0 <= adapter_id < MOST:
         raise ValueRangeError(
-            "adapter_id",
+            argument,
             "an integer from 0 to 2**63 - 2",
-            str(adapter_id),
+            shown(adapter_id),
             "use another id; -1 always means base only",
         )
     return int(adapter_id)

@@ -48,6 +48,8 @@ def kernels(
     x, y  None leaves out shrink, or expand; its place is then 0
     v     the type in which the others are summed, if left out
     """
+    if backend is not None and not isinstance(backend, str):
+        raise ValueRangeError("backend", "amx, tiles or loops", repr(backend), "leave it out")
     key = (backend, x, weights, y, v)
     found = _kernels.get(key)
     if found is None:

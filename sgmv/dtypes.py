@@ -45,7 +45,7 @@ def check_dtype(argument: str, dtype: npt.DTypeLike, remedy: str = TO_FLOAT32) -
         dtype = ml_dtypes.bfloat16
     try:
         found = None if dtype is None else np.dtype(dtype)  # numpy takes None for float64
-    except TypeError:
+    except (TypeError, ValueError, Warning):  # of a name that numpy does not know any more, say
         found = None
     if found is None or found.name not in BITS or not found.isnative:
         raise DtypeError(

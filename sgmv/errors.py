@@ -63,6 +63,17 @@ class StaleStepError(ServingError):
     """A step whose adapters have been evicted or replaced since it was made."""
 
 
+def shown(value: object, most: int = 60) -> str:
+    """The value for a message, cut short where it is long.
+
+    >>> shown(2**64), shown(16**400, 12)
+    ('18446744073709551616', '0x100000...')
+    """
+    # Python refuses to print very long integers in decimal.
+    text = hex(value) if isinstance(value, int) and abs(value) >= 10**most else str(value)
+    return text if len(text) <= most else f"{text[: most - 4]}..."
+
+
 def some(values: Iterable[object], most: int = 8) -> str:
     """The first few of the values, for a message.
 

@@ -195,7 +195,7 @@ def _used(adapters: Adapters, scalings: Scalings, segments: Segments) -> dict[in
     if unknown:
         raise UnknownAdapterError(
             "adapter_ids",
-            f"-1 or ids of the given adapters, {some(sorted(entries))}",
+            f"-1 or ids of the given adapters, {some(entries)}",
             some(unknown),
             "add them to adapters, or name -1 for base only",
         )
@@ -211,7 +211,7 @@ def _used(adapters: Adapters, scalings: Scalings, segments: Segments) -> dict[in
 def _scaling(scalings: Mapping[int, float] | Sequence[float] | float, adapter_id: int) -> float:
     if isinstance(scalings, Mapping):
         known = adapter_id in scalings
-    elif isinstance(scalings, Sequence | np.ndarray) and np.ndim(scalings) != 0:
+    elif isinstance(scalings, Sequence | np.ndarray) and not _is_single(scalings):
         known = adapter_id < len(scalings)
     else:
         return check_scaling("scalings", scalings)
@@ -223,3 +223,7 @@ def _scaling(scalings: Mapping[int, float] | Sequence[float] | float, adapter_id
             "add it, or leave scalings out to use each Adapter's own",
         )
     return check_scaling(f"scalings[{adapter_id}]", scalings[adapter_id])
+
+
+def _is_single(scalings: object) -> bool:
+    return isinstance(scalings, str | bytes) or getattr(scalings, "ndim", 1) == 0

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from sgmv.errors import ValueRangeError
-from sgmv.segment import Integers, check_count
+from sgmv.segment import Integers, check_count, fits_memory
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical")
 
@@ -36,9 +36,13 @@ def popularity(kind: str, n: int, seed: int = 0) -> Integers:
     skewed [3 2 1 1 1]
     identical [8]
     """
-    rows = _rows_per_adapter(kind, check_count("n", n, 0))
-    shuffle = np.random.default_rng(check_count("seed", seed, 0)).permutation
-    return shuffle(np.repeat(np.arange(len(rows)), rows))
+    n, seed = check_count("n", n, 0), check_count("seed", seed, 0, math.inf)
+    if kind not in POPULARITIES:
+        raise ValueRangeError("kind", f"one of {POPULARITIES}", repr(kind), "choose one of them")
+    with fits_memory("n", n):
+        np.empty(n, np.int64)  # numpy's repeat does not look whether its result fits
+        rows = _rows_per_adapter(kind, n)
+        return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(rows)), rows))
 
 
 def _rows_per_adapter(kind: str, n: int) -> list[int]:
@@ -50,9 +54,7 @@ def _rows_per_adapter(kind: str, n: int) -> list[int]:
     if kind == "uniform":
         S = math.isqrt(max(n - 1, 0)) + 1
         return [n // S + (i < n % S) for i in range(S)]
-    if kind == "skewed":
-        rows: list[int] = []
-        while sum(rows) + math.floor(1.5 ** len(rows)) < n:
-            rows.append(math.floor(1.5 ** len(rows)))
-        return sorted([*rows, n - sum(rows)], reverse=True)
-    raise ValueRangeError("kind", f"one of {POPULARITIES}", repr(kind), "choose one of them")
+    rows: list[int] = []
+    while sum(rows) + math.floor(1.5 ** len(rows)) < n:
+        rows.append(math.floor(1.5 ** len(rows)))
+    return sorted([*rows, n - sum(rows)], reverse=True)

@@ -10,9 +10,11 @@ Integers only: nothing here knows about weights, so Segments made once serve eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import mul
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -20,15 +22,18 @@ import numpy.typing as npt
 
 from sgmv.errors import (
     DtypeError,
+    SgmvError,
     ShapeError,
     UnknownAdapterError,
     ValueRangeError,
+    shown,
     some,
 )
 from sgmv.kernels.plan import BASE_ONLY, most_digits, sort
 
 Integers = npt.NDArray[np.int64]
 SHOWN_AT_EACH_END = 6
+MOST = 2**63 - 1  # what an int64 holds
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class Segments:
 
     def __post_init__(self) -> None:
         for name in ("rows", "seq_start", "adapter_ids"):
-            frozen = _as_integers(name, getattr(self, name)).copy()
+            frozen = as_integers(name, getattr(self, name)).copy()
             frozen.flags.writeable = False
             object.__setattr__(self, name, frozen)
         n, seq_start, ids = self.n, self.seq_start, self.adapter_ids
@@ -215,12 +220,13 @@ class Segments:
         >>> round(segment(range(64)).stats(16, 4096, 16).expand.intensity, 2)
         0.94
         """
-        for name, value in (("h_in", h_in), ("h_out", h_out), ("itemsize", itemsize)):
-            check_count(name, value, 0)
+        h_in, h_out = check_count("h_in", h_in, 0), check_count("h_out", h_out, 0)
+        itemsize = check_count("itemsize", itemsize, 0)
         m = self.lengths
         r = self._ranks(ranks)
         m, r = m[self.adapter_ids != BASE_ONLY], r[self.adapter_ids != BASE_ONLY]
-        rows, weights, values = int(m[r > 0].sum()), int(r.sum()), int((m * r).sum())
+        rows, weights = int(m[r > 0].sum()), sum(r.tolist())
+        values = sum(map(mul, m.tolist(), r.tolist()))  # may be beyond int64
         return Stats(
             shrink=Traffic(
                 2 * values * h_in, (rows * h_in + weights * h_in) * itemsize, values * itemsize
@@ -242,9 +248,9 @@ class Segments:
                     "add them to the mapping",
                 )
             ranks = [ranks.get(int(i), 0) for i in self.adapter_ids]
-        if np.ndim(ranks) == 0:
+        if not isinstance(ranks, (np.ndarray, Sequence)):
             ranks = [check_count("ranks", ranks, 0)] * self.S
-        given = _as_integers("ranks", ranks)
+        given = as_integers("ranks", ranks)
         if len(given) and given.min() < 0:
             raise ValueRangeError("ranks", "ranks >= 0", str(given.min()), "use 0 for none")
         if given.shape != (self.S,):
@@ -307,7 +313,9 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
 
 
-def as_ids(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Integers:
+def as_ids(
+    adapter_ids: npt.ArrayLike | Sequence[int | None], argument: str = "adapter_ids"
+) -> Integers:
     """The ids as contiguous int64; whether they are in range is left to whoever sorts them."""
     if (
         isinstance(adapter_ids, np.ndarray)
@@ -316,46 +324,77 @@ def as_ids(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Integers:
         and adapter_ids.flags.c_contiguous
     ):
         return adapter_ids
-    return _as_integers("adapter_ids", _none_as_base_only(adapter_ids))
+    return as_integers(argument, _none_as_base_only(adapter_ids))
 
 
 def is_integer(value: object) -> TypeGuard[int]:
     """Whether the value is a Python or numpy integer; True and False are not."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
 
 
-def check_count(argument: str, value: object, least: int) -> int:
-    """The value as an int, if it is a whole number and not below the least."""
+def check_count(argument: str, value: object, least: int, most: float = MOST) -> int:
+    """The value as an int, if it is a whole number from the least to the most, an int64's."""
     if not is_integer(value):
         raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
     if value < least:
-        raise ValueRangeError(argument, f"at least {least}", str(value), "pass a larger number")
+        raise ValueRangeError(argument, f"at least {least}", shown(value), "pass a larger number")
+    if value > most:
+        limit = "less than 2**63" if most == MOST else f"at most {most}"
+        raise ValueRangeError(argument, limit, shown(value), "pass a smaller number")
     return int(value)
 
 
-def _as_integers(argument: str, values: Any) -> Integers:
+def check_several(argument: str, values: object, expected: str) -> None:
+    """Refuse what has no elements, and text, whose elements are letters."""
+    single = isinstance(values, (str, bytes)) or not isinstance(values, Iterable)
+    if single or (isinstance(values, np.ndarray) and values.ndim == 0):
+        raise DtypeError(argument, expected, type(values).__name__, "pass a list")
+
+
+@contextmanager
+def fits_memory(argument: str, value: object) -> Iterator[None]:
+    """Refuse a number of things that memory does not hold, where arrays of so many are made."""
+    try:
+        yield
+    except SgmvError:
+        raise
+    except (MemoryError, ValueError, OverflowError) as error:  # numpy's, by how much too large
+        expected = "a number for which there is memory"
+        raise ValueRangeError(argument, expected, shown(value), "pass a smaller one") from error
+
+
+def as_integers(argument: str, values: Any) -> Integers:
+    """The values, integers in one dimension, as contiguous int64."""
     try:
         array = values if isinstance(values, np.ndarray) else np.asarray(values)
         shape = f"shape {array.shape}"
     except ValueError:
         array, shape = np.empty((0, 0)), "lists of unequal lengths"
+    except (TypeError, OverflowError):  # of no type that numpy has
+        array = np.empty(1, object)
+        shape = ""
     if array.ndim != 1:
         raise ShapeError(argument, "one dimension", shape, "give one integer per row")
     if array.size == 0:
         return np.empty(0, np.int64)
-    largest = np.iinfo(np.int64).max
-    integers = array.dtype.kind in "iu" or all(type(value) is int for value in array)
-    if not integers:
+    dtype = array.dtype
+    if dtype.kind == "f" and isinstance(values, (list, tuple)):
+        array = np.array(values, object)  # of int64 and uint64 numpy made floats
+    if array.dtype.kind not in "iu" and not all(map(is_integer, array)):
         is_tensor = type(values).__module__ == "torch"
         how = ".long()" if is_tensor else ".astype(np.int64)"
-        raise DtypeError(argument, "integers", str(array.dtype), f"convert with {how}")
-    if array.dtype.kind not in "i" and array.max() > largest:
-        raise ValueRangeError(argument, "integers below 2**63", str(array.max()), "use smaller ids")
+        raise DtypeError(argument, "integers", str(dtype), f"convert with {how}")
+    if array.dtype.kind != "i" and array.max() > MOST:
+        received = shown(array.max())
+        raise ValueRangeError(argument, "integers below 2**63", received, "use smaller ids")
+    if array.dtype.kind == "O" and array.min() < -MOST - 1:
+        received = shown(array.min())
+        raise ValueRangeError(argument, "integers from -2**63", received, "use -1 for base only")
     return np.ascontiguousarray(array, np.int64)
 
 
 def _none_as_base_only(adapter_ids: Any) -> Any:
-    is_object_array = isinstance(adapter_ids, np.ndarray) and adapter_ids.dtype == object
-    if is_object_array or isinstance(adapter_ids, list | tuple):
+    is_array = isinstance(adapter_ids, np.ndarray) and adapter_ids.ndim == 1
+    if (is_array and adapter_ids.dtype == object) or isinstance(adapter_ids, list | tuple):
         return [BASE_ONLY if adapter_id is None else adapter_id for adapter_id in adapter_ids]
     return adapter_ids

@@ -20,7 +20,7 @@ from sgmv.errors import ShapeError
 from sgmv.expand import expand
 from sgmv.kernels.jit import logger, notice
 from sgmv.lora import add_lora
-from sgmv.segment import segment
+from sgmv.segment import check_several, segment
 from sgmv.shrink import shrink
 
 BAR = 20  # characters
@@ -46,6 +46,8 @@ def warm_up(dtypes: Iterable[Any] | npt.DTypeLike = "float32") -> float:
     True
     """
     single = isinstance(dtypes, str | type | np.dtype)
+    if not single:
+        check_several("dtypes", dtypes, "a float type, or several")
     each: Any = [dtypes] if single else dtypes
     found = [_mix(f"dtypes[{i}]", dtype) for i, dtype in enumerate(each)]
     before, expected = notice.seconds, notice.expected

@@ -190,6 +190,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.ValueRangeError,
         ["adapter_ids: ", "2**63", str(2**64), "smaller"],
     ),
+    "ids below int64": (
+        add(ids=[-(2**64)] * 5),
+        errors.ValueRangeError,
+        ["adapter_ids: ", "from -2**63", str(-(2**64)), "-1"],
+    ),
     "ids of strings": (
         add(ids=np.array(["a"] * 5, object)),
         errors.DtypeError,
@@ -293,6 +298,26 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         lambda: sgmv.AdapterStack(3, 4, dtype="wide"),
         errors.DtypeError,
         ["dtype: ", "float32", "'wide'", "astype"],
+    ),
+    "slots beyond all memory": (
+        lambda: sgmv.AdapterStack(3, 4, slots=2**62),
+        errors.ValueRangeError,
+        ["slots: ", "there is memory", str(2**62), "smaller"],
+    ),
+    "slots beyond int64": (
+        lambda: sgmv.AdapterStack(3, 4, slots=2**63),
+        errors.ValueRangeError,
+        ["slots: ", "less than 2**63", str(2**63), "smaller"],
+    ),
+    "no adapter to fit": (
+        lambda: stack().fitted((A, B)),
+        errors.DtypeError,
+        ["adapter: ", "an Adapter", "tuple", "wrap"],
+    ),
+    "a pair that does not fit, among several": (
+        lambda: sgmv.AdapterStack.from_adapters({5: (A, None)}),
+        errors.DtypeError,
+        ["adapters[5], B: ", "numpy array", "NoneType", "np.asarray"],
     ),
     "no adapters, no widths": (
         lambda: sgmv.AdapterStack.from_adapters({3: None}),
@@ -453,6 +478,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.ValueRangeError,
         ["backend: ", "tiles or loops", "'cuda'", "leave it out"],
     ),
+    "a backend that is no name": (
+        lambda: sgmv.add_lora(Y, X, stack(), IDS, backend=["tiles"]),
+        errors.ValueRangeError,
+        ["backend: ", "tiles or loops", "['tiles']", "leave it out"],
+    ),
     "tiles for float64 x": (
         lambda: sgmv.add_lora(Y, X.astype(float), stack(), IDS, backend="tiles"),
         errors.ValueRangeError,
@@ -480,6 +510,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         lambda: sgmv.set_num_threads(2.0),
         errors.DtypeError,
         ["n: ", "integer", "float", "whole number"],
+    ),
+    "types to warm up for that are none": (
+        lambda: sgmv.warm_up(3),
+        errors.DtypeError,
+        ["dtypes: ", "float type", "int", "list"],
     ),
     # popularity
     "a popularity that is none": (

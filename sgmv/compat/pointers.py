@@ -152,6 +152,10 @@ def readable(addresses: Sequence[int], nbytes: int) -> bool:
     >>> readable([array.ctypes.data], array.nbytes), readable([8], 1)
     (True, False)
     """
+    if nbytes > mmap.PAGESIZE:  # far beyond the end, say: no list of all pages is needed
+        ends = [address + end for address in addresses for end in (0, nbytes - 1)]
+        if not readable(ends, 1):
+            return False
     steps = np.append(np.arange(0, nbytes, mmap.PAGESIZE), nbytes - 1).astype(np.uint64)
     probes = (np.array(addresses, np.uint64)[:, None] + steps).reshape(-1)
     pieces = np.ones((len(probes), 2), np.uint64)  # of writev: address, length

@@ -34,7 +34,7 @@ from sgmv.errors import (
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import launch
-from sgmv.segment import Integers, Segments, segment
+from sgmv.segment import Integers, Segments, as_ids, segment
 
 Operand: TypeAlias = Any  # a numpy array, or a torch tensor on the CPU
 BATCHES_KNOWN = 16  # by what their indices are: all layers of a step have the same
@@ -129,11 +129,15 @@ def _stacked(
 
 def indices_of(argument: str, indices: Operand) -> Integers:
     """Integers (n,) as int64, refused by the argument's name if they are not."""
-    ids = np.asarray(indices) if isinstance(indices, list | tuple) else as_array(argument, indices)
+    if isinstance(indices, list | tuple):
+        return as_ids(indices, argument)
+    ids = as_array(argument, indices)
     if ids.ndim != 1:
         raise ShapeError(argument, "one dimension", f"shape {ids.shape}", "give one per row")
     if ids.size and ids.dtype.kind not in "iu":
         raise DtypeError(argument, "integers", str(ids.dtype), "convert it to int64")
+    if ids.dtype.kind != "i":
+        return as_ids(ids, argument)
     return ids.astype(np.int64, copy=False)
 
 

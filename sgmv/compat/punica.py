@@ -41,9 +41,9 @@ from sgmv.compat.products import (
     shrink,
     stack_of,
 )
-from sgmv.dtypes import Array, check_dtype, sum_dtype
-from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
-from sgmv.segment import Segments, check_count
+from sgmv.dtypes import BITS, Array, check_dtype, sum_dtype
+from sgmv.errors import DtypeError, ShapeError, ValueRangeError, shown, some
+from sgmv.segment import Segments, as_ids, check_count, fits_memory
 
 
 def bgmv(
@@ -276,20 +276,26 @@ class LoraWeight:
             zeros, kind = torch.zeros, dtype
         else:
             zeros, kind = np.zeros, check_dtype("dtype", dtype)
-        self.wa: Operand = zeros((layers, r, h_in), dtype=kind)
-        self.wb: Operand = zeros((layers, r, h_out), dtype=kind)
+        with fits_memory(", ".join(sizes), f"{layers}, {h_in}, {h_out}, {r}"):
+            self.wa: Operand = zeros((layers, r, h_in), dtype=kind)
+            self.wb: Operand = zeros((layers, r, h_out), dtype=kind)
 
     def copy_from_tensor(self, a: Operand, b: Operand) -> None:
         """Copy the weights as PEFT has them: a (L, r, h_in), b (L, h_out, r), any float type."""
-        for name, source, target in (
+        copies = (
             ("a", as_array("a", a), as_array("wa", self.wa)),
             ("b", as_array("b", b), as_array("wb", self.wb).transpose(0, 2, 1)),
-        ):
+        )
+        for name, source, target in copies:
+            if source.dtype.kind not in "iuf" and source.dtype.name not in BITS:
+                raise DtypeError(name, "a float type", str(source.dtype), "convert it first")
             if source.shape != target.shape:
                 raise ShapeError(
                     name, str(target.shape), str(source.shape), "pass the weights of all layers"
                 )
-            target[...] = source
+        with np.errstate(over="ignore", invalid="ignore"):
+            for _, source, target in copies:
+                target[...] = source
 
     @property
     def device(self) -> Any:
@@ -332,6 +338,11 @@ class BatchedLoraWeight:
     """
 
     def __init__(self, weights: Sequence[LoraWeight]) -> None:
+        if not isinstance(weights, Sequence) or not all(
+            isinstance(weight, LoraWeight) for weight in weights
+        ):
+            kinds = shown(weights)
+            raise DtypeError("weights", "a list of LoraWeight", kinds, "make each with LoraWeight")
         if len(weights) == 0:
             raise ValueRangeError("weights", "at least one LoraWeight", "none", "skip the call")
         self.weights = tuple(weights)
@@ -365,13 +376,14 @@ def _layer(argument: str, weights: Operand, layer_idx: int) -> Stack:
 
 def _segments(s: Operand, n: int) -> Segments:
     """Segments as they stand, each with a weight of its own: its number is the id."""
-    seq_start = np.asarray(s) if isinstance(s, list) else as_array("s", s)
+    seq_start = as_ids(s, "s") if isinstance(s, list) else as_array("s", s)
     if seq_start.ndim != 1 or len(seq_start) == 0:
         raise ShapeError(
             "s", "S + 1 offsets", f"shape {seq_start.shape}", "give s[0] == 0 at least"
         )
     if seq_start.dtype.kind not in "iu":
         raise DtypeError("s", "integers", str(seq_start.dtype), "convert it to int32")
+    seq_start = as_ids(seq_start, "s")
     if seq_start[0] != 0 or seq_start[-1] != n or (seq_start[1:] < seq_start[:-1]).any():
         raise ValueRangeError(
             "s",

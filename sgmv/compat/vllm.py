@@ -16,7 +16,8 @@ Source: vLLM, vllm/lora/ops/torch_ops/lora_ops.py, vllm/lora/punica_wrapper/puni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from sgmv.adapters import check_scaling
 from sgmv.checks import check_x
+from sgmv.compat.arrays import as_array
 from sgmv.compat.products import (
     Operand,
     Stack,
@@ -41,11 +43,17 @@ from sgmv.compat.products import (
     stack_of,
 )
 from sgmv.dtypes import Array, sum_dtype
-from sgmv.errors import ShapeError, StackError, ValueRangeError, some
+from sgmv.errors import (
+    ShapeError,
+    StackError,
+    UnknownAdapterError,
+    ValueRangeError,
+    some,
+)
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import row_ids
 from sgmv.layouts.vllm import VllmV0, vllm_v0
-from sgmv.segment import Integers, Segments, check_count, segment
+from sgmv.segment import Integers, Segments, check_count, check_several, fits_memory, segment
 
 Operands: TypeAlias = Any  # one for each slice; or an array of them
 
@@ -313,6 +321,7 @@ class PunicaWrapper:
         >>> wrapper.token_lora_indices, wrapper.sampler_indices
         (array([ 1,  1, -1]), array([ 1, -1]))
         """
+        slots = _slots(lora_index_to_id)
         if len(lora_index_to_id) > check_count("max_loras", max_loras, 1):
             raise StackError(
                 "lora_index_to_id",
@@ -320,10 +329,9 @@ class PunicaWrapper:
                 str(len(lora_index_to_id)),
                 "raise max_loras",
             )
-        slots = {i: slot for slot, i in enumerate(lora_index_to_id) if i is not None}
         tokens, sampled = (
-            vllm_v0([i if i > 0 else BASE_ONLY for i in ids], slots)
-            for ids in (mapping.index_mapping, mapping.prompt_mapping)
+            vllm_v0(_indices(name, getattr(mapping, name, None), slots))
+            for name in ("index_mapping", "prompt_mapping")
         )
         if tokens.token_nums > self.most_rows:
             raise ValueRangeError(
@@ -482,6 +490,33 @@ class PunicaWrapper:
         _both(("y", y), ("x", x), [A], [B], self._sampled, None, scale, buffers)
 
 
+def _slots(lora_index_to_id: Sequence[int | None]) -> dict[int, int]:
+    """The index of each id; ids are of any size, as vLLM may make them of hashes."""
+    check_several("lora_index_to_id", lora_index_to_id, "an id, or None, for each slot")
+    return {
+        check_count("lora_index_to_id", i, 1, math.inf): slot
+        for slot, i in enumerate(lora_index_to_id)
+        if i is not None
+    }
+
+
+def _indices(argument: str, ids: Any, slots: Mapping[int, int]) -> list[int]:
+    """The index of each row's id, -1 for 0."""
+    check_several(argument, ids, "an id for each row, of a LoRAMapping")
+    found = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    if set(map(type, found)) != {int}:  # each by itself takes longer
+        found = [check_count(argument, i, BASE_ONLY, math.inf) for i in found]
+    unknown = [i for i in found if i > 0 and i not in slots]
+    if unknown:
+        raise UnknownAdapterError(
+            argument,
+            f"0 or ids that have a slot, {some(slots)}",
+            some(dict.fromkeys(unknown)),
+            "load those adapters first, or name 0 for base only",
+        )
+    return [slots[i] if i > 0 else BASE_ONLY for i in found]
+
+
 Named: TypeAlias = "tuple[str, Operand]"  # by what the caller calls it
 Columns: TypeAlias = "Sequence[tuple[int, int]] | None"  # of each slice: offset, width; None: all
 
@@ -498,7 +533,14 @@ def _stacks(argument: str, operands: Operands) -> list[Stack]:
 def _each(argument: str, operands: Operands, slices: int) -> list[Named]:
     """One operand for each slice, from a sequence or along the first axis of three."""
     if not isinstance(operands, list | tuple):
-        operands = [operands] if slices == 1 and operands.ndim == 2 else list(operands)
+        array = as_array(argument, operands)
+        if array.ndim == 2 and slices == 1:
+            operands = [operands]
+        elif array.ndim == 3:
+            operands = list(operands)
+        else:
+            expected = "(slices, n, columns), or one array for each slice"
+            raise ShapeError(argument, expected, str(array.shape), "pass a tuple")
     if len(operands) != slices:
         raise ShapeError(
             argument, f"one for each of {slices} slices", str(len(operands)), "pass a tuple"
@@ -508,10 +550,11 @@ def _each(argument: str, operands: Operands, slices: int) -> list[Named]:
 
 def _side_by_side(widths: Sequence[int], start: int) -> list[tuple[int, int]]:
     """Offset and width of every slice, each where the last one ends."""
+    check_several("output_slices", widths, "the width of each slice")
     found, offset = [], check_count("offset_start", start, 0)
     for width in widths:
         found.append((offset, check_count("output_slices", width, 0)))
-        offset += width
+        offset += found[-1][1]
     return found
 
 
@@ -528,6 +571,10 @@ def _exploded(
     starts: Operand, lengths: Operand, indices: Operand, batches: int, token_nums: int
 ) -> Integers:
     """The index of each row, from those of runs that follow one another."""
+    batches, token_nums = (
+        check_count("batches", batches, 0),
+        check_count("token_nums", token_nums, 0),
+    )
     start, length, ids = (
         indices_of(name, operand)
         for name, operand in (
@@ -544,14 +591,20 @@ def _exploded(
             "pass the metadata of one batch",
         )
     ends = np.cumsum(length)
-    if (length < 0).any() or (start != ends - length).any() or ends[-1:].sum() != token_nums:
+    if (
+        ((length < 0) | (length > token_nums)).any()
+        or (start != ends - length).any()
+        or ends[-1:].sum() != token_nums
+    ):
         raise ValueRangeError(
             "b_seq_start_loc",
             f"runs of rows one after the other, from 0 to token_nums = {token_nums}",
             f"starts {some(start)}, lengths {some(length)}",
             "make the metadata anew, with layouts.vllm_v0",
         )
-    return np.repeat(ids, length)
+    with fits_memory("token_nums", token_nums):
+        np.empty(token_nums, np.int64)  # numpy's repeat does not look whether its result fits
+        return np.repeat(ids, length)
 
 
 def _shrink(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.dtypes import Array, check_dtype, check_matrix
-from sgmv.errors import ShapeError
+from sgmv.errors import DtypeError, ShapeError, some
 
 EDGES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, np.inf)  # ulps
 BAR = 40  # characters of the longest bar
@@ -68,9 +68,12 @@ def half_v_error(v: Array, B: Array, dtype: npt.DTypeLike = np.float16) -> Histo
             "v", f"rank {B.shape[1]}, as B", f"{v.shape[1]}", "pass v (n, r), B (h_out, r)"
         )
     kind = check_dtype("dtype", dtype)
-    exact = v.astype(np.float64) @ B.astype(np.float64).T
-    rounded = v.astype(kind).astype(np.float64) @ B.astype(np.float64).T
-    error = np.abs(rounded - exact) / _ulp(exact, kind)
+    if kind.name not in SIGNIFICAND:
+        raise DtypeError("dtype", some(SIGNIFICAND), kind.name, "pass the type that v is kept in")
+    with np.errstate(invalid="ignore", over="ignore"):  # inf and NaN have no error
+        exact = v.astype(np.float64) @ B.astype(np.float64).T
+        rounded = v.astype(kind).astype(np.float64) @ B.astype(np.float64).T
+        error = np.abs(rounded - exact) / _ulp(exact, kind)
     counts, _ = np.histogram(error[error > 0], EDGES)
     return Histogram(
         exact=int(np.count_nonzero(error == 0)),

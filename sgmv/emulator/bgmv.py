@@ -12,7 +12,17 @@ import numpy as np
 
 from sgmv.emulator.blocks import Block, Index
 from sgmv.emulator.device import A100, Device
-from sgmv.emulator.launch import HALF, SINGLE, Floats, Launch, Memory, Work, ceil_div, laid_out
+from sgmv.emulator.launch import (
+    HALF,
+    SINGLE,
+    Floats,
+    Launch,
+    Memory,
+    Work,
+    ceil_div,
+    laid_out,
+    whole,
+)
 from sgmv.layouts.rows import Batch
 from sgmv.segment import Segments
 
@@ -99,7 +109,8 @@ def punica_bgmv_shrink(batch: Batch, h_in: int, r: int, device: Device = A100) -
     >>> launch.grid, launch.block, punica_bgmv_shrink([3], 3424, 16).unsupported
     ((16, 3, 1), (32, 4, 1), ('width 3424: there are kernels for 19 others',))
     """
-    segments, _ = laid_out(batch, h_in=h_in, r=r)
+    h_in, r = whole(device, h_in=h_in, r=r)
+    segments, _ = laid_out(batch)
     work = _work(segments, r)
     n = sum(each.rows for each in work)
     return BgmvShrink(
@@ -136,7 +147,8 @@ def punica_bgmv_expand(batch: Batch, r: int, h_out: int, device: Device = A100) 
     >>> launch.grid, launch.block
     ((64, 3, 1), (2, 16, 4))
     """
-    segments, _ = laid_out(batch, r=r, h_out=h_out)
+    r, h_out = whole(device, r=r, h_out=h_out)
+    segments, _ = laid_out(batch)
     tx = max(r // VECTOR, 1)
     block = (tx, max(LANES // tx, 1), WARPS)
     tiles = h_out // (block[1] * block[2])

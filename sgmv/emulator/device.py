@@ -12,7 +12,9 @@ Sources, for all figures below:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from sgmv.segment import check_count
 
 KIB = 1024
 RESERVED = 1 * KIB
@@ -51,12 +53,19 @@ class Device:
     bandwidth: int
     fp16_peak: int
 
+    def __post_init__(self) -> None:
+        for each in fields(self)[1:]:
+            value = check_count(each.name, getattr(self, each.name), 1)
+            object.__setattr__(self, each.name, value)
+
     def resident_blocks(self, threads: int, shared_memory: int) -> int:
         """Blocks of so many threads and bytes that one SM holds at once; 0: not even one.
 
         >>> A100.resident_blocks(128, 40 * 1024), A100.resident_blocks(128, 164 * 1024)
         (4, 0)
         """
+        threads = check_count("threads", threads, 1)
+        shared_memory = check_count("shared_memory", shared_memory, 0, 1e300)
         if shared_memory > self.shared_memory_per_block:
             return 0
         return min(
@@ -71,6 +80,10 @@ class Device:
         >>> A100.roofline_s(312 * 10**12, 0)
         1.0
         """
+        flops, moved = (
+            check_count(name, value, 0, 1e300)  # products of counts
+            for name, value in (("flops", flops), ("moved", moved))
+        )
         return max(flops / self.fp16_peak, moved / self.bandwidth)
 
 

@@ -12,8 +12,9 @@ Each kernel is a subclass: its constructor function lays out the grid, `program`
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, ClassVar
@@ -21,14 +22,15 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from sgmv.adapters import check_scaling
 from sgmv.checks import check_x
 from sgmv.dtypes import Array, check_matrix
-from sgmv.emulator.blocks import Block, Deadlock, Index, Races, execute
+from sgmv.emulator.blocks import ORDERS, Block, Deadlock, Index, Races, execute
 from sgmv.emulator.device import Device
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, as_segments
-from sgmv.segment import Integers, Segments, check_count
+from sgmv.segment import Integers, Segments, check_count, check_several
 
 Floats = npt.NDArray[np.float32]
 HALF_TYPES = ("float16", "bfloat16")
@@ -304,6 +306,9 @@ class Launch(ABC):
                 self.unsupported[0],
                 "run another kernel",
             )
+        if not isinstance(order, str) or order not in ORDERS:
+            raise ValueRangeError("order", f"one of {ORDERS}", repr(order), "choose one of them")
+        seed = check_count("seed", seed, 0, math.inf)
         used = [work.adapter_id for work in self.work]
         held = _check_weights(weights, used, (self.width, self.k))
         check_x(x, self.segments.n, self.x_width)
@@ -338,11 +343,16 @@ class Launch(ABC):
 
         Semantics: 0 for every element of a deterministic kernel. Arguments and errors as `run`.
         """
+        check_several("seeds", seeds, "several seeds")
+        drawn = [check_count("seeds", seed, 0, math.inf) for seed in seeds]
+        if not drawn:
+            raise ShapeError("seeds", "at least one", "none", "pass some")
         runs = [
             self.run(x, weights, y, scaling=scaling, order="random", seed=seed).out
-            for seed in seeds
+            for seed in drawn
         ]
-        between: npt.NDArray[np.float64] = np.ptp(np.stack(runs).astype(np.float64), axis=0)
+        with np.errstate(invalid="ignore"):  # of inf and NaN it is NaN
+            between: npt.NDArray[np.float64] = np.ptp(np.stack(runs).astype(np.float64), axis=0)
         return between
 
     def _first_out(self, y: Array | None, dtype: np.dtype[Any]) -> Floats:
@@ -361,6 +371,8 @@ class Launch(ABC):
         self, scaling: float | Mapping[int, float], used: list[int]
     ) -> Mapping[int, float]:
         one = not isinstance(scaling, Mapping)
+        if not isinstance(scaling, Mapping):
+            scaling = check_scaling("scaling", scaling)
         takes = {"never": one and scaling == 1.0, "once": one, "by adapter": True}
         if not takes[self.SCALES]:
             raise ValueRangeError(
@@ -372,13 +384,26 @@ class Launch(ABC):
         if not isinstance(scaling, Mapping):
             return dict.fromkeys(used, scaling)
         _check_held("scaling", scaling, used)
-        return scaling
+        return {i: check_scaling(f"scaling[{i}]", scaling[i]) for i in used}
 
 
-def laid_out(batch: Batch, **counts: int) -> tuple[Segments, list[tuple[int, Integers]]]:
-    """The batch's segments, and (id, rows) of those with an adapter; counts must be whole >= 1."""
-    for name, value in counts.items():
-        check_count(name, value, 1)
+def whole(device: object, **counts: int) -> Iterator[int]:
+    """The counts as int, which must be whole numbers >= 1, on a Device."""
+    if not isinstance(device, Device):
+        raise DtypeError("device", "a Device", type(device).__name__, "pass emulator.A100, say")
+    return (check_count(name, value, 1) for name, value in counts.items())
+
+
+def widths(argument: str, given: int | Sequence[int]) -> tuple[int, ...]:
+    """One width, or several, at least one, as a tuple of int."""
+    each = given if isinstance(given, (list, tuple, range)) else (given,)
+    if not each:
+        raise ShapeError(argument, "a width, or one for each slice", "none", "pass at least one")
+    return tuple(check_count(argument, width, 1) for width in each)
+
+
+def laid_out(batch: Batch) -> tuple[Segments, list[tuple[int, Integers]]]:
+    """The batch's segments, and (id, rows) of those with an adapter."""
     segments = as_segments(batch)
     parts = np.split(segments.rows, segments.seq_start[1:-1]) if segments.S else []
     named = zip(segments.adapter_ids.tolist(), parts, strict=True)
@@ -424,6 +449,9 @@ def _check_weights(
 
 
 def _check_held(argument: str, mapping: Mapping[int, Any], used: list[int]) -> None:
+    if not isinstance(mapping, Mapping):
+        kind = type(mapping).__name__
+        raise DtypeError(argument, "a mapping id -> entry", kind, "pass a dict")
     missing = [i for i in used if i not in mapping]
     if missing:
         raise UnknownAdapterError(

@@ -23,6 +23,7 @@ from sgmv.emulator.launch import (
     ceil_div,
     laid_out,
     multiply,
+    whole,
     zero_filled,
 )
 from sgmv.errors import ValueRangeError
@@ -167,12 +168,13 @@ def punica_sgmv_shrink(
     deadlock: blocks (0..15, 1, 0) wait at grid barrier 2 for blocks (0..15, 0, 0), \
 which returned after 1
     """
-    if release not in RELEASES:
+    if not isinstance(release, str) or release not in RELEASES:
         raise ValueRangeError("release", f"one of {RELEASES}", repr(release), "choose one of them")
-    segments, parts = laid_out(batch, h_in=h_in, r=r)
+    h_in, r = whole(device, h_in=h_in, r=r)
+    segments, parts = laid_out(batch)
     S = len(parts)
     shared_memory = STAGES * HALF * STAGE_K * 16 * (WARPS + r // 16)
-    counted = opted_in or shared_memory <= WITHOUT_OPT_IN
+    counted = bool(opted_in) or shared_memory <= WITHOUT_OPT_IN
     capacity = device.sms * device.resident_blocks(LANES * WARPS, shared_memory) * counted
     chunks = ceil_div(h_in, CHUNK)
     cooperative = 0 < chunks * S <= capacity
@@ -265,7 +267,8 @@ def punica_cutlass_expand(batch: Batch, r: int, h_out: int, device: Device = A10
     >>> launch.grid, launch.block, launch.early_exits
     ((512, 1, 1), (64, 1, 1), 384)
     """
-    segments, parts = laid_out(batch, r=r, h_out=h_out)
+    r, h_out = whole(device, r=r, h_out=h_out)
+    segments, parts = laid_out(batch)
     across = ceil_div(h_out, TILE_COLUMNS)
     down = [ceil_div(len(rows), TILE_ROWS) for _, rows in parts]
     tiles = sum(down) * across

@@ -23,6 +23,8 @@ from sgmv.emulator.launch import (
     ceil_div,
     laid_out,
     multiply,
+    whole,
+    widths,
     zero_filled,
 )
 from sgmv.kernels.plan import BASE_ONLY
@@ -144,7 +146,8 @@ def sglang_csgmv_shrink(
     >>> launch.grid, launch.early_exits, launch.figures()["wasted_rows"]
     ((1, 4, 1), 1, 8)
     """
-    segments, parts = laid_out(batch, h_in=h_in, r=r, slices=slices)
+    h_in, r, slices = whole(device, h_in=h_in, r=r, slices=slices)
+    segments, parts = laid_out(batch)
     width = r * slices
     chunk, ids, starts, pieces = _cut(segments, max_lora_chunk_size)
     across = ceil_div(width, SHRINK_COLUMNS)
@@ -198,10 +201,8 @@ def sglang_csgmv_expand(
     >>> launch.grid, launch.early_exits
     ((64, 3, 4), 480)
     """
-    h_outs = tuple(h_out) if isinstance(h_out, Sequence) else (h_out,)
-    for each in h_outs:
-        check_count("h_out", each, 1)
-    segments, parts = laid_out(batch, r=r)
+    (r,), h_outs = whole(device, r=r), widths("h_out", h_out)
+    segments, parts = laid_out(batch)
     chunk, ids, starts, pieces = _cut(segments, max_lora_chunk_size)
     widest, width = ceil_div(max(h_outs), EXPAND_COLUMNS), sum(h_outs)
     across = sum(ceil_div(each, EXPAND_COLUMNS) for each in h_outs)

@@ -25,12 +25,13 @@ from sgmv.emulator.launch import (
     ceil_div,
     laid_out,
     multiply,
+    whole,
+    widths,
     zero_filled,
 )
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, Int32, Slots, ids_of
 from sgmv.layouts.vllm import LoRAKernelMeta, vllm_v1
-from sgmv.segment import check_count
 
 THREADS = (128, 1, 1)  # 4 warps
 STAGES = 2
@@ -165,8 +166,9 @@ def vllm_v1_shrink(
     >>> launch.grid, launch.blocks, launch.early_exits
     ((64, 1, 5), 320, 192)
     """
+    h_in, r, slices = whole(device, h_in=h_in, r=r, slices=slices)
     meta = vllm_v1(batch, max_loras, slots)
-    segments, parts = laid_out(meta.adapter_ids(slots), h_in=h_in, r=r, slices=slices)
+    segments, parts = laid_out(meta.adapter_ids(slots))
     few = segments.n < FEW_ROWS
     block_k, split_k = (256, 64) if few else (32, 8)
     split_k = 1 if batch_invariant else split_k
@@ -233,11 +235,9 @@ def vllm_v1_expand(
     >>> launch.grid, launch.blocks, launch.early_exits
     ((32, 1, 5), 160, 96)
     """
-    h_outs = tuple(h_out) if isinstance(h_out, Sequence) else (h_out,)
-    for width in h_outs:
-        check_count("h_out", width, 1)
+    (r,), h_outs = whole(device, r=r), widths("h_out", h_out)
     meta = vllm_v1(batch, max_loras, slots)
-    segments, parts = laid_out(meta.adapter_ids(slots), r=r)
+    segments, parts = laid_out(meta.adapter_ids(slots))
     slices, widest = len(h_outs), max(h_outs)
     block_n = 128 if slices == 1 else 64
     row_tiles, column_tiles = ceil_div(segments.n, EXPAND_ROWS), ceil_div(widest, block_n)

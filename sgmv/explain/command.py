@@ -18,7 +18,7 @@ from sgmv.explain import cpu, engines, launches, mixes, punica
 from sgmv.explain.question import Facts, Question
 from sgmv.models import LAYERS, MODELS
 from sgmv.popularity import POPULARITIES, popularity
-from sgmv.segment import Integers, segment
+from sgmv.segment import Integers, as_integers, fits_memory, segment
 from sgmv.terminal import Terminal
 from sgmv.workers import get_num_threads
 
@@ -146,8 +146,10 @@ def _batch(given: Namespace) -> Integers:
     if given.n is not None:
         raise SgmvError("--n", "--popularity beside it", "a batch", "leave one of them out")
     if given.lengths is None:
-        return np.array(given.ids if told else BATCH, np.int64)
-    return np.repeat(np.arange(len(given.lengths)), given.lengths)
+        return as_integers("ids", given.ids if told else BATCH)
+    with fits_memory("lengths", sum(given.lengths)):
+        np.empty(sum(given.lengths), np.int64)  # numpy's repeat does not look whether it fits
+        return np.repeat(np.arange(len(given.lengths)), given.lengths)
 
 
 def _write_html(path: str, question: Question) -> str:

@@ -13,9 +13,10 @@ from sgmv.emulator import Device
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import row_ids
-from sgmv.segment import Segments, check_count
+from sgmv.segment import Segments, check_count, fits_memory
 from sgmv.terminal import plural
 
+MOST_WIDTH = 2**31 - 1  # what engines keep in int32
 Facts: TypeAlias = dict[str, Any]  # what a view tells: numbers, texts, lists, fit for JSON
 
 
@@ -45,7 +46,7 @@ class Question:
 
     def __post_init__(self) -> None:
         for name in ("h_in", "h_out", "rank", "max_loras", "threads"):
-            check_count(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name), 1, MOST_WIDTH)
         if self.max_loras < len(self.slots):
             raise ValueRangeError(
                 "max_loras",
@@ -77,5 +78,7 @@ class Question:
     @cached_property
     def stack(self) -> AdapterStack:
         """Adapters of these ids and this rank for a layer of width 1: layouts look at no width."""
-        A, B = np.zeros((self.rank, 1), np.float32), np.zeros((1, self.rank), np.float32)
-        return AdapterStack.from_adapters(dict.fromkeys(self.slots, (A, B)), h_in=1, h_out=1)
+        with fits_memory("rank", self.rank):
+            A, B = np.zeros((self.rank, 1), np.float32), np.zeros((1, self.rank), np.float32)
+            adapters = dict.fromkeys(self.slots, (A, B))
+            return AdapterStack.from_adapters(adapters, h_in=1, h_out=1)

@@ -17,9 +17,9 @@ import numpy as np
 
 from sgmv.adapters import AdapterStack
 from sgmv.compat.arrays import as_array
-from sgmv.errors import DtypeError, SgmvError, some
+from sgmv.errors import DtypeError, SgmvError, shown, some
 from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
-from sgmv.layouts.names import BASE_NAME
+from sgmv.layouts.names import BASE_NAME, checked_names
 from sgmv.layouts.rows import (
     INT32_MAX,
     Batch,
@@ -32,7 +32,7 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import Integers, check_count
+from sgmv.segment import MOST, Integers, check_count, check_several, is_integer
 
 Fault = Literal[
     "unsorted",  # offsets, ids or rows that do not ascend
@@ -136,7 +136,7 @@ class _Exam:
         slots: Slots,
         names: Mapping[int, str] | None,
     ) -> None:
-        self.metadata, self.slots, self.names = metadata, slots, names
+        self.metadata, self.slots, self.names = metadata, slots, checked_names(names)
         self.instead: dict[str, Any] = {}  # fields as they would be after a repair
         self.told_n = n
         self.wanted: Integers | None = None  # (n,) the slots, -1 on rows that are not handed over
@@ -195,34 +195,64 @@ class _Exam:
 
     def ints(self, field: str) -> Integers:
         """The field as int64, unexamined."""
+        array = self.numbers(field)
+        if array is None:
+            raise ValueError("no integers")
+        flat: Integers = array.reshape(-1)
+        return flat
+
+    def numbers(self, field: str, found: bool = False) -> Any:
+        """The field as an array of int64, None if it holds anything but integers.
+
+        found  whether integers that int64 does not hold are to be found
+        """
         value = self.get(field)
-        plain = isinstance(value, list | tuple | range | int | np.generic)
-        array = np.asarray(value) if plain else as_array(field, value)
-        return np.asarray(array.astype(np.int64).reshape(-1))
+        try:
+            plain = isinstance(value, list | tuple | range | int | np.generic | np.ma.MaskedArray)
+            array = np.asarray(value) if plain else as_array(field, value)
+            if array.dtype.kind == "f" and isinstance(value, list | tuple):
+                array = np.array(value, object)  # of int64 and uint64 numpy made floats
+        except (ValueError, TypeError):  # of unequal lengths, or no array
+            return None
+        if array.size == 0:
+            return array.astype(np.int64) if array.dtype.kind in "iufO" else None
+        kinds = "iu" if found else "iub"
+        if array.dtype.kind not in kinds and not all(map(is_integer, array.flat)):
+            return None
+        beyond = (array > MOST) | (array < -MOST - 1)
+        if not beyond.any():
+            return array.astype(np.int64)
+        if found:
+            self.add_at(field, "int32 wrap", "less than 2**63", array.ravel(), "at", beyond.ravel())
+        bounded = [min(max(int(i), -MOST - 1), MOST) for i in array.ravel().tolist()]
+        return np.array(bounded, np.int64).reshape(array.shape)
 
     def array(self, field: str, least: int, *, int32: bool = True) -> Integers:
         """The field as int64; numbers that int32 does not hold, or below the least, are found."""
-        value = self.get(field)
-        array = np.asarray(value) if isinstance(value, list | tuple | range) else None
-        if array is None and value is not None:
-            array = as_array(field, value)
-        if array is None or array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            got = "none" if array is None else f"{array.dtype} of shape {array.shape}"
+        array = self.numbers(field, found=True)
+        if array is None or array.ndim != 1:
+            value = self.get(field)
+            got = "none" if value is None else type(value).__name__
+            if isinstance(value, np.ndarray) or array is not None:
+                shaped = np.asarray(value) if array is None else array
+                got = f"{getattr(value, 'dtype', shaped.dtype)} of shape {shaped.shape}"
             self.add(field, "shape", "integers in one dimension", got)
             return np.empty(0, np.int64)
         self.add_at(field, "int32 wrap", f"{least} or more", array, "at", array < least)
         if int32:
             self.add_at(field, "int32 wrap", "less than 2**31", array, "at", array > INT32_MAX)
-        return array.astype(np.int64)
+        whole: Integers = array
+        return whole
 
     def number(self, field: str) -> int | None:
         """The field as one number; None if it is not there."""
         value = self.get(field)
-        if value is None or isinstance(value, int | np.integer | np.bool_):
+        if value is None or isinstance(value, bool | np.bool_) or is_integer(value):
             return None if value is None else int(value)
-        array = np.asarray(value) if isinstance(value, list | tuple) else as_array(field, value)
-        if array.size != 1:
-            self.add(field, "shape", "one number", f"{array.size}")
+        array = self.numbers(field)
+        if array is None or array.size != 1:
+            got = shown(repr(value)) if array is None else f"{array.size}"
+            self.add(field, "shape", "one number", got)
             return None
         return int(array.reshape(-1)[0])
 
@@ -397,7 +427,10 @@ def _punica(exam: _Exam) -> None:
 def _owned(exam: _Exam, field: str, pointers: Integers) -> None:
     """Of metadata that holds its weights: each pointer is that of its own segment's."""
     held = exam.get(field.removesuffix("_ptr"))
-    if held is not None and len(held) == len(pointers):
+    arrays = isinstance(held, tuple) and all(isinstance(array, np.ndarray) for array in held)
+    if held is not None and not arrays:
+        exam.add(field.removesuffix("_ptr"), "shape", "a tuple of arrays", type(held).__name__)
+    elif held is not None and len(held) == len(pointers):
         wanted = np.array([array.ctypes.data for array in held], np.int64)
         wrong = (pointers != wanted) & (pointers >= LEAST_ADDRESS)
         exam.add_at(field, "no weights", wanted, pointers, "segment", wrong)
@@ -446,7 +479,11 @@ def _lorax(exam: _Exam) -> None:
 def _lorax_launches(exam: _Exam, s: Integers, named: Integers) -> None:
     """Each launch's slices are whole segments, in one launch at most, and none is base only."""
     launched = np.zeros(len(named), np.int64)
-    for rank, launch in (exam.get("rank_data") or {}).items():
+    launches = exam.get("rank_data")
+    if launches is not None and not isinstance(launches, Mapping):
+        exam.add("rank_data", "shape", "a mapping rank -> launch", type(launches).__name__)
+        return
+    for rank, launch in (launches or {}).items():
         within = _Exam(launch, None, exam.n, None, None)
         start, end = _lorax_slices(within)
         exam.found += [replace(f, field=f"rank_data[{rank}].{f.field}") for f in within.found]
@@ -523,7 +560,7 @@ def _vllm_v1(exam: _Exam) -> None:
     exam.add_at("lora_token_start_loc", "counts", f"0 {past}", rest[2], "at", rest[2] != 0, S + 1)
     exam.ascending("active_lora_ids", active[:S], "active ids", strictly=True)
     exam.spans("lora_token_start_loc", starts[:S], counts[:S])
-    end = starts[:S][-1:].sum() + counts[:S][-1:].sum()
+    end = int(starts[:S][-1:].sum()) + int(counts[:S][-1:].sum())
     if starts[S] != end:
         exam.add("lora_token_start_loc", "end", f"{end}, the last one's end", starts[S], f"at {S}")
     exam.weights("token_lora_mapping", mapping, len(active) - 1)
@@ -642,7 +679,13 @@ def _flashinfer(exam: _Exam, indptr: Integers, lengths: Integers | None, index: 
 
 
 def _peft(exam: _Exam) -> None:
-    adapter_names = list(exam.get("adapter_names"))
+    adapter_names = exam.get("adapter_names")
+    try:
+        check_several("adapter_names", adapter_names, "a name for each sample")
+    except DtypeError as error:
+        exam.add("adapter_names", "shape", error.expected, error.received)
+        return
+    adapter_names = list(adapter_names)
     exam.told("adapter_names", len(adapter_names))
     nameless = [not isinstance(name, str) for name in adapter_names]
     given, field = np.array(adapter_names, object), "adapter_names"

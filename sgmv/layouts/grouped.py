@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.adapters import AdapterStack
+from sgmv.checks import check_stack
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.pointers import per_request
@@ -65,6 +66,7 @@ class LoRABatchInfo(Layout):
 
         An id that the stack holds as base only comes back as -1.
         """
+        check_stack(stack)
         slot = self.weight_indices.astype(np.int64)
         slot[slot == len(self.lora_ranks) - 1] = BASE_ONLY
         rows = None if self.permutation is None else self.permutation.astype(np.int64)
@@ -110,12 +112,13 @@ def sglang(
     scalings        float32 (2,) [1.0, 0.0]
     permutation     int32 (3,) [0, 2, 1]
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueRangeError("backend", f"one of {BACKENDS}", repr(backend), "choose one of them")
+    check_stack(stack)
     table = stack.table
     slot = slots_of(as_segments(batch), table.slot_of)
     slot[slot == BASE_ONLY] = base = len(table.ranks)
-    requests = np.ones(len(slot), np.int64) if seq_lens is None else as_ids(seq_lens)
+    requests = np.ones(len(slot), np.int64) if seq_lens is None else as_ids(seq_lens, "seq_lens")
     by_request = per_request(slot, requests)
     by_request[by_request == BASE_ONLY] = base  # requests of no rows
     permutation = None

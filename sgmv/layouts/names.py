@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgmv.errors import UnknownAdapterError, ValueRangeError, some
+from sgmv.errors import DtypeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, Layout, as_segments, spread
-from sgmv.segment import Integers
+from sgmv.segment import Integers, check_count
 
 BASE_NAME = "__base__"
 
@@ -86,9 +86,23 @@ def peft(batch: Batch, names: Mapping[int, str] | None = None) -> AdapterNames:
     return AdapterNames(tuple(called[which].tolist()))
 
 
+def checked_names(names: Mapping[int, str] | None) -> Mapping[int, str] | None:
+    """The mapping, if it is one of ids to names."""
+    if names is None:
+        return None
+    if not isinstance(names, Mapping):
+        kind = type(names).__name__
+        raise DtypeError("names", "a mapping id -> name", kind, "pass a dict")
+    for i, name in names.items():
+        check_count("names", i, BASE_ONLY)
+        if not isinstance(name, str):
+            raise DtypeError("names", "names that are str", repr(name), "name each adapter")
+    return names
+
+
 def _checked(names: Mapping[int, str] | None) -> Mapping[int, str]:
     """The mapping, if it gives every id a name of its own."""
-    names = names or {}
+    names = checked_names(names) or {}
     if len({BASE_NAME, *names.values()}) <= len(names):
         raise ValueRangeError(
             "names",

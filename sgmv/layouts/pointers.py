@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.adapters import AdapterStack, Stored
+from sgmv.checks import check_stack
 from sgmv.dtypes import Array
 from sgmv.errors import ShapeError, StackError, UnknownAdapterError, ValueRangeError, some
 from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
@@ -26,7 +27,7 @@ from sgmv.layouts.rows import (
     sorted_items,
     spread,
 )
-from sgmv.segment import Integers, as_ids, check_count
+from sgmv.segment import Integers, as_ids, check_count, check_several, fits_memory
 
 RANK_UNIT = 16
 
@@ -76,6 +77,7 @@ class Punica(Layout):
 
         Raises UnknownAdapterError when the stack does not hold such an address any more.
         """
+        check_stack(stack)
         table = stack.table
         held = table.slots != NO_SLOT
         address = table.wa_address[table.slots[held]]
@@ -113,6 +115,7 @@ def punica(batch: Batch, stack: AdapterStack, lora_rank: int | None = None) -> P
     >>> batch.s, batch.adapter_ids(3, stack)
     (array([0, 2], dtype=int32), array([ 7, -1,  7]))
     """
+    check_stack(stack)
     segments, table = as_segments(batch), stack.table
     slot, rank = table.find(segments.adapter_ids)
     ranks = np.unique(rank[slot != NO_SLOT])
@@ -179,6 +182,7 @@ class BatchLenInfo:
     decode: int
 
     def __post_init__(self) -> None:
+        check_several("prefills", self.prefills, "a length for each request")
         lengths = tuple(check_count("prefills", length, 0) for length in self.prefills)
         object.__setattr__(self, "prefills", lengths)
         object.__setattr__(self, "decode", check_count("decode", self.decode, 0))
@@ -201,7 +205,8 @@ class BatchLenInfo:
     @cached_property
     def seq_lens(self) -> Integers:
         """The rows of every request, prefills first."""
-        return np.array([*self.prefills, *[1] * self.decode], np.int64)
+        with fits_memory("decode", self.decode):
+            return np.array([*self.prefills, *[1] * self.decode], np.int64)
 
     def adapter_ids(self, request_ids: npt.ArrayLike) -> Integers:
         """(n,) the id of each row, from that of each request; ShapeError unless they are as many.
@@ -209,7 +214,7 @@ class BatchLenInfo:
         >>> BatchLenInfo([2], 1).adapter_ids([4, 9])
         array([4, 4, 9])
         """
-        ids = as_ids(request_ids)
+        ids = as_ids(request_ids, "request_ids")
         if len(ids) != len(self.seq_lens):
             raise ShapeError(
                 "request_ids",
@@ -217,7 +222,9 @@ class BatchLenInfo:
                 str(len(ids)),
                 "name those of the prefills first, then those of decode",
             )
-        return np.repeat(ids, self.seq_lens)
+        with fits_memory("prefills", self.doff):
+            np.empty(self.n, np.int64)  # numpy's repeat does not look whether its result fits
+            return np.repeat(ids, self.seq_lens)
 
     def request_ids(self, adapter_ids: npt.ArrayLike) -> Integers:
         """The id of each request, from that of each row; the way back of `adapter_ids`.
@@ -233,10 +240,14 @@ class BatchLenInfo:
 
 def per_request(ids: Integers, seq_lens: Integers) -> Integers:
     """One id per request of so many rows each, which all must name it; -1 for one of no rows."""
-    if len(ids) != seq_lens.sum():
+    if (seq_lens < 0).any():
+        received = some(seq_lens[seq_lens < 0])
+        raise ValueRangeError("seq_lens", "lengths >= 0", received, "use 0 for a request of none")
+    rows = sum(seq_lens.tolist())  # may be beyond int64
+    if len(ids) != rows:
         raise ShapeError(
             "adapter_ids",
-            f"{seq_lens.sum()} ids, the rows of all requests",
+            f"{rows} ids, the rows of all requests",
             str(len(ids)),
             "name one id per row, or give the lengths of this batch",
         )

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.adapters import AdapterStack
-from sgmv.errors import UnknownAdapterError, ValueRangeError, some
+from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
-from sgmv.segment import Integers, Segments, check_count, segment
+from sgmv.segment import Integers, Segments, check_count, fits_memory, segment
 
 Batch: TypeAlias = "Segments | npt.ArrayLike"
 Slots: TypeAlias = "AdapterStack | Mapping[int, int] | None"
@@ -52,7 +52,11 @@ def spread(values: Integers, lengths: Integers, rows: Integers | None, n: int) -
     repeated = np.repeat(values, lengths)
     if rows is None:
         return repeated
-    found = np.full(n, BASE_ONLY, np.int64)
+    with fits_memory("n", n):
+        found = np.full(n, BASE_ONLY, np.int64)
+    least = int(rows.max(initial=-1)) + 1
+    if n < least:
+        raise ShapeError("n", f"at least {least}, the rows that there are", str(n), "count all")
     found[rows] = repeated
     return found
 
@@ -91,6 +95,9 @@ def sorted_items(
     argument: str, mapping: Mapping[int, int], least: int
 ) -> tuple[Integers, Integers]:
     """A mapping's keys ascending and the value of each, all of them whole numbers >= least."""
+    if not isinstance(mapping, Mapping):
+        kind = type(mapping).__name__
+        raise DtypeError(argument, "an AdapterStack or a mapping", kind, "pass a dict of integers")
     keys = np.array([check_count(argument, key, 0) for key in mapping], np.int64)
     values = np.array([check_count(argument, v, least) for v in mapping.values()], np.int64)
     order = np.argsort(keys)

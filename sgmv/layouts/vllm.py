@@ -26,7 +26,7 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import Integers, check_count, segment
+from sgmv.segment import Integers, check_count, fits_memory, segment
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ def vllm_v1(batch: Batch, max_loras: int, slots: Slots = None) -> LoRAKernelMeta
     no_lora_flag_cpu                  bool (1,) [False]
     num_active_loras_cpu              int32 (1,) [2]
     """
-    check_count("max_loras", max_loras, 1)
+    max_loras = check_count("max_loras", max_loras, 1)
     slot = slots_of(as_segments(batch), slots)
     mapping = frozen("adapter_ids", slot)
     if slot.max(initial=BASE_ONLY) >= max_loras:
@@ -181,8 +181,9 @@ def vllm_v1(batch: Batch, max_loras: int, slots: Slots = None) -> LoRAKernelMeta
         )
     sorted_by_slot = segment(slot)
     S, no_lora = sorted_by_slot.S, bool((slot == BASE_ONLY).all())
-    active = np.full(max_loras + 1, BASE_ONLY)
-    counts, starts = np.zeros(max_loras + 1, np.int64), np.zeros(max_loras + 2, np.int64)
+    with fits_memory("max_loras", max_loras):
+        active = np.full(max_loras + 1, BASE_ONLY)
+        counts, starts = np.zeros(max_loras + 1, np.int64), np.zeros(max_loras + 2, np.int64)
     if not no_lora:
         active[:S], counts[:S] = sorted_by_slot.adapter_ids, sorted_by_slot.lengths
         starts[: S + 1] = offsets(sorted_by_slot.lengths)

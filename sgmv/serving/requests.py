@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -37,7 +38,10 @@ class LoRARequest:
             raise ServingError(
                 "lora_name", "a name", repr(self.lora_name), "name the adapter for messages"
             )
-        object.__setattr__(self, "lora_int_id", check_count("lora_int_id", self.lora_int_id, 1))
+        # Of any size: vLLM's may be made of hashes.
+        object.__setattr__(
+            self, "lora_int_id", check_count("lora_int_id", self.lora_int_id, 1, math.inf)
+        )
         if not isinstance(self.lora_path, (str, os.PathLike)) or not os.fspath(self.lora_path):
             raise ServingError(
                 "lora_path", "a path", repr(self.lora_path), "name the directory that PEFT wrote"

@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from itertools import islice
 
 from sgmv.errors import ServingError
-from sgmv.segment import check_count
+from sgmv.segment import check_count, fits_memory
 
 POLICIES = ("lru", "fifo")
 
@@ -64,13 +64,14 @@ class Residency:
                 str(max_cpu_loras),
                 "raise it, or lower max_loras",
             )
-        if policy not in POLICIES:
+        if not isinstance(policy, str) or policy not in POLICIES:
             raise ServingError("policy", f"one of {POLICIES}", repr(policy), "pass one of these")
         self.policy = policy
         self.counters = Counters()
         self.host: OrderedDict[int, None] = OrderedDict()  # the next to go first
         self.slots: OrderedDict[int, int] = OrderedDict()  # id -> slot, likewise
-        self._free = list(range(self.max_loras))
+        with fits_memory("max_loras", self.max_loras):
+            self._free = list(range(self.max_loras))
 
     def bring_to_host(self, ids: Collection[int], keep: Collection[int]) -> None:
         """Have these ids in host memory."""

@@ -18,6 +18,7 @@ other; so it is enough to know how often the oldest has been.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Hashable, Mapping, Set
 from heapq import heappop, heappush
@@ -25,7 +26,7 @@ from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from sgmv.errors import ServingError
-from sgmv.segment import check_count
+from sgmv.segment import check_count, check_several
 from sgmv.serving.requests import BASE_MODEL, LoRARequest, check_lora_request
 
 R = TypeVar("R", bound=Hashable)
@@ -41,6 +42,21 @@ class _Line(Generic[R]):
         self.lora_request = lora_request
         self.running = 0
         self.waiting: deque[tuple[int, R]] = deque()  # when it came, and its id; oldest first
+
+
+def check_hashable(request_id: object) -> None:
+    """Refuse what no dict takes as a key."""
+    try:
+        hash(request_id)
+    except TypeError:
+        kind = type(request_id).__name__
+        raise ServingError("request_id", "a hashable value", kind, "pass a str or int") from None
+
+
+def _ids(pinned: Collection[int]) -> frozenset[int]:
+    """Ids of adapters, checked."""
+    check_several("pinned", pinned, "ids of adapters")
+    return frozenset(check_count("pinned", i, 1, math.inf) for i in pinned)
 
 
 class Scheduler(Generic[R]):
@@ -80,7 +96,7 @@ class Scheduler(Generic[R]):
         self._running: dict[R, LoRARequest | None] = {}
         self._waiting: dict[R, Ticket] = {}
         self._lines: dict[int, _Line[R]] = {}
-        self._pinned: Collection[int] = frozenset()
+        self._pinned: frozenset[int] = frozenset()
         self._holding = {BASE_MODEL}  # adapters that hold a slot; the base model needs none
         # The oldest request of each line, by age; those that no longer are that are skipped.
         self._held_lines: list[Ticket] = []
@@ -130,6 +146,7 @@ class Scheduler(Generic[R]):
         sgmv.errors.ServingError: request_id: expected one that neither waits nor runs, got 'r0'; \
 give each request an id of its own
         """
+        check_hashable(request_id)
         if request_id in self._waiting or request_id in self._running:
             raise ServingError(
                 "request_id",
@@ -232,6 +249,7 @@ give each request an id of its own
         sgmv.errors.ServingError: request_id: expected one that waits or runs, got 'r0'; \
 finish a request once
         """
+        check_hashable(request_id)
         if request_id in self._running:
             lora_request = self._running.pop(request_id)
             adapter_id = BASE_MODEL if lora_request is None else lora_request.lora_int_id
@@ -307,9 +325,10 @@ finish a request once
 
     def _hold(self, pinned: Collection[int]) -> None:
         """Note which adapters are pinned now."""
+        pinned = _ids(pinned)
         if pinned == self._pinned:
             return
-        before, self._pinned = frozenset(self._pinned), frozenset(pinned)
+        before, self._pinned = self._pinned, pinned
         for adapter_id in before ^ self._pinned:
             line = self._lines.get(adapter_id)
             if line is not None and line.running:

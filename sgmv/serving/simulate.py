@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.segment import Integers, check_count
+from sgmv.errors import DtypeError, ValueRangeError, shown
+from sgmv.segment import MOST, Integers, check_count
 from sgmv.serving.requests import BASE_MODEL, LoRARequest
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.scheduler import Scheduler
@@ -55,9 +56,11 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, least in (("step_us", 1), ("row_us", 0), ("adapter_bytes", 0)):
-            check_count(name, getattr(self, name), least)
+            value = check_count(name, getattr(self, name), least)
+            object.__setattr__(self, name, value)
         for name in ("load_rate", "read_rate"):
-            check_number(name, getattr(self, name), least=1)
+            rate = check_number(name, getattr(self, name), least=1)
+            object.__setattr__(self, name, rate)
 
     @property
     def load_us(self) -> int:
@@ -125,6 +128,7 @@ class Outcome:
 
     def wait_s(self, percent: float) -> float:
         """The waiting time in seconds that so many percent of the requests do not exceed."""
+        percent = check_number("percent", percent, least=0, most=100)
         if not self.trace.n:
             return math.nan
         return float(np.percentile(self.wait_us, percent, method="inverted_cdf")) / 1e6
@@ -172,7 +176,12 @@ def simulate(
     >>> outcome.wait_us - outcome.wait_us[0]
     array([     0, 131055,      0])
     """
-    costs = costs or Costs()
+    if not isinstance(trace, Trace):
+        kind = type(trace).__name__
+        raise DtypeError("trace", "a Trace", kind, "make one with Trace(...) or draw_trace()")
+    costs = Costs() if costs is None else costs
+    if not isinstance(costs, Costs):
+        raise DtypeError("costs", "Costs, or None", type(costs).__name__, "make them with Costs()")
     scheduler: Scheduler[int] = Scheduler(max_loras, max_num_seqs, max_overtakes)
     residency = Residency(max_loras, max_cpu_loras, policy)
     n, arrival, ids, tokens = (
@@ -214,6 +223,9 @@ def simulate(
             ended.add(ids[i])
         # A server touches its adapters in each step; what counts is the last before they rest.
         residency.touch(sorted(ended - holding))
+    if now > MOST:
+        expected = "requests that end before 2**63 microseconds"
+        raise ValueRangeError("trace", expected, shown(now), "shorten it, or lower the costs")
     return Outcome(
         trace=trace,
         max_loras=max_loras,

@@ -28,7 +28,7 @@ from sgmv.adapters import Adapter, AdapterStack
 from sgmv.dtypes import check_dtype
 from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
 from sgmv.peft import load_peft, near_names
-from sgmv.segment import check_count
+from sgmv.segment import check_count, check_several, is_integer
 from sgmv.serving.requests import LoRARequest, check_lora_request
 from sgmv.serving.residency import Counters, Residency
 from sgmv.warm_up import warm_up
@@ -106,6 +106,12 @@ class AdapterSlots:
         read: Callable[[str], Mapping[str, Adapter]] = load_peft,
     ) -> None:
         self._residency = Residency(max_loras, max_cpu_loras, policy)
+        if modules is not None and not isinstance(modules, Mapping):
+            kind = type(modules).__name__
+            raise DtypeError("modules", "name -> (h_in, h_out)", kind, "pass a dict")
+        if not callable(read):
+            kind = type(read).__name__
+            raise DtypeError("read", "a function of lora_path", kind, "pass load_peft")
         self.max_lora_rank = check_count("max_lora_rank", max_lora_rank, 1)
         self.dtype = check_dtype("dtype", dtype)
         warm_up([self.dtype])
@@ -114,7 +120,7 @@ class AdapterSlots:
         self.bytes_loaded = 0  # from host memory into slots
         self._read = read
         self._learns_modules = modules is None
-        self._stacks = {name: self._stack(widths) for name, widths in (modules or {}).items()}
+        self._stacks = {name: self._stack(widths, name) for name, widths in (modules or {}).items()}
         self._hosted: dict[int, Hosted] = {}
         self._generation: dict[int, int] = {}  # of the ids in slots
         self._generations = count(1)
@@ -282,7 +288,7 @@ there is nothing to deactivate
         with self._settled() as residency:
             self._check_known(lora_int_id, residency.host, "in host memory", "load it first")
             self.activate([self._hosted[lora_int_id].lora_request])
-            self._pinned |= {lora_int_id}
+            self._pinned |= {int(lora_int_id)}
 
     def unpin(self, lora_int_id: int) -> None:
         """Let a pinned adapter be evicted again.
@@ -349,15 +355,18 @@ there is nothing to unpin
             for line in lines
         )
 
-    def _stack(self, widths: tuple[int, int]) -> AdapterStack:
+    def _stack(self, widths: tuple[int, int], name: str) -> AdapterStack:
         if not isinstance(widths, (tuple, list)) or len(widths) != 2:
             raise ServingError(
                 "modules", "name -> (h_in, h_out)", repr(widths), "give each layer's two widths"
             )
+        for width in widths:
+            check_count(f"modules[{name!r}]", width, 1)
         return AdapterStack(*widths, self.max_loras, self.max_lora_rank, self.dtype)
 
     def _by_id(self, lora_requests: Iterable[LoRARequest | None]) -> dict[int, LoRARequest]:
         wanted: dict[int, LoRARequest] = {}
+        check_several("lora_requests", lora_requests, "a LoRARequest, or None, for each")
         for lora_request in lora_requests:
             check_lora_request(lora_request)
             if lora_request is None:
@@ -383,7 +392,7 @@ there is nothing to unpin
             )
 
     def _check_known(self, i: int, known: Collection[int], where: str, remedy: str) -> None:
-        if i not in known:
+        if not is_integer(i) or i not in known:
             expected = f"an adapter {where}, one of {some(sorted(known))}"
             raise ServingError("lora_int_id", expected, repr(i), remedy)
 
@@ -468,7 +477,7 @@ there is nothing to unpin
                 given = f"{type(adapter).__name__} for {module!r} of {lora_request}"
                 raise DtypeError("read", "an Adapter for each module", given, "wrap it in Adapter")
             if module not in stacks:
-                stacks[module] = self._stack((adapter.h_in, adapter.h_out))
+                stacks[module] = self._stack((adapter.h_in, adapter.h_out), module)
             if adapter.r > self.max_lora_rank:
                 raise StackError(
                     f"{lora_request}, {module!r}",

@@ -16,11 +16,11 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from sgmv.dtypes import Array
-from sgmv.errors import ServingError, StaleStepError, UnknownAdapterError, some
+from sgmv.errors import DtypeError, ServingError, StaleStepError, UnknownAdapterError, some
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.lora import add_lora
 from sgmv.peft import near_names
-from sgmv.segment import Integers, Segments, check_count, segment
+from sgmv.segment import Integers, Segments, check_count, fits_memory, segment
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.slots import Active, AdapterSlots
@@ -133,6 +133,10 @@ def next_step(
     >>> list(step.rows), [(request_id, lora.lora_name) for request_id, lora, error in step.failed]
     (['r1'], [('r2', 'greek')])
     """
+    if not isinstance(scheduler, Scheduler):
+        kind = type(scheduler).__name__
+        raise DtypeError("scheduler", "a Scheduler", kind, "make one with Scheduler(max_loras)")
+    _check_slots(slots)
     if scheduler.max_loras > slots.max_loras:
         raise ServingError(
             "scheduler",
@@ -140,7 +144,7 @@ def next_step(
             str(scheduler.max_loras),
             "make both with the same max_loras",
         )
-    tokens = tokens or {}
+    tokens = {} if tokens is None else tokens
     _check_tokens(tokens, "requests that wait or run", scheduler.running, scheduler.waiting)
     scheduled = scheduler.schedule(slots.pinned)
     active, errors = slots.try_activate(scheduled.values())
@@ -173,13 +177,26 @@ def make_step(
     >>> make_step(AdapterSlots(1, 1, 8), {"r0": None, "r1": None}, {"r0": 3}).n
     4
     """
-    tokens = tokens or {}
+    tokens = {} if tokens is None else tokens
+    _check_slots(slots)
+    if not isinstance(requests, Mapping):
+        kind = type(requests).__name__
+        raise DtypeError("requests", "a mapping request_id -> LoRARequest", kind, "pass a dict")
     _check_tokens(tokens, "requests of the step", requests)
     return _step(slots, requests, tokens, slots.activate(requests.values()))
 
 
+def _check_slots(slots: object) -> None:
+    if not isinstance(slots, AdapterSlots):
+        kind = type(slots).__name__
+        raise DtypeError("slots", "AdapterSlots", kind, "make them with AdapterSlots(...)")
+
+
 def _check_tokens(tokens: Mapping[R, int], expected: str, *known: Collection[R]) -> None:
     """Refuse numbers below 0, and names that none of the collections holds."""
+    if not isinstance(tokens, Mapping):
+        kind = type(tokens).__name__
+        raise DtypeError("tokens", "a mapping request_id -> rows", kind, "pass a dict")
     unknown = [name for name in tokens if not any(name in names for names in known)]
     if unknown:
         there = list(chain(*known))
@@ -188,8 +205,9 @@ def _check_tokens(tokens: Mapping[R, int], expected: str, *known: Collection[R])
             near = near_names(str(unknown[0]), [str(name) for name in there])
         remedy = f"leave out those that have finished or failed ({near})"
         raise ServingError("tokens", expected, some(map(repr, unknown)), remedy)
-    for name, number in tokens.items():
-        check_count(f"tokens[{name!r}]", number, 0)
+    rows = sum(check_count(f"tokens[{name!r}]", number, 0) for name, number in tokens.items())
+    with fits_memory("tokens", rows):
+        np.empty((rows, 3), np.int64)  # numpy's repeat does not look whether its result fits
 
 
 def _step(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.errors import DtypeError, ServingError, ShapeError
-from sgmv.segment import Integers, check_count
+from sgmv.errors import ServingError, ShapeError, shown
+from sgmv.segment import Integers, as_integers, check_count, fits_memory, is_integer
 from sgmv.serving.requests import BASE_MODEL
 
 
@@ -36,16 +36,14 @@ class Trace:
 
     def __post_init__(self) -> None:
         for name, least in (("arrival_us", 0), ("adapter_ids", BASE_MODEL), ("tokens", 1)):
-            array = np.asarray(getattr(self, name))
-            if array.dtype.kind not in "iu" and array.size:
-                raise DtypeError(name, "integers", array.dtype.name, "round them first")
+            array = as_integers(name, getattr(self, name))
             if array.shape != (self.n,):
                 expected = f"one for each of {self.n} requests"
                 raise ShapeError(name, expected, f"shape {array.shape}", "give three equal lengths")
             if array.size and array.min() < least:
                 got = str(array.min())
                 raise ServingError(name, f"at least {least}", got, "correct the trace")
-            object.__setattr__(self, name, array.astype(np.int64))
+            object.__setattr__(self, name, array.copy())
         if (np.diff(self.arrival_us) < 0).any():
             raise ServingError(
                 "arrival_us", "ascending times", "a request before its forerunner", "sort the trace"
@@ -96,15 +94,18 @@ def draw_trace(
     (1000, 10, True)
     """
     requests, adapters = check_count("requests", requests, 0), check_count("adapters", adapters, 1)
-    check_number("rate", rate, least=1e-6)
-    check_number("alpha", alpha, least=0)
-    check_number("burst", burst, least=1)
-    check_number("mean_tokens", mean_tokens, least=1)
-    rng = np.random.default_rng(check_count("seed", seed, 0))
-    sizes = rng.geometric(1 / burst, requests)
+    rate = check_number("rate", rate, least=1e-6)
+    alpha = check_number("alpha", alpha, least=0, most=100)
+    burst = check_number("burst", burst, least=1, most=2**53)
+    mean_tokens = check_number("mean_tokens", mean_tokens, least=1, most=2**53)
+    rng = np.random.default_rng(check_count("seed", seed, 0, math.inf))
+    with fits_memory("requests", requests):
+        sizes = rng.geometric(1 / burst, requests)
+    sizes = np.minimum(sizes, requests)  # what is beyond is cut off
     sizes = sizes[: int(np.searchsorted(np.cumsum(sizes), requests)) + 1]
     times = np.cumsum(rng.exponential(burst / rate * 1e6, len(sizes)))
-    share = np.arange(1, adapters + 1, dtype=np.float64) ** -alpha
+    with fits_memory("adapters", adapters):
+        share = np.arange(1, adapters + 1, dtype=np.float64) ** -alpha
     ids = 1 + np.searchsorted(np.cumsum(share) / share.sum(), rng.random(len(sizes)))
     ids = np.minimum(ids, adapters)  # the last sum may round to below 1
     return Trace(
@@ -114,9 +115,12 @@ def draw_trace(
     )
 
 
-def check_number(name: str, value: Any, least: float) -> None:
-    """Refuse anything but a finite number that is not below the least."""
-    is_number = isinstance(value, (int, float, np.integer, np.floating))
-    if isinstance(value, bool) or not is_number or not least <= value < math.inf:
+def check_number(name: str, value: Any, least: float, most: float = 1e300) -> float:
+    """The value as a float, if it is a finite number from the least to the most."""
+    is_number = is_integer(value) or isinstance(value, (float, np.floating))
+    if not is_number or not least <= value < math.inf:
         expected = f"a finite number of at least {least:g}"
-        raise ServingError(name, expected, repr(value), "pass a number in that range")
+        raise ServingError(name, expected, shown(repr(value)), "pass a number in that range")
+    if value > most:
+        raise ServingError(name, f"at most {most:g}", shown(value), "pass a smaller number")
+    return float(value)

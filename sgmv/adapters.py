@@ -37,7 +37,7 @@ from sgmv.errors import (
 from sgmv.kernels.call import PANEL, WIDE_PANEL
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import NO_SLOT, UNKNOWN, find
-from sgmv.memory import aligned
+from sgmv.memory import aligned, sparse
 from sgmv.segment import MOST, Integers, check_count, fits_memory, is_integer
 
 
@@ -150,14 +150,20 @@ class Stored:
         wa.flags.writeable = wb.flags.writeable = False
         return cls(wa, wb, scaling, columns)
 
-    def unpack(self) -> tuple[Array, Array]:
-        """A and B, read-only."""
-        r = len(self.wa)
-        B = np.empty((self.wb.size // max(r, 1), r), self.wb.dtype)
+    def moved(self) -> Stored:
+        """The same weights in another place."""
+        wa, wb = (aligned(weights.shape, weights.dtype) for weights in (self.wa, self.wb))
+        wa[:], wb[:] = self.wa, self.wb
+        wa.flags.writeable = wb.flags.writeable = False
+        return Stored(wa, wb, self.scaling, self.columns)
+
+    def unpack(self, h_out: int) -> tuple[Array, Array]:
+        """A and B (h_out, r), read-only copies: who keeps them keeps no more than them."""
+        A, B = self.wa.copy(), np.empty((h_out, len(self.wa)), self.wb.dtype)
         for panel, its in _panels(self.wb, *B.shape[::-1], self.columns):
             B[its] = panel.T
-        B.flags.writeable = False
-        return self.wa, B
+        A.flags.writeable = B.flags.writeable = False
+        return A, B
 
 
 def columns_of(dtype: np.dtype[Any]) -> int:
@@ -248,7 +254,7 @@ class SlotTable:
         return slot, rank
 
 
-_stacks: weakref.WeakSet[AdapterStack] = weakref.WeakSet()
+_stacks: weakref.WeakValueDictionary[int, AdapterStack] = weakref.WeakValueDictionary()
 
 
 class AdapterStack:
@@ -294,7 +300,7 @@ class AdapterStack:
         with fits_memory("slots", self.slots):
             self._table = SlotTable.empty(self.h_in, self.h_out, self.slots, self.dtype)
         self._changing = threading.Lock()
-        _stacks.add(self)
+        _stacks[id(self)] = self
 
     @classmethod
     def from_adapters(
@@ -387,6 +393,7 @@ unload an adapter first, or make the stack with more slots
             slot_of = {i: s for i, s in self._table.slot_of.items() if i != adapter_id}
             changes = {} if slot == NO_SLOT else {slot: None}
             self._table = self._table.with_changes(slot_of, changes)
+        _move_weights_together()
 
     def fitted(self, adapter: Adapter) -> Adapter:
         """The adapter as `load` would hold it, before it is packed: in the stack's dtype.
@@ -414,7 +421,7 @@ unload an adapter first, or make the stack with more slots
         with self._changing:
             slot = self._slot(adapter_id)
             stored = None if slot == NO_SLOT else self._table.weights[slot]
-        return None if stored is None else Adapter(*stored.unpack(), stored.scaling)
+        return None if stored is None else Adapter(*stored.unpack(self.h_out), stored.scaling)
 
     def __contains__(self, adapter_id: object) -> bool:
         return is_integer(adapter_id) and adapter_id in self._table.slot_of
@@ -470,6 +477,18 @@ unload an adapter first, or make the stack with more slots
                     stored = Stored.pack(adapter.A, adapter.B, adapter.scaling)
                     changes[slot_of[adapter_id]] = stored
             self._table = self._table.with_changes(slot_of, changes)
+        _move_weights_together()
+
+    def _leave(self, first: int, end: int) -> None:
+        """Have no weights between these addresses."""
+        with self._changing:
+            table = self._table
+            addresses = np.stack([table.wa_address, table.wb_address])
+            slots = np.flatnonzero(((first <= addresses) & (addresses < end)).any(0)).tolist()
+            held = {slot: stored for slot in slots if (stored := table.weights[slot])}
+            changes = {slot: stored.moved() for slot, stored in held.items()}
+            if changes:
+                self._table = table.with_changes(table.slot_of, changes)
 
     def _take(self, free: Iterator[int]) -> int:
         for slot in free:
@@ -512,9 +531,24 @@ unload an adapter first, or make the stack with more slots
         return converted
 
 
+def _move_weights_together() -> None:
+    """Let memory follow what is loaded, after a change: empty the chunks that hold little.
+
+    A call in flight has the table it began with, and that the weights as they stood.
+    """
+    try:
+        for first, end in sparse():
+            for known in _stacks.valuerefs():  # a list: other threads make stacks meanwhile
+                stack = known()
+                if stack is not None:
+                    stack._leave(first, end)
+    except MemoryError:  # no room to copy to; the change itself is made
+        pass
+
+
 def _renew_locks() -> None:
     """In a forked child: another thread of the parent may have held one."""
-    for stack in _stacks:
+    for stack in _stacks.values():
         stack._changing = threading.Lock()
 
 

@@ -2,6 +2,7 @@
 
     chunk 0  [ A of 7 ][ B of 7 ][ free  ][ A of 9 ][ B of 9 ][ free               ]
     chunk 1  [ A of 3          ][ B of 3          ][ free                          ]
+    chunk 2  [ A of a rank that takes more than a third of a chunk ]
 
 One adapter's weights are too small for such pages, and those of 4 KiB end the CPU's prefetching at
 every 64th cache line. numpy asks Linux for large ones for each array from 4 MiB on. Measured: cold
@@ -9,6 +10,11 @@ weights of 16 adapters took 1.16x as long to read in pages of 4 KiB, 1.08x on tw
 (docs/kernels.md).
 
 A chunk goes back to the system with its last piece, but for the latest, which stays for the next.
+One small piece would keep all of a chunk, so that `sparse` names the chunks that are to be emptied:
+AdapterStack copies their weights to other chunks. Afterwards all chunks together have at most 1.5
+times what their pieces have, and one chunk, whatever came and went in whatever order. The way not
+taken is to give back the free pages inside a chunk: that takes the large pages apart, the system
+puts them together again, free ones included, and an adapter smaller than a page still keeps one.
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ import threading
 import weakref
 from bisect import bisect
 from collections import deque
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +35,10 @@ from sgmv.dtypes import Array
 
 CACHE_LINE = 64
 CHUNK = 32 << 20  # bytes; an allocation so large malloc returns to the system as soon as it is free
+# More than a third of a chunk has one of its own. So a chunk in which the next piece has no room is
+# filled to two thirds or more, and `sparse` comes to an end.
+PIECES_PER_CHUNK = 3
+MOST = 1.5  # bytes of chunks for each byte of their pieces, and one chunk
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -40,28 +51,62 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return np.asarray(piece)[:size].view(dtype).reshape(shape)
 
 
+class Totals(NamedTuple):
+    """Bytes of all chunks, and of the pieces that they hold."""
+
+    chunks: int
+    pieces: int
+
+
+def totals() -> Totals:
+    """What is held of the system at the moment, and what of it is in use."""
+    with _cutting:
+        return _totals(list(_chunks.values()))
+
+
+def sparse() -> Iterator[tuple[int, int]]:
+    """The ends of the chunks to be emptied, one after the other, until there is no need.
+
+    Nothing is cut from such a chunk any more. The caller puts what it has there elsewhere; what
+    others have there, as a call in flight may, stays until they let go.
+    """
+    seen: set[int] = set()
+    while (number := _sparsest(seen)) is not None:
+        seen.add(number)
+        if (chunk := _chunks.get(number)) is not None:
+            ends = chunk.ends
+            del chunk  # or it would outlive its pieces
+            yield ends
+
+
 class _Chunk:
     """Memory that pieces are cut from; its own end comes with that of the last piece."""
 
     def __init__(self, size: int) -> None:
-        self._memory = np.empty(size + CACHE_LINE, np.uint8)
+        # Of more than is asked for, the rest is never written: the system gives no memory for it.
+        self._memory = np.empty(max(size, CHUNK) + CACHE_LINE, np.uint8)
         self._address = self._memory.ctypes.data
         start = -self._address % CACHE_LINE
         self._free = [(start, start + size)]  # ascending, and none ends where the next begins
+        self.size, self.used, self.is_leaving = size, 0, False
+        self.ends = self._address, self._address + len(self._memory)
         self.returned: deque[tuple[int, int]] = deque()  # filled by any thread, at any time
 
     def cut(self, size: int) -> _Piece | None:
         """So many bytes from the first place that has them, if there is one."""
-        self._take_back()
-        for i, (start, end) in enumerate(self._free):
+        self.take_back()
+        for i, (start, end) in enumerate([] if self.is_leaving else self._free):
             if end - start >= size:
                 self._free[i : i + 1] = [(start + size, end)] if start + size < end else []
+                self.used += size
                 return _Piece(self, self._address, start, size)
         return None
 
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
+        """Have free what pieces have left."""
         while self.returned:
             start, end = self.returned.popleft()
+            self.used -= end - start
             i = bisect(self._free, (start, end))
             if i < len(self._free) and self._free[i][0] == end:
                 end = self._free.pop(i)[1]
@@ -97,11 +142,37 @@ def _piece(size: int) -> _Piece:
 
 def _new_chunk(size: int) -> _Chunk:
     global _latest
-    chunk = _Chunk(max(size, CHUNK))
+    is_shared = size <= CHUNK // PIECES_PER_CHUNK
+    chunk = _Chunk(CHUNK if is_shared else size)
     _chunks[next(_number)] = chunk
-    if size <= CHUNK:
+    if is_shared:
         _latest = chunk
     return chunk
+
+
+def _sparsest(but: Collection[int]) -> int | None:
+    """The number of the chunk to be emptied next, which leaves; None if memory is in bounds."""
+    with _cutting:
+        chunks = dict(_chunks.items())
+        held = _totals(list(chunks.values()))
+        if held.chunks <= MOST * held.pieces + CHUNK:
+            return None
+        shares = {
+            number: chunk.used / chunk.size
+            for number, chunk in chunks.items()
+            if chunk is not _latest and number not in but
+        }
+        found = min(shares, key=shares.__getitem__, default=None)
+        if found is None or shares[found] * MOST >= 1:
+            return None
+        chunks[found].is_leaving = True
+        return found
+
+
+def _totals(chunks: list[_Chunk]) -> Totals:
+    for chunk in chunks:
+        chunk.take_back()
+    return Totals(sum(chunk.size for chunk in chunks), sum(chunk.used for chunk in chunks))
 
 
 def _renew_lock() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sgmv import memory
-from tests.planting import Fault, imported, outcome, plant
+from tests.planting import Fault, imported, outcome, plant, run_python
 
 pytestmark = pytest.mark.once
 
@@ -31,7 +35,34 @@ return np.lib.stride_tricks.as_strided(np.frombuffer(
     "twice the same": Fault("memory", "[(start + size, end)] if", "[(start, end)] if"),
     "one line short": Fault("memory", "(start, start + size)\n", "(start, start + size - 64)\n"),
     "off the line": Fault("memory", "start = -self._address % CACHE_LINE", "start = 8"),
+    "what is cut is not counted": Fault("memory", "self.used += size", "pass"),
+    "what is free still counts": Fault("memory", "self.used -= end - start", "pass"),
 }  # fmt: skip
+AFTER = "            self._table = self._table.with_changes(slot_of, changes)\n"
+MOVE = "        _move_weights_together()\n"
+UNBOUNDED = {
+    "weights stay where they are": Fault("adapters", "self._table = table.with_changes(", "("),
+    "nothing moves after unloading": Fault(
+        "adapters", f"{AFTER}{MOVE}\n    def fitted", f"{AFTER}\n    def fitted"
+    ),
+    "nothing moves after loading": Fault(
+        "adapters", f"{AFTER}{MOVE}\n    def _leave", f"{AFTER}\n    def _leave"
+    ),
+    "only A moves": Fault(
+        "adapters", "np.stack([table.wa_address, table.wb_address])", "table.wa_address[None]"
+    ),
+    "B is not copied": Fault("adapters", "wa[:], wb[:] = self.wa, self.wb", "wa[:] = self.wa"),
+    "A keeps its chunk": Fault("adapters", "A, B = self.wa.copy(),", "A, B = self.wa[:],"),
+    "a leaving chunk is filled": Fault(
+        "memory", "enumerate([] if self.is_leaving else self._free)", "enumerate(self._free)"
+    ),
+    "one chunk is emptied": Fault("memory", "while (number :=", "if (number :="),
+    "the fullest leaves": Fault("memory", "found = min(shares", "found = max(shares"),
+    "twice what is loaded": Fault("memory", "MOST = 1.5", "MOST = 2"),
+}  # fmt: skip
+H = 32
+RANKS = (0, 1, 2, 4, 8, 16, 21, 22, 40, 64, 100)  # a third of a small chunk is rank 21
+Operations = list[tuple[int, int, int | None]]  # layer, adapter, rank; None unloads
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +96,21 @@ def check_random_life(module: Any, seed: int = 0) -> None:
             assert array.ctypes.data % module.CACHE_LINE == 0
             array[:] = value = step % 251
             alive.append((array.reshape(1, -1)[:, ::-1], value))  # a view keeps it
+            used = sum(-(-held.size // 64) * 64 for held, _ in alive)
+            assert module.totals().pieces == used
     assert all((array == value).all() for array, value in alive)
     most, kept = len(module._chunks), module._latest
     alive.clear()
     del array
     assert list(module._chunks.values()) == [kept], "a chunk outlived its pieces"
+    assert module.totals() == (module.CHUNK, 0)
     for order in (0, -1):  # the first freed first, or the last
         pieces = [piece(module.CHUNK // 4, module) for _ in range(4)]
         while pieces:
             pieces.pop(order)
-        piece(module.CHUNK, module)
+        thirds = [piece(module.CHUNK // 3 - 64, module) for _ in range(3)]
         assert module._latest is kept, "what is free is not one range"
+        thirds.clear()
     assert most > 1
 
 
@@ -91,6 +126,135 @@ def test_a_fault_in_the_bookkeeping_is_found(
     module = imported(plant(tmp_path, FAULTS[name]), monkeypatch, "sgmv.memory")["sgmv.memory"]
     use_small_chunks(module, monkeypatch)
     assert outcome(lambda: check_random_life(module)) != "nothing"
+
+
+def check_follows(modules: dict[str, ModuleType], operations: Operations) -> None:
+    """Memory is in bounds after every load and unload, and every adapter is what it was."""
+    memory, adapters = modules["sgmv.memory"], modules["sgmv.adapters"]
+    stacks = [adapters.AdapterStack(H, H, slots=len(operations), max_rank=100) for _ in range(3)]
+    loaded: dict[tuple[int, int], Any] = {}
+    shown = {}
+    for step, (layer, i, r) in enumerate(operations):
+        if r is not None:
+            A, B = (np.full(shape, step + 1, "f") for shape in ((r, H), (H, r)))
+            stacks[layer].load(i, (A, B))
+            loaded[layer, i] = A, B
+            shown[layer] = stacks[layer][i]  # what a user keeps is not the stack's memory
+        elif (layer, i) in loaded:
+            stacks[layer].unload(i)
+            del loaded[layer, i]
+        used = 2 * sum(max(1, len(A) * H * 4 // 64) * 64 for A, _ in loaded.values())
+        held = memory.totals()
+        assert held.pieces == used, "pieces are lost, or come twice"
+        assert held.chunks <= 1.5 * used + memory.CHUNK, f"step {step}: {held}"
+        assert sum(chunk.size for chunk in memory._chunks.values()) == held.chunks
+    for (layer, i), weights in loaded.items():
+        found = stacks[layer][i]
+        for array, wanted in zip((found.A, found.B), weights, strict=True):
+            assert array.shape == wanted.shape, "a matrix has lost its shape"
+            assert (array == wanted).all(), "moved weights have changed"
+
+
+def random_operations(seed: int, most: int = 250) -> Operations:
+    """Loads of some ranks, then unloads in another order, or replacements; some loads between."""
+    rng = np.random.default_rng(seed)
+    ids = [(layer, i) for layer in range(3) for i in range(most // 6)]
+    ranks = rng.choice(RANKS, len(ids), p=rng.dirichlet(np.full(len(RANKS), 0.3)))
+    then = None if seed < 4 else 1
+    operations: Operations = [(*one, int(r)) for one, r in zip(ids, ranks, strict=True)]
+    order = np.argsort(ranks, kind="stable")[::-1] if seed % 2 else rng.permutation(len(ids))
+    for at in order:
+        operations.append((*ids[at], then))
+        if rng.random() < 0.2:
+            operations.append((*ids[rng.integers(len(ids))], int(rng.choice(RANKS))))
+    return operations
+
+
+def check_leaving(memory: Any) -> None:
+    """Of three chunks with a piece each and a full one, one is emptied into another."""
+    pieces = [piece(memory.CHUNK // 4, memory) for _ in range(16)]
+    pieces[:12] = pieces[:12:4]
+    assert memory.totals() == (4 * memory.CHUNK, 7 * memory.CHUNK // 4)
+    for first, end in memory.sparse():
+        for i, left in enumerate(pieces):
+            if first <= left.ctypes.data < end:
+                pieces[i] = piece(memory.CHUNK // 4, memory)
+                assert not first <= pieces[i].ctypes.data < end, "cut from a chunk that leaves"
+        del left
+    assert memory.totals() == (3 * memory.CHUNK, 7 * memory.CHUNK // 4)
+
+
+def small_chunks_for(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_chunks(modules["sgmv.memory"], monkeypatch)
+    monkeypatch.setattr(modules["sgmv.memory"], "CHUNK", 1 << 13)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_memory_follows_what_is_loaded(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks_for(sys.modules, monkeypatch)
+    check_follows(sys.modules, random_operations(seed))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2), st.integers(0, 20), st.none() | st.sampled_from(RANKS)
+        ),
+        max_size=200,
+    )
+)  # fmt: skip
+def test_memory_follows_any_order(operations: Operations) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        small_chunks_for(sys.modules, patch)
+        check_follows(sys.modules, operations)
+
+
+def test_a_chunk_that_leaves_is_not_filled() -> None:
+    check_leaving(memory)
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_a_fault_in_moving_is_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = imported(plant(tmp_path, UNBOUNDED[name]), monkeypatch, "sgmv.adapters")
+    small_chunks_for(modules, monkeypatch)
+
+    def check_all() -> None:
+        check_leaving(modules["sgmv.memory"])
+        for seed in range(8):
+            check_follows(modules, random_operations(seed))
+
+    assert outcome(check_all) != "nothing"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_the_system_gets_its_memory_back() -> None:
+    """Adapters of ranks 4 and 64 loaded in turn, those of rank 64 unloaded."""
+    program = """if True:
+        import numpy as np, sgmv
+
+        def resident():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * memory.mmap_page
+
+        H, layers, each = 2048, 20, 12
+        adapters = [sgmv.Adapter(np.ones((r, H), "f"), np.ones((H, r), "f")) for r in (4, 64)]
+        stacks = [sgmv.AdapterStack(H, H, slots=2 * each) for _ in range(layers)]
+        before = resident()
+        for i in range(2 * each):
+            for stack in stacks:
+                stack.load(i, adapters[i % 2])
+        most = resident() - before
+        for i in range(1, 2 * each, 2):
+            for stack in stacks:
+                stack.unload(i)
+        left = layers * each * 2 * 4 * H * 4
+        print(most, resident() - before, left)
+    """.replace("memory.mmap_page", str(mmap.PAGESIZE))
+    most, now, left = map(int, run_python(program).stdout.split())
+    assert most > 16 * left
+    assert left <= now <= 1.5 * left + (32 << 20)
 
 
 def test_an_array_has_its_shape_and_type() -> None:
@@ -114,9 +278,15 @@ def test_more_than_a_chunk_has_one_of_its_own() -> None:
     large = piece(3 * memory.CHUNK)
     large[:] = 1
     assert len(memory._chunks) == 2
+    assert memory.totals() == (4 * memory.CHUNK, 3 * memory.CHUNK + 128)
     assert few.size == 100
     del large
     assert len(memory._chunks) == 1
+    quarters = [piece(memory.CHUNK // 4) for _ in range(3)]
+    assert len(memory._chunks) == 1
+    more = piece(memory.CHUNK // 3 + 64)  # nor does more than a third of one share a new one
+    assert memory.totals().chunks == memory.CHUNK + -(-more.size // 64) * 64
+    assert len(quarters) == 3
 
 
 def test_the_latest_chunk_stays_for_the_next_call() -> None:

@@ -11,12 +11,13 @@ that hold for whatever array is there with that shape and type.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from sgmv.adapters import SlotTable
 from sgmv.backend import kernels
@@ -55,7 +56,6 @@ class Weights:
     dtype: np.dtype[Any]
     by_input: bool = False
     holds: object = None
-    tables: dict[Any, SlotTable] = field(default_factory=dict, repr=False)
 
 
 def rows_of(argument: str, operand: Operand, remedy: str = "") -> Array:
@@ -176,12 +176,7 @@ def shrink(
 ) -> Array:
     """The rows v (n, slices * r) in sorted order, of one slice after the other; 0 if base only."""
     weights = slices[0]
-    table = weights.tables.get(slices[1:])
-    if table is None:
-        wa = np.stack([each.addresses for each in slices], axis=1)
-        table = _table(weights, weights.inputs, 0, weights.outputs, wa=wa, slices=len(slices))
-        if all(each.holds is None for each in slices):  # what was copied is gone after the call
-            weights.tables[slices[1:]] = table
+    table = _remembering(_shrink_table, *slices)(slices)
     v = np.zeros((segments.n, weights.outputs * len(slices)), dtype)
     backend = None
     if len(slices) > 1:  # AMX's shrink knows one slice
@@ -193,17 +188,32 @@ def shrink(
 def expand(y: Array, v: Array, weights: Weights, segments: Segments) -> None:
     """Add v @ w.T to y, v in sorted order, over the columns that y and the weights both have."""
     h_out = min(y.shape[1], weights.outputs)
-    table = weights.tables.get(h_out)
-    if table is None:
-        size = weights.dtype.itemsize
-        strides = size, weights.inputs * size  # from input to input, from output to output
-        if weights.by_input:
-            strides = weights.outputs * size, size
-        table = _table(weights, 0, h_out, weights.inputs, wb=weights.addresses, wb_strides=strides)
-        weights.tables[h_out] = table
+    table = _remembering(_expand_table, weights)(weights, h_out)
     launch(
         kernels(None, None, weights.dtype, y.dtype, v.dtype), table, segments, None, y[:, :h_out], v
     )
+
+
+def _remembering(table: Any, *slices: Weights) -> Callable[..., SlotTable]:
+    """The cached function; the plain one for weights that are copied, or held, for one call."""
+    plain: Callable[..., SlotTable] = table.__wrapped__
+    return table if all(each.holds is None for each in slices) else plain
+
+
+@lru_cache(STACKS_KNOWN)
+def _shrink_table(slices: tuple[Weights, ...]) -> SlotTable:
+    weights = slices[0]
+    wa = np.stack([each.addresses for each in slices], axis=1)
+    return _table(weights, weights.inputs, 0, weights.outputs, wa=wa, slices=len(slices))
+
+
+@lru_cache(STACKS_KNOWN)
+def _expand_table(weights: Weights, h_out: int) -> SlotTable:
+    size = weights.dtype.itemsize
+    strides = size, weights.inputs * size  # from input to input, from output to output
+    if weights.by_input:
+        strides = weights.outputs * size, size
+    return _table(weights, 0, h_out, weights.inputs, wb=weights.addresses, wb_strides=strides)
 
 
 def _table(
@@ -218,12 +228,20 @@ def _table(
     slices: int = 1,
 ) -> SlotTable:
     """Every weight is a slot of its own, and its number the id."""
-    ids = np.arange(len(weights.addresses))
-    none = np.zeros(len(ids), np.int64)
+    slot_of, ids, none, ranks, scalings = _slots(len(weights.addresses), r)
     wa, wb = none if wa is None else wa, none if wb is None else wb
-    ranks, scalings = np.full(len(ids), r), np.ones(len(ids))
-    layer = h_in, h_out, weights.dtype, dict(enumerate(ids.tolist()))
+    layer = h_in, h_out, weights.dtype, slot_of
     return SlotTable(*layer, ids, ids, wa, wb, ranks, scalings, (), wb_strides, slices)
+
+
+@lru_cache(BATCHES_KNOWN)
+def _slots(
+    count: int, r: int
+) -> tuple[dict[int, int], Integers, Integers, Integers, npt.NDArray[np.float64]]:
+    """What tables of so many weights share, where only addresses differ: most of their memory."""
+    ids = np.arange(count)
+    same = dict(enumerate(ids.tolist()))
+    return same, ids, np.zeros(count, np.int64), np.full(count, r), np.ones(count)
 
 
 def add(y: Array, x: Array, weights: Weights, segments: Segments, scaling: float) -> None:

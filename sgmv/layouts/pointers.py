@@ -88,7 +88,7 @@ class Punica(Layout):
                 "stack",
                 "the weights that the pointers were made for",
                 f"none at the addresses of segments {some(np.flatnonzero(unknown))}",
-                "pass the same stack, and make the pointers anew after a load",
+                "pass the same stack, and make the pointers anew after a load or an unload",
             )
         return spread(ids, np.diff(self.s), self.rows, check_count("n", n, 0))
 
@@ -130,7 +130,7 @@ def punica(batch: Batch, stack: AdapterStack, lora_rank: int | None = None) -> P
         lora_rank = int(ranks[0]) if len(ranks) else 0
     taken = (slot != NO_SLOT) & (rank == check_count("lora_rank", lora_rank, 0))
     stored = [weights for i in slot[taken] if (weights := table.weights[i]) is not None]
-    wb = [_scaled(weights) for weights in stored]
+    wb = [_scaled(weights, stack.h_out) for weights in stored]
     return Punica(
         s=frozen("s", offsets(segments.lengths[taken])),
         wa_ptr=frozen("wa_ptr", table.wa_address[slot[taken]], np.int64),
@@ -142,9 +142,9 @@ def punica(batch: Batch, stack: AdapterStack, lora_rank: int | None = None) -> P
     )
 
 
-def _scaled(weights: Stored) -> Array:
+def _scaled(weights: Stored, h_out: int) -> Array:
     """B.T (r, h_out) times the scaling, rounded once, read-only."""
-    wb = np.ascontiguousarray(weights.unpack()[1].T)
+    wb = np.ascontiguousarray(weights.unpack(h_out)[1].T)
     if weights.scaling != 1.0:
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = (wb.astype(np.float64) * weights.scaling).astype(wb.dtype)

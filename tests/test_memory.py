@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgmv import memory
+from sgmv.compat import products
+from tests import stress_memory
 from tests.planting import Fault, imported, outcome, plant, run_python
 
 pytestmark = pytest.mark.once
@@ -62,6 +65,7 @@ UNBOUNDED = {
 }  # fmt: skip
 H = 32
 RANKS = (0, 1, 2, 4, 8, 16, 21, 22, 40, 64, 100)  # a third of a small chunk is rank 21
+CACHING = ("add_lora_linear", "update_metadata", "bgmv", "add_lora_bgmv")  # where weights stand
 Operations = list[tuple[int, int, int | None]]  # layer, adapter, rank; None unloads
 
 
@@ -333,3 +337,23 @@ def test_weights_ask_for_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
             assert "hg" in line.split()
             return
     pytest.fail("no mapping holds the chunk")
+
+
+@pytest.mark.parametrize("name", stress_memory.NAMES)
+def test_steps_leave_nothing(name: str) -> None:
+    """A call's caches, once full, take no more: for a step less than an entry and its object."""
+    step = stress_memory.steps()[name]()
+    full = products.STACKS_KNOWN + 100 if name in CACHING else 500
+    tracemalloc.start()
+    try:
+        for number in range(full):
+            step(number)
+        points = list(stress_memory.grow(lambda i: step(full + i), 1500, traced))
+    finally:
+        tracemalloc.stop()
+    slopes = np.diff([size for _, size in points]) / np.diff([number for number, _ in points])
+    assert np.median(slopes) < stress_memory.ENTRY, slopes  # a dict grows at once, and once
+
+
+def traced() -> int:
+    return tracemalloc.get_traced_memory()[0]

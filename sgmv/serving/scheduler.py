@@ -322,6 +322,10 @@ finish a request once
             self._line_up(adapter_id, line)
         elif not line.waiting and not line.running:
             del self._lines[adapter_id]
+        lines = self._oldest(self._held_lines, True), self._oldest(self._other_lines, False)
+        oldest = min(filter(None, lines), default=(self._came,))[0]
+        while self._given_up and self._given_up[0] < oldest:  # nobody is asked about these again
+            heappop(self._given_up)
 
     def _hold(self, pinned: Collection[int]) -> None:
         """Note which adapters are pinned now."""

@@ -142,12 +142,13 @@ def test_unloaded_weights_are_freed() -> None:
 def test_copies_stand_on_their_own(duplicate: object) -> None:
     """A copied table would keep addresses of weights that the original may free."""
     stack = sgmv.AdapterStack.from_adapters(
-        {4: adapter(1.0), 9: adapter(2.0, r=1, scaling=3.0), 2: None}
+        {4: adapter(1.0), 9: adapter(2.0, r=1, scaling=3.0), 2: None, 5: adapter(1.0, r=0)}
     )
     other = duplicate(stack)
     assert set(other.table.wa_address).isdisjoint(stack.table.wa_address)
     stack.unload(4)
-    assert other.ids == [2, 4, 9]
+    assert other.ids == [2, 4, 5, 9]
+    assert other[5].B.shape == (H_OUT, 0)
     assert served(other, 9) == 2.0 * H_IN * 1 * 3.0
     assert served(other, 4) == 1.0 * H_IN * 2
 

@@ -1,8 +1,8 @@
 """Files that another process may change while they are read.
 
-    look at every file ──> read ──> look again ──┬─ the same ──> what was read is one version
-            ^                                    │
-            └────────── wait, and read again <───┴─ changed, or written a moment ago
+    open ──> read ──> open again ──┬─ the same files, times and sizes ──> one version was read
+     ^                             │
+     └──── wait, and read again <──┴─ changed, or written a moment before the reading began
 
 Ordinary reads and no memory map: when a mapped file is cut short, or its disk or network mount
 fails, the next access ends the process (SIGBUS). A read returns less, or raises. safetensors maps
@@ -19,6 +19,8 @@ import os
 import stat
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +30,7 @@ import numpy.typing as npt
 from sgmv.errors import PeftError
 
 T = TypeVar("T")
+Opened = io.FileIO | OSError
 
 MOST_TEXT = 100_000_000  # bytes of JSON; safetensors has the same limit for its header
 # A clock tick where times are coarse: what was written less than this before the first look may be
@@ -42,69 +45,109 @@ _KINDS = {
 }
 
 
-def one_version(paths: Sequence[Path], read: Callable[[], T]) -> T:
-    """What `read` returns or raises, once none of the files has changed meanwhile.
+def one_version(directory: Path, names: Sequence[str], read: Callable[..., T]) -> T:
+    """What `read` returns or raises, given these files, once none has changed meanwhile.
+
+    Each is passed to `read` as opened, or as the OSError that opening it raised; all are of one
+    directory, also where its name means another at the next moment.
 
     Raises PeftError when they have changed three times.
     """
     for pause in (*_PAUSES, None):
-        start = time.time_ns()
-        before = [_stamp(path) for path in paths]
         error = None
-        try:
-            found = read()
-        except Exception as caught:  # of half a file, perhaps
-            error = caught
+        with ExitStack() as stack:
+            start = time.time_ns()
+            place = _pinned(directory, stack)
+            opened = [_opened(place, name, stack) for name in names]
+            before = [_stamp(one) for one in opened]
+            try:
+                found = read(*opened)
+            except Exception as caught:  # of half a file, perhaps
+                error = caught
+            # Opened again: a network mount asks its server then, and may not for fstat.
+            after = [_stamp(_opened(place, name, stack)) for name in names]
         written = [stamp[-1] for stamp in before if len(stamp) > 1]
         is_fresh = any(-_AHEAD < start - at < _TICK for at in written)
-        if not is_fresh and before == [_stamp(path) for path in paths]:
+        if not is_fresh and before == after:
             if error is not None:
                 raise error
             return found
         if pause is not None:
             time.sleep(pause)
     raise PeftError(
-        shown(paths[0].parent),
+        shown(directory),
         "files that stay as they are while they are read",
-        f"{' or '.join(path.name for path in paths)} changed by another process",
+        f"{' or '.join(names)} changed by another process",
         "try again; a writer that fills a new directory and renames it is never read half-way",
     ) from error
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes whenever the file's data do; the last is when they, or their name, did.
-
-    The file is opened for it: a network mount asks its server then, and may not for stat.
-    """
+def _pinned(directory: Path, stack: ExitStack) -> Path | int | OSError:
+    """The directory itself, whatever its name means later; its name, where systems lack that."""
+    if os.open not in os.supports_dir_fd:
+        return directory
     try:
-        with open_regular(path) as file:
-            at = os.fstat(file.fileno())
+        place = os.open(directory, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
     except OSError as error:
-        return (error.errno or 0,)
-    return at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns
+        return error
+    stack.callback(os.close, place)
+    return place
 
 
-def open_regular(path: Path) -> io.FileIO:
+def _opened(place: Path | int | OSError, name: str, stack: ExitStack) -> Opened:
+    if isinstance(place, OSError):
+        return place
+    try:
+        return stack.enter_context(_open_regular(place, name))
+    except OSError as error:
+        return error
+
+
+def _open_regular(place: Path | int, name: str) -> io.FileIO:
     """Open a file for reading; OSError for what is none. A FIFO would wait for its writer."""
-    file = io.FileIO(path, "r", opener=_open_at_once)
+    if isinstance(place, int):
+        file = io.FileIO(name, "r", opener=partial(_open_at_once, dir_fd=place))
+    else:
+        file = io.FileIO(place / name, "r", opener=_open_at_once)
     kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
     if kind != stat.S_IFREG:
         file.close()
-        raise OSError(errno.EINVAL, f"{_KINDS.get(kind, 'something else')}, not a file", str(path))
+        raise OSError(errno.EINVAL, f"{_KINDS.get(kind, 'something else')}, not a file", name)
     return file
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+def _open_at_once(path: str, flags: int, dir_fd: int | None = None) -> int:
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    return os.open(path, flags, dir_fd=dir_fd)
 
 
-def read_text(path: Path) -> bytes:
+def _stamp(one: Opened) -> tuple[int, ...]:
+    """What changes whenever the file's data do; the last is when they, or their name, did."""
+    if isinstance(one, OSError):
+        return (one.errno or 0,)
+    at = os.fstat(one.fileno())
+    return at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns
+
+
+def existing(one: Opened) -> io.FileIO:
+    """The file, or what opening it raised."""
+    if isinstance(one, OSError):
+        raise one
+    return one
+
+
+def read_text(file: io.FileIO) -> bytes:
     """All of a small file; OSError, or ValueError for one that is too large."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MOST_TEXT:
-            raise ValueError(f"{size:,} bytes")
-        return _exactly(file, size).tobytes()
+    size = os.fstat(file.fileno()).st_size
+    if size > MOST_TEXT:
+        raise ValueError(f"{size:,} bytes")
+    return _exactly(file, size).tobytes()
+
+
+def beginning(file: io.FileIO) -> bytes:
+    """The first bytes of a file, which may say what it is instead."""
+    file.seek(0)
+    return file.read(64) or b""
 
 
 def _exactly(file: io.FileIO, size: int) -> npt.NDArray[np.uint8]:
@@ -137,19 +180,9 @@ class TensorFile:
     Raises OSError, and ValueError for a file that is not so. Source: safetensors, README, Format.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = open_regular(path)
-        try:
-            self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._read_header()
 
     def tensor(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """One tensor's values, whose type is known to be dtype."""

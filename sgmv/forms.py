@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from sgmv.files import open_regular, shown
+from sgmv.files import shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -37,13 +37,8 @@ _STARTS = (
 )
 
 
-def of_file(path: Path) -> tuple[str, str] | None:
-    """A file of other content than its name says; None for what is merely damaged."""
-    try:
-        with open_regular(path) as file:
-            start = file.read(64) or b""
-    except OSError:
-        return None
+def of_start(start: bytes) -> tuple[str, str] | None:
+    """A file of other content than its name says, by its first bytes; None for a damaged one."""
     if not start:
         return "damaged data (an empty file)", f"{_AGAIN}; a full disk leaves such files"
     if not start.strip(b"\0"):
@@ -57,6 +52,8 @@ def of_file(path: Path) -> tuple[str, str] | None:
 def without_config(directory: Path) -> tuple[str, str]:
     """A directory that has no adapter_config.json."""
     place = shown(directory)
+    if (directory / CONFIG_FILE).is_symlink():
+        return _dangling(directory / CONFIG_FILE)
     snapshots = directory / "snapshots"
     if snapshots.is_dir():
         of_adapters = _adapters(snapshots)
@@ -83,8 +80,7 @@ def without_weights(directory: Path) -> tuple[str, str]:
     """A directory that has no adapter_model.safetensors."""
     path = directory / WEIGHTS_FILE
     if path.is_symlink():
-        target = shown(os.readlink(path))
-        return f"{shown(path)} (a link to {target}, which is not there)", _AGAIN
+        return _dangling(path)
     parts = _has(directory, r"adapter_model-\d+-of-\d+\.safetensors")
     if parts or _has(directory, rf"{re.escape(WEIGHTS_FILE)}\.index\.json"):
         return (
@@ -100,6 +96,10 @@ def without_weights(directory: Path) -> tuple[str, str]:
     others = _has(directory, r".*\.(safetensors|bin|gguf|npz)")
     beside = f"; there is {', '.join(shown(name) for name in others[:3])}" if others else ""
     return f"{shown(path)} (no such file{beside})", COPY
+
+
+def _dangling(path: Path) -> tuple[str, str]:
+    return f"{shown(path)} (a link to {shown(os.readlink(path))}, which is not there)", _AGAIN
 
 
 def _adapters(directory: Path) -> list[str]:

@@ -28,7 +28,7 @@ from typing import Any
 from sgmv import forms
 from sgmv.adapters import Adapter
 from sgmv.errors import PeftError
-from sgmv.files import TensorFile, one_version, read_text, shown
+from sgmv.files import Opened, TensorFile, beginning, existing, one_version, read_text, shown
 
 _TENSOR_PREFIX = "base_model.model."
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -96,8 +96,8 @@ def load_peft(directory: _PathLike) -> dict[str, Adapter]:
     Raises PeftError: a file is missing or damaged; config and tensors disagree; the adapter is
     more than plain LoRA (DoRA, biases, other peft types, changed base weights); an option is
     unknown; ml_dtypes, for bfloat16, is not installed; another process changed the files at each
-    of three readings. What is returned is one version of both files, where their sizes and times
-    tell versions apart.
+    of three readings. What is returned is one version of both files, as far as their sizes and
+    times tell: not of a save that waits half-way, unless it is made in a directory of its own.
     Source: peft 0.21, LoraConfig, get_pattern_key, LoraLayer.update_layer; rsLoRA (arXiv
     2312.03732).
 
@@ -149,14 +149,13 @@ def read_adapter(directory: _PathLike, module: str) -> Adapter:
 def _load(directory: object, pick: Callable[[_Weights], Iterable[str]]) -> dict[str, Adapter]:
     path = _path(directory)
 
-    def read() -> dict[str, Adapter]:
+    def read(config_file: Opened, weights_file: Opened) -> dict[str, Adapter]:
         _check_is_directory(path)
-        config = _Config(path / forms.CONFIG_FILE)
-        with _open_tensors(path / forms.WEIGHTS_FILE) as file:
-            weights = _Weights(path / forms.WEIGHTS_FILE, file)
-            return {module: _read(weights, module, config) for module in pick(weights)}
+        config = _Config(path / forms.CONFIG_FILE, config_file)
+        weights = _Weights(path / forms.WEIGHTS_FILE, weights_file)
+        return {module: _read(weights, module, config) for module in pick(weights)}
 
-    return one_version([path / forms.CONFIG_FILE, path / forms.WEIGHTS_FILE], read)
+    return one_version(path, [forms.CONFIG_FILE, forms.WEIGHTS_FILE], read)
 
 
 def _path(directory: object) -> Path:
@@ -184,9 +183,9 @@ def _check_is_directory(path: Path) -> None:
 class _Config:
     """What `adapter_config.json` says about ranks and scalings, once nothing in it is refused."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: Opened) -> None:
         self.path = path
-        options = _read_json(path)
+        options = _read_json(path, file)
         self._refuse(options)
         self._default_rank = options.get("r")
         self._default_alpha = options.get("lora_alpha")
@@ -261,16 +260,17 @@ class _Config:
 class _Weights:
     """The tensors of `adapter_model.safetensors`: names and shapes now, values when asked."""
 
-    def __init__(self, path: Path, file: TensorFile) -> None:
+    def __init__(self, path: Path, file: Opened) -> None:
         self.path = path
-        self.file = file
-        self.modules = self._pair(sorted(file.entries))
+        self.opened = file
+        self.file = _tensor_file(path, file)
+        self.modules = self._pair(sorted(self.file.entries))
 
     def tensor(self, name: str, dtype: str) -> Any:
         try:
             return self.file.tensor(name, dtype)
         except (OSError, ValueError) as error:
-            raise _damaged(self.path, "a safetensors file", error) from error
+            raise _damaged(self.path, "a safetensors file", error, self.opened) from error
 
     def _pair(self, names: list[str]) -> tuple[str, ...]:
         halves: dict[str, set[str]] = {}
@@ -292,7 +292,7 @@ class _Weights:
                 (half,) = found
                 got = f"lora_{half} alone"
                 raise PeftError(
-                    shown(self.path), f"lora_A and lora_B of {module}", got, "save it again"
+                    shown(self.path), f"lora_A and lora_B of {shown(module)}", got, "save it again"
                 )
         if not halves:
             raise PeftError(
@@ -307,7 +307,7 @@ class _Weights:
 def _read(weights: _Weights, module: str, config: _Config) -> Adapter:
     names = [f"{_TENSOR_PREFIX}{module}.lora_{half}.weight" for half in "AB"]
     (type_a, shape_a, *_), (type_b, shape_b, *_) = (weights.file.entries[name] for name in names)
-    where = f"{module} in {shown(weights.path)}"
+    where = f"{shown(module)} in {shown(weights.path)}"
     rank = config.rank(module)
     shapes = f"lora_A {shape_a} and lora_B {shape_b}"
     if len(shape_a) != 2 or len(shape_b) != 2 or 0 in shape_a + shape_b:
@@ -339,38 +339,41 @@ def _expression(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path, file: Opened) -> Mapping[str, Any]:
     try:
-        options = json.loads(read_text(path).decode("utf-8"))
+        options = json.loads(read_text(existing(file)).decode("utf-8"))
     except FileNotFoundError as error:
         got, remedy = forms.without_config(path.parent)
         raise PeftError("directory", path.name, got, remedy) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, "JSON", error) from error
+        raise _damaged(path, "JSON", error, file) from error
     if not isinstance(options, dict):
         raise PeftError(shown(path), "a JSON object", type(options).__name__, forms.COPY)
     return options
 
 
-def _open_tensors(path: Path) -> TensorFile:
+def _tensor_file(path: Path, file: Opened) -> TensorFile:
     try:
-        return TensorFile(path)
+        return TensorFile(existing(file))
     except FileNotFoundError as error:
         got, remedy = forms.without_weights(path.parent)
         raise PeftError("directory", path.name, got, remedy) from error
     except (OSError, ValueError) as error:
-        raise _damaged(path, "a safetensors file", error) from error
+        raise _damaged(path, "a safetensors file", error, file) from error
 
 
-def _damaged(path: Path, expected: str, error: Exception) -> PeftError:
-    if isinstance(error, OSError):
-        remedy = "try again, or copy the file again"
-        return PeftError(shown(path), expected, error.strerror or str(error), remedy)
-    got, remedy = forms.of_file(path) or (
-        f"damaged data ({error})",
-        "copy or save it again; if it is being written, try again",
-    )
-    return PeftError(shown(path), expected, got, remedy)
+def _damaged(path: Path, expected: str, error: Exception, file: Opened) -> PeftError:
+    if not isinstance(error, OSError):
+        try:
+            start = beginning(existing(file))
+        except OSError as caught:
+            error = caught
+        else:
+            remedy = "copy or save it again; if it is being written, try again"
+            what = forms.of_start(start) or (f"damaged data ({error})", remedy)
+            return PeftError(shown(path), expected, *what)
+    got = error.strerror or str(error)
+    return PeftError(shown(path), expected, got, "try again, or copy the file again")
 
 
 def _need_bfloat16(where: str) -> None:

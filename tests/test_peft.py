@@ -621,10 +621,11 @@ def test_weights_under_another_name(tmp_path: Path) -> None:
     refusal(directory, str(path), "no such file; there is adapters.safetensors")
 
 
-def test_a_link_to_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_to_nothing(name: str, tmp_path: Path) -> None:
     """As a Hub cache has when its blobs were deleted, or git-annex before `get`."""
     directory = copy_of("llama/attention-f32", tmp_path)
-    path = directory / "adapter_model.safetensors"
+    path = directory / name
     path.unlink()
     path.symlink_to("../blobs/4d7a")
     refusal(directory, str(path), "a link to ../blobs/4d7a, which is not there", "download")

@@ -413,6 +413,24 @@ def test_new_adapters_and_their_layers_are_found(lib: SimpleNamespace, x: Any) -
 
 
 @needs_peft
+def test_names_that_are_gone_leave_nothing(lib: SimpleNamespace, x: Any) -> None:
+    """A server loads and deletes adapters under ever new names."""
+    model = adapted(lib, net(lib.torch), {"de": lora(lib, "up", "down")})
+    with accelerate(model) as taken:
+        for i in range(8):
+            model.add_adapter(f"n{i}", lora(lib, "down", "up", r=2 + i))
+            randomise(lib, model)
+            check(model, x[:3], ["de", f"n{i}", f"n{i}"])
+            if i:
+                model.delete_adapter(f"n{i - 1}")
+                check(model, x[:3], [f"n{i}", "__base__", "de"])
+            assert taken._batches.names == {"de", f"n{i}"}
+            for layer in taken._layers.values():
+                assert set(layer.sources) <= {"de", f"n{i}"}
+                assert len(layer.stack) <= 2
+
+
+@needs_peft
 def test_memory_of_what_was_copied_is_not_reused(lib: SimpleNamespace, model: Any) -> None:
     """Else another tensor could stand at the address that tells whether this one still does."""
     weight = halves(model)[0].weight

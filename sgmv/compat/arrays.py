@@ -6,7 +6,7 @@ torch is never imported here: a torch tensor can only come from a caller who did
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def to_float32(operand: object) -> str:
     return TO_FLOAT32 if isinstance(operand, np.ndarray) else TENSOR_TO_FLOAT32
 
 
-@cache
+@lru_cache
 def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
     """The type as numpy has it; raises DtypeError for what is no float type that sgmv takes."""
     name = str(dtype).removeprefix("torch.")

@@ -167,7 +167,13 @@ class Accelerated:
                 self._others[name] = f"a LoRA layer of type {type(module).__qualname__}"
         for layer in before.values():
             layer.restore()
-        for layer in self._layers.values():
+        layers = self._layers.values()
+        for name in self._batches.names - configs.keys():
+            if not any(layer.has(name) for layer in layers):
+                adapter_id = self._batches.forget(name)
+                for layer in layers:
+                    layer.forget(name, adapter_id)
+        for layer in layers:
             layer.refresh({*layer.sources, *layer.odd, *configs})
         self._configs = configs
 
@@ -214,11 +220,25 @@ class _Batches:
     def __init__(self) -> None:
         self.are_fresh = False  # whether the model's call has refreshed all layers on entry
         self._ids = {BASE_NAME: BASE_ONLY}
+        self._next_id = 0
         self._last = _Batch([], self)
+
+    @property
+    def names(self) -> set[str]:
+        """The adapters that have an id."""
+        return self._ids.keys() - {BASE_NAME}
 
     def id(self, name: str) -> int:
         """The adapter's id, a new one if it has none."""
-        return self._ids.setdefault(name, len(self._ids) - 1)
+        if name not in self._ids:
+            self._ids[name] = self._next_id
+            self._next_id += 1
+        return self._ids[name]
+
+    def forget(self, name: str) -> int:
+        """Take the adapter's id away; no other gets it."""
+        self._last = _Batch([], self)
+        return self._ids.pop(name)
 
     def of(self, names: Sequence[str]) -> _Batch:
         """The batch of these `adapter_names`; one for all layers of a step."""
@@ -261,6 +281,17 @@ class _Layer:
 
     def restore(self) -> None:
         delattr(self.module, MIXED)
+
+    def has(self, name: str) -> bool:
+        """Whether the layer has this adapter in PEFT."""
+        return self._now(name) is not None
+
+    def forget(self, name: str, adapter_id: int) -> None:
+        """Have nothing of an adapter that PEFT has deleted."""
+        self.sources.pop(name, None)
+        self.odd.pop(name, None)
+        if adapter_id in self.stack:
+            self.stack.unload(adapter_id)
 
     def _forward(self, x: Any, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """In place of `lora.Linear._mixed_batch_forward`."""

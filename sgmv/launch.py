@@ -54,7 +54,7 @@ class Workspace:
         self.call[V], self.call[V_STRIDE] = self.v_address, row_bytes
 
 
-_idle: list[Workspace] = []
+_idle: list[Workspace] = []  # as many as calls have run at once
 
 
 def launch(

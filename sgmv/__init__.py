@@ -26,6 +26,7 @@ Start reading at sgmv/lora.py.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import sgmv.interpreter  # noqa: F401  # isort: split  # first: the rest hangs in a subinterpreter
 from sgmv.adapters import Adapter, AdapterStack
 from sgmv.errors import SgmvError
 from sgmv.expand import expand

@@ -16,6 +16,9 @@ import numpy.typing as npt
 from sgmv.errors import DtypeError, ShapeError
 
 Array = npt.NDArray[Any]
+# Looked up here, for numpy imports a module at that: a child of a fork would wait for ever for an
+# import that another thread was in.
+NOT_PLAIN = (np.ma.MaskedArray, np.matrix)
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 BITS: dict[str, np.dtype[Any]] = {
@@ -62,7 +65,7 @@ def check_matrix(argument: str, array: object, remedy: str = TO_FLOAT32) -> Arra
     """The argument itself, if it is a two-dimensional numpy array of a float type."""
     if type(array) is np.ndarray and array.ndim == 2 and array.dtype in _bits:
         return array
-    if not isinstance(array, np.ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
+    if not isinstance(array, np.ndarray) or isinstance(array, NOT_PLAIN):
         raise DtypeError(
             argument,
             "a plain two-dimensional numpy array",

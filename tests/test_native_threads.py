@@ -79,6 +79,42 @@ def test_helpers_hear_no_signals() -> None:
     assert run_python(program).stdout.split("\n")[:2] == ["True", "set()"]
 
 
+SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+{before}
+one = interpreters.create()
+code = f'import sys; sys.path[:] = {sys.path!r}; import sgmv'
+try:
+    found = interpreters.run_string(one, code)
+except Exception as error:
+    found = error
+print(found)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import sgmv"])
+def test_a_subinterpreter_is_refused_by_name(before: str) -> None:
+    done = run_python(SUBINTERPRETER.replace("{before}", before), timeout=60)
+    assert "expected the main interpreter, got a subinterpreter" in done.stdout, done.stderr
+
+
+@linux
+@jitted
+def test_helpers_do_not_mind_that_the_main_thread_ends_first() -> None:
+    """Its own end waits for Python's other threads, which go on calling."""
+    program = (
+        CALL
+        + "import threading, time\ncall()\n"
+        + "def later():\n    time.sleep(0.3)\n    print(call(), call())\n"
+        + "threading.Thread(target=later).start()"
+    )
+    assert run_python(program, timeout=60).stdout.split() == ["64000.0"] * 2
+
+
 FORKS = """
 import os, sys, threading, time
 {call}

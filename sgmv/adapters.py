@@ -38,7 +38,7 @@ from sgmv.kernels.call import PANEL, WIDE_PANEL
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import NO_SLOT, UNKNOWN, find
 from sgmv.memory import aligned, sparse
-from sgmv.segment import MOST, Integers, check_count, fits_memory, is_integer
+from sgmv.segment import MOST, Integers, as_float, check_count, fits_memory, is_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -591,10 +591,7 @@ def check_scaling(argument: str, scaling: object) -> float:
         raise DtypeError(
             argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
         )
-    try:
-        value = float(scaling)
-    except OverflowError:  # an int beyond every float
-        value = math.inf
+    value = as_float(scaling)
     if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
         raise ValueRangeError(
             argument, "a finite number that float32 holds", repr(value), "pass lora_alpha / r"

@@ -10,6 +10,7 @@ Integers only: nothing here knows about weights, so Segments made once serve eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -342,6 +343,14 @@ def check_count(argument: str, value: object, least: int, most: float = MOST) ->
         limit = "less than 2**63" if most == MOST else f"at most {most}"
         raise ValueRangeError(argument, limit, shown(value), "pass a smaller number")
     return int(value)
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; an int beyond every float is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_several(argument: str, values: object, expected: str) -> None:

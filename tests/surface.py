@@ -675,7 +675,7 @@ def arrays(value: np.ndarray) -> Iterator[tuple[str, Any, bool]]:
         yield "a list", value.tolist(), False
         for element in (2**63, 2**64, 2**127, -(2**127), None, "a", 0.5, np.nan, True):
             other = value.astype(object)
-            other.flat[-1] = element
+            other.flat[-1:] = element
             yield f"objects, the last {element!r}", other, False
     wide = np.zeros((*value.shape[:-1], 2 * value.shape[-1]), value.dtype)
     wide[..., ::2] = value
@@ -688,8 +688,9 @@ def arrays(value: np.ndarray) -> Iterator[tuple[str, Any, bool]]:
     yield "one row fewer", value[:-1], False
     yield "one column fewer", value[..., :-1], False
     yield "one axis more", value[None], False
-    yield "one axis less", value[0], False
-    yield "no axis", np.array(value.flat[0]), False
+    if value.size:
+        yield "one axis less", value[0], False
+        yield "no axis", np.array(value.flat[0]), False
     yield "transposed", value.T, value.ndim == 1
     yield "broadcast", np.broadcast_to(value[:1], value.shape), False
     yield "masked", np.ma.masked_array(value), False
@@ -723,9 +724,9 @@ def variants(argument: str, value: Any) -> Iterator[Variant]:
             for inner in variants(argument, value[key]):
                 told = f"[{key!r}]: {inner.told}"
                 yield Variant(argument, told, {**value, key: inner.value}, inner.same)
-        for key, same in scalars(next(iter(value))):
+        for key, same in scalars(next(iter(value), 0)):
             if key.__hash__ is not None:
-                others = {key: next(iter(value.values())), **dict(list(value.items())[1:])}
+                others = {key: next(iter(value.values()), 0), **dict(list(value.items())[1:])}
                 yield Variant(argument, f"key {shown(key)}", others, same)
             if key.__hash__ is not None and not same:
                 yield Variant(argument, f"one more key {shown(key)}", {**value, key: 0})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import sgmv
 from sgmv.__main__ import make_parser
 from sgmv.compat import vllm
 from sgmv.console import joined
-from tests import surface
+from tests import stress_fuzz, surface
 from tests.surface import CALLS, RECORDS
 
 pytestmark = pytest.mark.once
@@ -219,3 +219,15 @@ def test_any_number_in_any_flag(
             except BaseException as error:
                 wrong.append(f"{flag} {text!r}: {type(error).__name__}: {str(error)[:200]}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_failing_sequence_is_shrunk_to_what_it_needs() -> None:
+    tried = []
+
+    def fails(steps: Sequence[int]) -> bool:
+        tried.append(list(steps))
+        return {2, 5} <= set(steps)
+
+    assert stress_fuzz.shrunk(range(9), fails) == [2, 5]
+    assert len(tried) == 9
+    assert stress_fuzz.shrunk([4], lambda steps: True) == [4]

@@ -624,12 +624,12 @@ def _check_x(argument: str, x: Array, stacks: list[Stack], segments: Segments) -
     """Whether these rows can meet the A of every slice."""
     first = stacks[0].weights
     for stack in stacks[1:]:
-        if stack.array.shape[1:] != stacks[0].array.shape[1:] or stack.weights.dtype != first.dtype:
+        if stack.array.shape != stacks[0].array.shape or stack.weights.dtype != first.dtype:
             raise ShapeError(
                 stack.argument,
-                f"{first.outputs} x {first.inputs} {first.dtype}, as the first slice's",
-                f"{stack.weights.outputs} x {stack.weights.inputs} {stack.weights.dtype}",
-                "pad the slices to one rank",
+                f"{stacks[0].array.shape} {first.dtype}, as the first slice's",
+                f"{stack.array.shape} {stack.weights.dtype}",
+                "pad the slices to one rank, and give each as many adapters",
             )
     check_stacks(segments, stacks)
     check_x(x, segments.n, first.inputs, argument)

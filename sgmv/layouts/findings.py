@@ -411,9 +411,9 @@ def _punica(exam: _Exam) -> None:
                 expected = f"addresses that {size} divides, the size of an element"
                 exam.add_at(field, "no weights", expected, pointers, "segment", odd)
             _owned(exam, field, pointers)
-    if table is None or exam.get("wa_ptr") is None:
+    wa_ptr = exam.numbers("wa_ptr")
+    if table is None or wa_ptr is None or wa_ptr.ndim != 1:
         return
-    wa_ptr = exam.ints("wa_ptr")
     held = np.flatnonzero([weights is not None for weights in table.weights])
     slot_at = dict(zip(table.wa_address[held].tolist(), held.tolist(), strict=True))
     slot = np.array([slot_at.get(address, NO_SLOT) for address in wa_ptr.tolist()], np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sgmv.errors import ServingError, ShapeError, shown
-from sgmv.segment import Integers, as_integers, check_count, fits_memory, is_integer
+from sgmv.segment import Integers, as_float, as_integers, check_count, fits_memory, is_integer
 from sgmv.serving.requests import BASE_MODEL
 
 
@@ -118,9 +118,11 @@ def draw_trace(
 def check_number(name: str, value: Any, least: float, most: float = 1e300) -> float:
     """The value as a float, if it is a finite number from the least to the most."""
     is_number = is_integer(value) or isinstance(value, (float, np.floating))
-    if not is_number or not least <= value < math.inf:
+    number = as_float(value) if is_number else math.nan
+    if not least <= number < math.inf:
         expected = f"a finite number of at least {least:g}"
-        raise ServingError(name, expected, shown(repr(value)), "pass a number in that range")
-    if value > most:
+        received = shown(value) if is_integer(value) else repr(value)
+        raise ServingError(name, expected, received, "pass a number in that range")
+    if number > most:
         raise ServingError(name, f"at most {most:g}", shown(value), "pass a smaller number")
-    return float(value)
+    return number

@@ -195,7 +195,7 @@ NAMES = (
 
 
 def grow(step: Step, count: int, measure: Callable[[], int]) -> Iterator[tuple[int, int]]:
-    """Steps done, and memory, after each tenth of them; of the first steps nothing is said."""
+    """Steps done, and memory, after each tenth of them."""
     for number in range(count + 1):
         step(number)
         if number and number % (count // 10) == 0:
@@ -208,10 +208,14 @@ def run_steps(name: str, count: int) -> str:
     sys.stdout.write(f"\n{name}\n{'steps':>10} {'resident, MiB':>14} {'bytes a step':>13}\n")
     seen: list[tuple[int, int]] = []
     for number, now in grow(steps()[name](), count, resident):
-        seen.append((number, now))
-        slope = (now - seen[0][1]) / max(1, number - seen[0][0])
-        sys.stdout.write(f"{number:10,} {now / MIB:14.1f} {slope:13.2f}\n")
+        last, before = seen[-1] if seen else (0, now)
+        sys.stdout.write(
+            f"{number:10,} {now / MIB:14.1f} {(now - before) / (number - last):13.2f}\n"
+        )
         sys.stdout.flush()
+        seen.append((number, now))
+    (half, before), (last, after) = seen[4], seen[-1]  # caches are full at the half
+    slope = (after - before) / (last - half)
     return "" if slope < ENTRY else f"{name}: {slope:.1f} bytes a step"
 
 

@@ -429,6 +429,7 @@ def test_weights_ask_for_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.fail("no mapping holds the chunk")
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", stress_memory.NAMES)
 def test_steps_leave_nothing(name: str) -> None:
     """A call's caches, once full, take no more: for a step less than an entry and its object."""

@@ -18,7 +18,7 @@ from sgmv.console import joined
 from tests import stress_fuzz, surface
 from tests.surface import CALLS, RECORDS
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.oracle]
 
 # Methods of what calls return that show what is there.
 SHOW = {

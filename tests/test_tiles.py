@@ -383,6 +383,7 @@ def check_fences(mix: tuple[str, ...], at_end: bool) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.compiles
 @jitted
 @vectors
 @pytest.mark.skipif(not X86, reason="another processor's assembly")

@@ -22,6 +22,7 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -343,6 +344,7 @@ def run_sequence(
 
 def fork(world: World, steps: Sequence[int], at: int, limit: float) -> None:
     """The rest of the sequence in a child of a fork, too."""
+    faulthandler.cancel_dump_traceback_later()  # a child would wait for its thread for ever
     pid = os.fork()
     if pid == 0:
         status = 0
@@ -354,7 +356,9 @@ def fork(world: World, steps: Sequence[int], at: int, limit: float) -> None:
             sys.stderr.write(f"in a forked child: {error!r}\n")
             status = FAILED
         os._exit(status)
+    faulthandler.dump_traceback_later(2 * limit, exit=True)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    faulthandler.dump_traceback_later(limit, exit=True)
     assert status == 0, f"the forked child ended with {status}"
 
 
@@ -410,12 +414,13 @@ def run_child(given: argparse.Namespace, index: int, *more: str) -> Ended:
     # Watchdogs are threads: without the limit each leaves an arena's addresses behind.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         out, errors = process.communicate(timeout=given.limit + 8 * SECONDS_PER_CHILD)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its own forked child, too, which holds the pipes
         out, errors = process.communicate()
         return Ended(HUNG, out.splitlines(), "hangs: " + errors)
     return Ended(process.returncode, out.splitlines(), errors)

@@ -48,6 +48,9 @@ from sgmv.threads import NativeThread, are_patched
 SYSTEM_CALLS = {"x86_64": (202, 309, 203, 186), "aarch64": (98, 168, 122, 178)}
 
 
+MOST_THREADS = 64 * CPU_WORDS  # as many as keep_clear has bits of cores for
+
+
 def cores() -> int:
     """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -59,10 +62,10 @@ def _initial_threads() -> int:
     given = os.environ.get("SGMV_NUM_THREADS")
     if given is None:
         return cores()
-    if not given.isdecimal() or int(given) < 1:
+    if not given.isdecimal() or not 1 <= int(given) <= MOST_THREADS:
         raise ValueRangeError(
             "SGMV_NUM_THREADS",
-            "a whole number >= 1",
+            f"a whole number >= 1, at most {MOST_THREADS}",
             repr(given),
             "set it to a number, or unset it",
         )
@@ -90,13 +93,18 @@ def get_num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Let each call use n threads, the calling one included. Results do not depend on it.
 
-    Semantics: holds for the whole process from the next call on. n  an integer >= 1.
-    Raises DtypeError for anything but an integer, ValueRangeError below 1.
+    Semantics: holds for the whole process from the next call on. n  an integer from 1 to 1024.
+    Raises DtypeError for anything but an integer, ValueRangeError for one out of range.
 
     >>> set_num_threads(get_num_threads())
     """
     global _threads
-    _threads = check_count("n", n, 1)
+    count = check_count("n", n, 1)
+    if count > MOST_THREADS:
+        raise ValueRangeError(
+            "n", f"at most {MOST_THREADS}", str(count), "use the number of cores, or fewer"
+        )
+    _threads = count
 
 
 class Pool:

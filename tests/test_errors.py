@@ -114,6 +114,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.SgmvError,
         ["--clear: ", "can be written", "Permission denied", "by hand"],
     ),
+    "more threads than any machine has": (
+        lambda: sgmv.set_num_threads(2**31),
+        errors.ValueRangeError,
+        ["n: ", "at most 1024", str(2**31), "cores"],
+    ),
     "two types to warm up for": (
         lambda: sgmv.warm_up([("float32", "float32")]),
         errors.ShapeError,

@@ -612,7 +612,7 @@ def test_number_of_threads() -> None:
     for wrong in ("0", "two", "-1"):
         said = run_python(program, SGMV_NUM_THREADS=wrong).stderr
         assert "SGMV_NUM_THREADS: expected a whole number >= 1" in said
-    for wrong in (0, -2, 1.5, "2", True):
+    for wrong in (0, -2, 1.5, "2", True, 1025, 2**31):
         with pytest.raises(SgmvError, match=r"^n: expected"):
             sgmv.set_num_threads(wrong)
     assert sgmv.get_num_threads() == 3

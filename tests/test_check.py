@@ -313,6 +313,7 @@ def test_numpys_warnings_are_off_for_the_kernels_calls_alone() -> None:
     assert np.geterr() == before
 
 
+@pytest.mark.oracle
 def test_the_table_groups_failures_by_what_they_hunt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     report = reference.check(planted("rank tail"))
@@ -406,6 +407,7 @@ def test_bfloat16_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
         workloads.corpus(dtypes="bfloat16")
 
 
+@pytest.mark.oracle
 def test_every_type_of_a_kernel_that_sums_in_float32() -> None:
     def kernel(y: Any, x: Any, rows: Any, seq_start: Any, ids: Any, adapters: Any, s: Any) -> None:
         wide = np.float64 if x.dtype == np.float64 else np.float32
@@ -846,6 +848,7 @@ def test_the_core_of_reference_imports_numpy_alone(files: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
+@pytest.mark.oracle
 def test_progress_appears_on_a_terminal_after_two_seconds(files: Path) -> None:
     slow = KERNEL.replace(
         "for s, adapter_id", "import time; time.sleep(0.035)\n    for s, adapter_id"

@@ -127,6 +127,7 @@ def test_pieces_are_apart_and_come_back(seed: int) -> None:
     check_random_life(memory, seed)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_the_bookkeeping_is_found(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +222,7 @@ def test_a_chunk_that_leaves_is_not_filled() -> None:
     check_leaving(memory)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_a_fault_in_moving_is_found(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,8 @@ from sgmv.console import progress
 from sgmv.dtypes import BITS, check_dtype
 from sgmv.errors import ShapeError
 from sgmv.expand import expand
-from sgmv.kernels.jit import logger, notice
+from sgmv.kernels.disk import logger
+from sgmv.kernels.jit import notice
 from sgmv.lora import add_lora
 from sgmv.segment import check_several, segment
 from sgmv.shrink import shrink

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from sgmv.errors import ValueRangeError
-from sgmv.kernels.jit import entry, logger
+from sgmv.kernels.disk import logger
+from sgmv.kernels.jit import entry
 from sgmv.kernels.pool import (
     CLOSED,
     CPU_WORDS,

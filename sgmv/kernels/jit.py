@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import time
@@ -32,7 +31,7 @@ from numba.core import event
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload
 
-from sgmv.kernels.disk import KernelCache
+from sgmv.kernels.disk import KernelCache, logger
 
 # `contract` allows fused multiply-add. No nnan or ninf: NaN and inf must pass through.
 IN_ORDER = frozenset({"contract"})
@@ -85,7 +84,6 @@ def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], A
 
 
 NOTICE_AFTER_S = 0.5  # of compiling: a kernel or two, where a cached one takes milliseconds
-logger = logging.getLogger("sgmv")
 
 
 class Notice(event.Listener):

@@ -27,7 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import sgmv.interpreter  # noqa: F401  # isort: split  # first: the rest hangs in a subinterpreter
-from sgmv.adapters import Adapter, AdapterStack
+from sgmv.adapter import Adapter
 from sgmv.errors import SgmvError
 from sgmv.expand import expand
 from sgmv.info import info
@@ -35,6 +35,7 @@ from sgmv.lora import add_lora, apply_batched, apply_single, lora_delta
 from sgmv.peft import load_peft
 from sgmv.segment import Segments, segment
 from sgmv.shrink import shrink
+from sgmv.stack import AdapterStack
 from sgmv.warm_up import warm_up
 from sgmv.workers import get_num_threads, set_num_threads
 

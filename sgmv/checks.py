@@ -1,6 +1,6 @@
 """What the calls demand of their arguments. Each check is pure: it looks, and raises or returns.
 
-Weights are checked where they are loaded, in adapters.py.
+Weights are checked where they are loaded, in stack.py.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.adapters import AdapterStack
 from sgmv.dtypes import Array, check_matrix
 from sgmv.errors import DtypeError, MemoryLayoutError, ShapeError
 from sgmv.segment import Segments
+from sgmv.stack import AdapterStack
 
 
 def check_stack(stack: object) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgmv.adapters import AdapterStack
 from sgmv.backend import kernels
 from sgmv.checks import check_segments, check_stack, check_v, check_y
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.launch import launch
 from sgmv.segment import Segments
+from sgmv.stack import AdapterStack
 
 
 def expand(

@@ -17,16 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapters import (
-    Adapter,
-    AdapterLike,
-    Adapters,
-    AdapterStack,
-    Scalings,
-    as_adapter,
-    check_scaling,
-    items,
-)
+from sgmv.adapter import Adapter, AdapterLike, Adapters, Scalings, as_adapter, check_scaling, items
 from sgmv.backend import kernels
 from sgmv.checks import check_stack, check_x, check_y
 from sgmv.dtypes import Array, check_matrix, promote, sum_dtype
@@ -34,6 +25,7 @@ from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import launch
 from sgmv.segment import Segments, as_ids, segment
+from sgmv.stack import AdapterStack
 
 
 def add_lora(

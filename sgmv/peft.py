@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sgmv import forms
-from sgmv.adapters import Adapter
+from sgmv.adapter import Adapter
 from sgmv.errors import PeftError
 from sgmv.files import Opened, TensorFile, beginning, existing, one_version, read_text, shown
 

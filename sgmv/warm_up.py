@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv import workers
-from sgmv.adapters import Adapter, AdapterStack
+from sgmv.adapter import Adapter
 from sgmv.console import progress
 from sgmv.dtypes import BITS, check_dtype
 from sgmv.errors import ShapeError
@@ -23,6 +23,7 @@ from sgmv.kernels.jit import notice
 from sgmv.lora import add_lora
 from sgmv.segment import check_several, segment
 from sgmv.shrink import shrink
+from sgmv.stack import AdapterStack
 
 BAR = 20  # characters
 Dtype = np.dtype[Any]

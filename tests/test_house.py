@@ -24,7 +24,8 @@ FLOORS = [
     {"kernels.amx", "kernels.loops", "kernels.start", "kernels.tiles", "segment"},
     {"serving.requests", "serving.residency", "terminal"},
     {"amx"},
-    {"adapters", "backend", "serving.scheduler", "serving.traces", "workers"},
+    {"adapter", "backend", "serving.scheduler", "serving.traces", "table", "workers"},
+    {"stack"},
     {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
     {"cache", "expand", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
     {"info", "warm_up"},
@@ -57,7 +58,7 @@ EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "tr
 
 
 # Adapter.from_peft is a way to make an Adapter, and reading one needs Adapter.
-INSIDE_A_FUNCTION = {("adapters", "peft")}
+INSIDE_A_FUNCTION = {("adapter", "peft")}
 
 
 def imports(path: Path) -> set[str]:

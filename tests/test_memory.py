@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sgmv
-from sgmv import adapters, memory
+from sgmv import memory, table
 from sgmv.compat import products
 from tests import stress_memory
 from tests.conftest import JITTED
@@ -48,18 +48,18 @@ return np.lib.stride_tricks.as_strided(np.frombuffer(
 AFTER = "            self._table = self._table.with_changes(slot_of, changes)\n"
 MOVE = "        _move_weights_together()\n"
 UNBOUNDED = {
-    "weights stay where they are": Fault("adapters", "self._table = table.with_changes(", "("),
+    "weights stay where they are": Fault("stack", "self._table = table.with_changes(", "("),
     "nothing moves after unloading": Fault(
-        "adapters", f"{AFTER}{MOVE}\n    def fitted", f"{AFTER}\n    def fitted"
+        "stack", f"{AFTER}{MOVE}\n    def fitted", f"{AFTER}\n    def fitted"
     ),
     "nothing moves after loading": Fault(
-        "adapters", f"{AFTER}{MOVE}\n    def _leave", f"{AFTER}\n    def _leave"
+        "stack", f"{AFTER}{MOVE}\n    def _leave", f"{AFTER}\n    def _leave"
     ),
     "only A moves": Fault(
-        "adapters", "np.stack([table.wa_address, table.wb_address])", "table.wa_address[None]"
+        "stack", "np.stack([table.wa_address, table.wb_address])", "table.wa_address[None]"
     ),
-    "B is not copied": Fault("adapters", "wa[:], wb[:] = self.wa, self.wb", "wa[:] = self.wa"),
-    "A keeps its chunk": Fault("adapters", "A, B = self.wa.copy(),", "A, B = self.wa[:],"),
+    "B is not copied": Fault("table", "wa[:], wb[:] = self.wa, self.wb", "wa[:] = self.wa"),
+    "A keeps its chunk": Fault("table", "A, B = self.wa.copy(),", "A, B = self.wa[:],"),
     "a leaving chunk is filled": Fault(
         "memory", "enumerate([] if self.is_leaving else self._free)", "enumerate(self._free)"
     ),
@@ -139,7 +139,7 @@ def test_a_fault_in_the_bookkeeping_is_found(
 
 def check_follows(modules: dict[str, ModuleType], operations: Operations) -> None:
     """Memory is in bounds after every load and unload, and every adapter is what it was."""
-    memory, stack = modules["sgmv.memory"], modules["sgmv.adapters"].AdapterStack
+    memory, stack = modules["sgmv.memory"], modules["sgmv.stack"].AdapterStack
     stacks = [stack(H, H, slots=len(operations), max_rank=100) for _ in range(3)]
     loaded: dict[tuple[int, int], Any] = {}
     shown = {}
@@ -227,7 +227,7 @@ def test_a_chunk_that_leaves_is_not_filled() -> None:
 def test_a_fault_in_moving_is_found(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules = imported(plant(tmp_path, UNBOUNDED[name]), monkeypatch, "sgmv.adapters")
+    modules = imported(plant(tmp_path, UNBOUNDED[name]), monkeypatch, "sgmv.stack")
     small_chunks_for(modules, monkeypatch)
 
     def check_all() -> None:
@@ -280,7 +280,7 @@ def test_weights_stay_where_there_is_no_room_to_move(monkeypatch: pytest.MonkeyP
         def full(_: object) -> None:
             raise MemoryError
 
-        patch.setattr(adapters.Stored, "moved", full)
+        patch.setattr(table.Stored, "moved", full)
         for stack in stacks:
             leave(stack)
     held = memory.totals()
@@ -294,14 +294,14 @@ def test_threads_load_and_call_while_weights_move(monkeypatch: pytest.MonkeyPatc
     """Each thread has a layer of its own, whose weights the others move."""
     monkeypatch.setattr(memory, "CHUNK", 1 << 13)
     moved: list[int] = []
-    move = adapters.Stored.moved
+    move = table.Stored.moved
 
-    def slowly(old: adapters.Stored) -> adapters.Stored:
+    def slowly(old: table.Stored) -> table.Stored:
         moved.append(1)
         time.sleep(1e-4)  # the others go on, with what they may
         return move(old)
 
-    monkeypatch.setattr(adapters.Stored, "moved", slowly)
+    monkeypatch.setattr(table.Stored, "moved", slowly)
 
     def work(seed: int) -> None:
         rng, (stack,) = np.random.default_rng(seed), crowd(1)
@@ -455,7 +455,6 @@ def traced() -> int:
 UNBOUNDED_CACHES = {"cache", "functools.cache", "lru_cache(None)", "lru_cache(maxsize=None)"}
 CONTAINER = r"\[\]|\{\}|(\w+\.)?(set|dict|list|deque|defaultdict|Weak\w+)\(.*\)"
 KEPT = {  # what lasts as long as the process, and why it cannot grow
-    "sgmv.adapters._stacks": "of stacks that are alive",
     "sgmv.backend._expand": "mixes of four float types",
     "sgmv.backend._kernels": "mixes of four float types",
     "sgmv.backend._shrink": "mixes of four float types",
@@ -467,6 +466,7 @@ KEPT = {  # what lasts as long as the process, and why it cannot grow
     "sgmv.launch._idle": "as many as calls have run at once, each of the size of a call",
     "sgmv.memory._chunks": "of chunks that are alive",
     "sgmv.serving.slots._all": "of slots that are alive",
+    "sgmv.stack._stacks": "of stacks that are alive",
     "sgmv.warm_up._warm": "mixes of four float types",
 }
 

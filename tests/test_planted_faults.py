@@ -150,10 +150,10 @@ FAULTS = {
         "kernels.plan", "rank[s] = ranks[slots[low]]", "rank[s] = min(ranks[slots[low]], ranks[0])"
     ),
     "panels are packed in another order": Fault(
-        "adapters", "for c in range(0, h_out, columns):", "for c in (0,) * (h_out > 0):"
+        "table", "for c in range(0, h_out, columns):", "for c in (0,) * (h_out > 0):"
     ),
     "a replaced adapter keeps its scaling": Fault(
-        "adapters",
+        "table",
         "scalings[slot] = 0.0 if stored is None else stored.scaling",
         "scalings[slot] = scalings[slot] or (0.0 if stored is None else stored.scaling)",
     ),

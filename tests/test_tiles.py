@@ -25,7 +25,7 @@ import sgmv
 from benchmarks import instructions
 from reference import compare
 from reference.workloads import Workload, integer, real
-from sgmv import adapters, backend, launch
+from sgmv import backend, launch, table
 from sgmv.dtypes import check_matrix
 from sgmv.errors import SgmvError
 from sgmv.kernels import emit, tiles
@@ -304,7 +304,7 @@ def check_guards(mixes: Iterable[tuple[str, ...]], edges: Iterable[tuple[int, in
         sgmv.set_num_threads(threads)
         case = case_of_edges(h_in, h_out, mix)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapters, "aligned", weights_amid_nan)
+            patch.setattr(table, "aligned", weights_amid_nan)
             stack = stack_of(case)
         batch = sgmv.segment(case.adapter_ids)
         rank = np.repeat(stack.table.find(batch.adapter_ids)[1], batch.lengths)
@@ -356,7 +356,7 @@ def run_between_fences(mix: tuple[str, ...], at_end: bool) -> None:
     for (h_in, h_out), threads in itertools.product(EDGES if JITTED else EDGES[:3], (1, 5)):
         sgmv.set_num_threads(threads)
         case, fences = case_of_edges(h_in, h_out, mix), Fences(at_end)
-        adapters.aligned = fences.empty
+        table.aligned = fences.empty
         stack, batch = stack_of(case), sgmv.segment(case.adapter_ids)
         for name in backends_of(case):
             x, y = fences.copy(case.x), fences.copy(case.y)

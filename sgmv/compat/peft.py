@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.adapters import Adapter, AdapterStack
+from sgmv.adapter import Adapter
 from sgmv.backend import kernels
 from sgmv.compat.arrays import as_array, float_dtype
 from sgmv.dtypes import BITS, promote
@@ -35,6 +35,7 @@ from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import run, workspace
 from sgmv.layouts.names import BASE_NAME
 from sgmv.segment import Segments, segment
+from sgmv.stack import AdapterStack
 from sgmv.warm_up import warm_up
 from sgmv.workers import torchs_pool
 

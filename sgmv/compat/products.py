@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapters import SlotTable
 from sgmv.backend import kernels
 from sgmv.checks import check_y
 from sgmv.compat.arrays import as_array, to_float32
@@ -36,6 +35,7 @@ from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import launch
 from sgmv.segment import Integers, Segments, as_ids, segment
+from sgmv.table import SlotTable
 
 Operand: TypeAlias = Any  # a numpy array, or a torch tensor on the CPU
 BATCHES_KNOWN = 16  # by what their indices are: all layers of a step have the same

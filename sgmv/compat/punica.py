@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.adapters import check_scaling
+from sgmv.adapter import check_scaling
 from sgmv.checks import check_x
 from sgmv.compat.arrays import as_array, to_float32
 from sgmv.compat.pointers import own, weights_at

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sgmv.adapters import check_scaling
+from sgmv.adapter import check_scaling
 from sgmv.checks import check_x
 from sgmv.compat.arrays import as_array
 from sgmv.compat.products import (

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapters import check_scaling
+from sgmv.adapter import check_scaling
 from sgmv.checks import check_x
 from sgmv.dtypes import Array, check_matrix
 from sgmv.emulator.blocks import ORDERS, Block, Deadlock, Index, Races, execute

@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sgmv.adapters import AdapterStack
 from sgmv.emulator import Device
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import row_ids
 from sgmv.segment import Segments, check_count, fits_memory
+from sgmv.stack import AdapterStack
 from sgmv.terminal import plural
 
 MOST_WIDTH = 2**31 - 1  # what engines keep in int32

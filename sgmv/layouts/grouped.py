@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapters import AdapterStack
 from sgmv.checks import check_stack
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.plan import BASE_ONLY
@@ -26,6 +25,7 @@ from sgmv.layouts.rows import (
     spread,
 )
 from sgmv.segment import Integers, as_ids, check_count, segment
+from sgmv.stack import AdapterStack
 
 BACKENDS = ("csgmv", "triton", "torch_native")
 MIN_CHUNK = 16

@@ -9,7 +9,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapters import AdapterStack, Stored
 from sgmv.checks import check_stack
 from sgmv.dtypes import Array
 from sgmv.errors import ShapeError, StackError, UnknownAdapterError, ValueRangeError, some
@@ -28,6 +27,8 @@ from sgmv.layouts.rows import (
     spread,
 )
 from sgmv.segment import Integers, as_ids, check_count, check_several, fits_memory
+from sgmv.stack import AdapterStack
+from sgmv.table import Stored
 
 RANK_UNIT = 16
 

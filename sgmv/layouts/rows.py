@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapters import AdapterStack
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
 from sgmv.segment import Integers, Segments, check_count, fits_memory, segment
+from sgmv.stack import AdapterStack
 
 Batch: TypeAlias = "Segments | npt.ArrayLike"
 Slots: TypeAlias = "AdapterStack | Mapping[int, int] | None"

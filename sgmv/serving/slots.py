@@ -24,13 +24,14 @@ from typing import NamedTuple
 
 import numpy.typing as npt
 
-from sgmv.adapters import Adapter, AdapterStack
+from sgmv.adapter import Adapter
 from sgmv.dtypes import check_dtype
 from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
 from sgmv.peft import load_peft, near_names
 from sgmv.segment import check_count, check_several, is_integer
 from sgmv.serving.requests import LoRARequest, check_lora_request
 from sgmv.serving.residency import Counters, Residency
+from sgmv.stack import AdapterStack
 from sgmv.warm_up import warm_up
 
 

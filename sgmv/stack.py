@@ -1,32 +1,20 @@
-"""Adapters and where their weights stand: `Adapter` (one LoRA pair), `AdapterStack` (ids -> slots).
-
-    adapter id   7 ─┐   slot   wa_address     wb_address     rank  scaling
-    adapter id  42 ─┼──> 0     (r, h_in)      (r, h_out)      16     2.0     Punica's storage order:
-    adapter id  -1  │    1     (r, h_in)      (r, h_out)       8     1.0     wa = A, wb = B.T, which
-       base only    └──> 2     free                                          stands in panels
-
-The kernels index this table by slot. It is never changed, only replaced: a call that has taken it
-keeps the weights it started with, and the next call sees the new ones.
-"""
+"""The adapters of one layer: each id has a slot of the table, or is base only."""
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.dtypes import Array, check_dtype, check_matrix, promote
+from sgmv.adapter import Adapter, AdapterLike, Adapters, as_adapter, items
+from sgmv.dtypes import Array, check_dtype, promote
 from sgmv.errors import (
     DtypeError,
-    SgmvError,
     ShapeError,
     StackError,
     UnknownAdapterError,
@@ -34,225 +22,10 @@ from sgmv.errors import (
     shown,
     some,
 )
-from sgmv.kernels.call import PANEL, WIDE_PANEL
-from sgmv.kernels.jit import VECTOR_BITS
-from sgmv.kernels.plan import NO_SLOT, UNKNOWN, find
-from sgmv.memory import aligned, sparse
-from sgmv.segment import MOST, Integers, as_float, check_count, fits_memory, is_integer
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """One LoRA adapter of one layer: delta(x) = scaling * (x @ A.T) @ B.T.
-
-    Semantics: the arrays are checked, not copied.
-
-    A        (r, h_in)   float32, float16, bfloat16 or float64
-    B        (h_out, r)  likewise
-    scaling  finite; lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
-
-    Raises ShapeError, DtypeError or ValueRangeError. Source: LoRA (arXiv 2106.09685), section 4.1;
-    rsLoRA (arXiv 2312.03732).
-
-    >>> Adapter(np.ones((8, 64), "float32"), np.ones((32, 8), "float32"), scaling=2.0)
-    Adapter(r=8, h_in=64, h_out=32, float32, scaling=2.0)
-    """
-
-    A: Array
-    B: Array
-    scaling: float = 1.0
-
-    def __post_init__(self) -> None:
-        A, B = check_matrix("A", self.A), check_matrix("B", self.B)
-        if A.shape[0] != B.shape[1]:
-            raise ShapeError(
-                "B",
-                f"(h_out, {A.shape[0]}), as A has rank {A.shape[0]}",
-                str(B.shape),
-                "give A as (r, h_in) and B as (h_out, r)",
-            )
-        object.__setattr__(self, "scaling", check_scaling("scaling", self.scaling))
-
-    @property
-    def r(self) -> int:
-        """The adapter's rank."""
-        return int(self.A.shape[0])
-
-    @property
-    def h_in(self) -> int:
-        """The width of the rows it reads."""
-        return int(self.A.shape[1])
-
-    @property
-    def h_out(self) -> int:
-        """The width of the rows it adds to."""
-        return int(self.B.shape[0])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The smallest type that holds both A and B exactly."""
-        return promote(self.A.dtype, self.B.dtype)
-
-    @classmethod
-    def from_peft(cls, directory: str | os.PathLike[str], module: str) -> Adapter:
-        """Read one module's adapter from a directory that PEFT wrote.
-
-        Semantics: `load_peft(directory)[module]`, reading that module alone.
-
-        directory  holds adapter_config.json and adapter_model.safetensors
-        module     the module's name in the model, as in "model.layers.0.self_attn.q_proj"
-
-        Raises PeftError for what cannot be read or is no plain LoRA, and for a name that matches
-        nothing, with near names. Source: peft, src/peft/tuners/lora. Needs the extra `peft`.
-
-        >>> Adapter.from_peft("no-such-place", "model.layers.0.mlp.up_proj")
-        Traceback (most recent call last):
-        sgmv.errors.PeftError: directory: expected a PEFT adapter directory, got no-such-place \
-(no such directory); pass a local directory that save_pretrained wrote (nothing is downloaded)
-        """
-        from sgmv.peft import read_adapter
-
-        return read_adapter(directory, module)
-
-    def __repr__(self) -> str:
-        return (
-            f"Adapter(r={self.r}, h_in={self.h_in}, h_out={self.h_out}, "
-            f"{self.dtype.name}, scaling={self.scaling})"
-        )
-
-
-AdapterLike: TypeAlias = "Adapter | tuple[Array, Array] | None"
-Adapters: TypeAlias = "Mapping[int, AdapterLike] | Sequence[AdapterLike]"
-Scalings: TypeAlias = "Mapping[int, float] | Sequence[float] | float | None"
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """One slot's weights in Punica's storage order, on cache lines of their own.
-
-    wb = B.T is packed: panels of so many columns, (r, columns) each, the last one as narrow as what
-    is left. Packing takes the place of the copy, so the weights stand in memory once.
-    """
-
-    wa: Array  # (r, h_in)
-    wb: Array  # (r * h_out,)
-    scaling: float
-    columns: int
-
-    @classmethod
-    def pack(cls, A: Array, B: Array, scaling: float) -> Stored:
-        """Copy A (r, h_in) and B (h_out, r) into storage order."""
-        wa, wb = aligned(A.shape, A.dtype), aligned((B.size,), B.dtype)
-        wa[:] = A
-        columns = columns_of(A.dtype)
-        for panel, its in _panels(wb, len(A), len(B), columns):
-            panel[:] = B[its].T
-        wa.flags.writeable = wb.flags.writeable = False
-        return cls(wa, wb, scaling, columns)
-
-    def moved(self) -> Stored:
-        """The same weights in another place."""
-        wa, wb = (aligned(weights.shape, weights.dtype) for weights in (self.wa, self.wb))
-        wa[:], wb[:] = self.wa, self.wb
-        wa.flags.writeable = wb.flags.writeable = False
-        return Stored(wa, wb, self.scaling, self.columns)
-
-    def unpack(self, h_out: int) -> tuple[Array, Array]:
-        """A and B (h_out, r), read-only copies: who keeps them keeps no more than them."""
-        A, B = self.wa.copy(), np.empty((h_out, len(self.wa)), self.wb.dtype)
-        for panel, its in _panels(self.wb, *B.shape[::-1], self.columns):
-            B[its] = panel.T
-        A.flags.writeable = B.flags.writeable = False
-        return A, B
-
-
-def columns_of(dtype: np.dtype[Any]) -> int:
-    """The columns of a panel of weights of this type."""
-    return PANEL if VECTOR_BITS and dtype != np.float64 else WIDE_PANEL
-
-
-def _panels(wb: Array, r: int, h_out: int, columns: int) -> Iterator[tuple[Array, slice]]:
-    """Every panel (r, columns) of packed weights as a view, and the columns it holds."""
-    for c in range(0, h_out, columns):
-        end = min(c + columns, h_out)
-        yield wb[c * r : end * r].reshape(r, end - c), slice(c, end)
-
-
-@dataclass(frozen=True, eq=False)
-class SlotTable:
-    """What the kernels read: ids in ascending order with their slots, and the slots' weights."""
-
-    h_in: int
-    h_out: int
-    dtype: np.dtype[Any]
-    slot_of: Mapping[int, int]  # id -> slot, NO_SLOT where the id is base only
-    ids: Integers  # (loaded,) the same for the kernels: the ids ascending
-    slots: Integers  # (loaded,) and the slot of each
-    wa_address: Integers  # (slots, slices)
-    wb_address: Integers  # (slots,)
-    ranks: Integers  # (slots,)
-    scalings: npt.NDArray[np.float64]  # (slots,)
-    weights: tuple[Stored | None, ...]  # (slots,) keeps what the addresses point to alive
-    # A stack's wb is packed, and it has one slice; see kernels/call.py, and compat/ for others.
-    wb_strides: tuple[int, int] = (0, 0)
-    slices: int = 1
-
-    @cached_property
-    def width(self) -> int:
-        """The columns of v: the highest rank loaded, for each slice."""
-        return int(self.ranks.max(initial=0)) * self.slices
-
-    @cached_property
-    def fields(self) -> Integers:
-        """The table as compiled code takes it, in the order of kernels/call.py."""
-        arrays = (self.wa_address, self.wb_address, self.scalings, self.ids, self.slots, self.ranks)
-        counts = [self.h_in, self.h_out, len(self.ids), len(self.ranks)]
-        addresses = [array.ctypes.data for array in arrays]
-        columns = columns_of(self.dtype)
-        return np.array([*counts, *addresses, columns, *self.wb_strides, self.slices])
-
-    @cached_property
-    def address(self) -> int:
-        """The address of `fields`."""
-        return int(self.fields.ctypes.data)
-
-    @classmethod
-    def empty(cls, h_in: int, h_out: int, slots: int, dtype: np.dtype[Any]) -> SlotTable:
-        none = np.empty(0, np.int64)
-        address, ranks = np.zeros((2, slots), np.int64), np.zeros(slots, np.int64)
-        tables = (none, none, address[0], address[1], ranks, np.zeros(slots), (None,) * slots)
-        return cls(h_in, h_out, dtype, {}, *tables)
-
-    def with_changes(
-        self, slot_of: Mapping[int, int], changes: Mapping[int, Stored | None]
-    ) -> SlotTable:
-        """A new table: these ids, and new contents for some of the slots."""
-        ids = np.array(sorted(slot_of), np.int64)
-        slots = np.array([slot_of[i] for i in ids.tolist()], np.int64)
-        wa_address, wb_address = self.wa_address.copy(), self.wb_address.copy()
-        ranks, scalings, weights = self.ranks.copy(), self.scalings.copy(), list(self.weights)
-        for slot, stored in changes.items():
-            weights[slot] = stored
-            wa_address[slot] = 0 if stored is None else stored.wa.ctypes.data
-            wb_address[slot] = 0 if stored is None else stored.wb.ctypes.data
-            ranks[slot] = 0 if stored is None else len(stored.wa)
-            scalings[slot] = 0.0 if stored is None else stored.scaling
-        tables = (ids, slots, wa_address, wb_address, ranks, scalings, tuple(weights))
-        return SlotTable(self.h_in, self.h_out, self.dtype, slot_of, *tables)
-
-    def find(self, adapter_ids: Integers) -> tuple[Integers, Integers]:
-        """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""
-        slot = np.empty(len(adapter_ids), np.int64)
-        rank = np.empty(len(adapter_ids), np.int64)
-        if find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank) > 0:
-            raise UnknownAdapterError(
-                "adapter_ids",
-                f"-1 or ids of loaded adapters, {some(self.ids)}",
-                some(adapter_ids[slot == UNKNOWN]),
-                "load those adapters first, or name -1 for base only",
-            )
-        return slot, rank
-
+from sgmv.kernels.plan import NO_SLOT
+from sgmv.memory import sparse
+from sgmv.segment import MOST, check_count, fits_memory, is_integer
+from sgmv.table import SlotTable, Stored
 
 _stacks: weakref.WeakValueDictionary[int, AdapterStack] = weakref.WeakValueDictionary()
 
@@ -554,49 +327,6 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
-
-
-def items(adapters: Adapters) -> list[tuple[int, AdapterLike]]:
-    """Pairs of id and entry: of a mapping, or of a sequence indexed by id."""
-    if isinstance(adapters, Mapping):
-        return list(adapters.items())
-    if isinstance(adapters, Sequence) and not isinstance(adapters, str):
-        return list(enumerate(adapters))
-    raise DtypeError(
-        "adapters",
-        "a mapping id -> adapter, or a sequence indexed by id",
-        type(adapters).__name__,
-        "pass a dict or a list of Adapter, (A, B) or None",
-    )
-
-
-def as_adapter(argument: str, entry: AdapterLike) -> Adapter | None:
-    """An entry of `adapters` as an Adapter; None, base only, stays None."""
-    if entry is None or isinstance(entry, Adapter):
-        return entry
-    if isinstance(entry, tuple | list) and len(entry) == 2:
-        try:
-            return Adapter(*entry)
-        except SgmvError as error:  # it names A or B: say whose
-            where = f"{argument}, {error.argument}"
-            raise type(error)(where, error.expected, error.received, error.remedy) from None
-    raise DtypeError(
-        argument, "an Adapter, a pair (A, B) or None", type(entry).__name__, "wrap it in Adapter"
-    )
-
-
-def check_scaling(argument: str, scaling: object) -> float:
-    """The scaling as a float, if it is a real number that float32 can hold."""
-    if not is_integer(scaling) and not isinstance(scaling, (float, np.floating)):
-        raise DtypeError(
-            argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
-        )
-    value = as_float(scaling)
-    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
-        raise ValueRangeError(
-            argument, "a finite number that float32 holds", repr(value), "pass lora_alpha / r"
-        )
-    return value
 
 
 def _adapter_id(adapter_id: object, argument: str = "adapter_id") -> int:

@@ -1,0 +1,156 @@
+"""Where adapters' weights are stored, as the kernels look them up: by slot.
+
+    adapter id   7 ─┐   slot   wa_address     wb_address     rank  scaling
+    adapter id  42 ─┼──> 0     (r, h_in)      (r, h_out)      16     2.0     Punica's storage order:
+    adapter id  -1  │    1     (r, h_in)      (r, h_out)       8     1.0     wa = A, wb = B.T, which
+       base only    └──> 2     free                                          stands in panels
+
+The kernels index this table by slot. It is never changed, only replaced: a call that has taken it
+keeps the weights it started with, and the next call sees the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sgmv.dtypes import Array
+from sgmv.errors import UnknownAdapterError, some
+from sgmv.kernels.call import PANEL, WIDE_PANEL
+from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.kernels.plan import UNKNOWN, find
+from sgmv.memory import aligned
+from sgmv.segment import Integers
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One slot's weights in Punica's storage order, on cache lines of their own.
+
+    wb = B.T is packed: panels of so many columns, (r, columns) each, the last one as narrow as what
+    is left. Packing takes the place of the copy, so the weights stand in memory once.
+    """
+
+    wa: Array  # (r, h_in)
+    wb: Array  # (r * h_out,)
+    scaling: float
+    columns: int
+
+    @classmethod
+    def pack(cls, A: Array, B: Array, scaling: float) -> Stored:
+        """Copy A (r, h_in) and B (h_out, r) into storage order."""
+        wa, wb = aligned(A.shape, A.dtype), aligned((B.size,), B.dtype)
+        wa[:] = A
+        columns = columns_of(A.dtype)
+        for panel, its in _panels(wb, len(A), len(B), columns):
+            panel[:] = B[its].T
+        wa.flags.writeable = wb.flags.writeable = False
+        return cls(wa, wb, scaling, columns)
+
+    def moved(self) -> Stored:
+        """The same weights in another place."""
+        wa, wb = (aligned(weights.shape, weights.dtype) for weights in (self.wa, self.wb))
+        wa[:], wb[:] = self.wa, self.wb
+        wa.flags.writeable = wb.flags.writeable = False
+        return Stored(wa, wb, self.scaling, self.columns)
+
+    def unpack(self, h_out: int) -> tuple[Array, Array]:
+        """A and B (h_out, r), read-only copies: who keeps them keeps no more than them."""
+        A, B = self.wa.copy(), np.empty((h_out, len(self.wa)), self.wb.dtype)
+        for panel, its in _panels(self.wb, *B.shape[::-1], self.columns):
+            B[its] = panel.T
+        A.flags.writeable = B.flags.writeable = False
+        return A, B
+
+
+def columns_of(dtype: np.dtype[Any]) -> int:
+    """The columns of a panel of weights of this type."""
+    return PANEL if VECTOR_BITS and dtype != np.float64 else WIDE_PANEL
+
+
+def _panels(wb: Array, r: int, h_out: int, columns: int) -> Iterator[tuple[Array, slice]]:
+    """Every panel (r, columns) of packed weights as a view, and the columns it holds."""
+    for c in range(0, h_out, columns):
+        end = min(c + columns, h_out)
+        yield wb[c * r : end * r].reshape(r, end - c), slice(c, end)
+
+
+@dataclass(frozen=True, eq=False)
+class SlotTable:
+    """What the kernels read: ids in ascending order with their slots, and the slots' weights."""
+
+    h_in: int
+    h_out: int
+    dtype: np.dtype[Any]
+    slot_of: Mapping[int, int]  # id -> slot, NO_SLOT where the id is base only
+    ids: Integers  # (loaded,) the same for the kernels: the ids ascending
+    slots: Integers  # (loaded,) and the slot of each
+    wa_address: Integers  # (slots, slices)
+    wb_address: Integers  # (slots,)
+    ranks: Integers  # (slots,)
+    scalings: npt.NDArray[np.float64]  # (slots,)
+    weights: tuple[Stored | None, ...]  # (slots,) keeps what the addresses point to alive
+    # A stack's wb is packed, and it has one slice; see kernels/call.py, and compat/ for others.
+    wb_strides: tuple[int, int] = (0, 0)
+    slices: int = 1
+
+    @cached_property
+    def width(self) -> int:
+        """The columns of v: the highest rank loaded, for each slice."""
+        return int(self.ranks.max(initial=0)) * self.slices
+
+    @cached_property
+    def fields(self) -> Integers:
+        """The table as compiled code takes it, in the order of kernels/call.py."""
+        arrays = (self.wa_address, self.wb_address, self.scalings, self.ids, self.slots, self.ranks)
+        counts = [self.h_in, self.h_out, len(self.ids), len(self.ranks)]
+        addresses = [array.ctypes.data for array in arrays]
+        columns = columns_of(self.dtype)
+        return np.array([*counts, *addresses, columns, *self.wb_strides, self.slices])
+
+    @cached_property
+    def address(self) -> int:
+        """The address of `fields`."""
+        return int(self.fields.ctypes.data)
+
+    @classmethod
+    def empty(cls, h_in: int, h_out: int, slots: int, dtype: np.dtype[Any]) -> SlotTable:
+        none = np.empty(0, np.int64)
+        address, ranks = np.zeros((2, slots), np.int64), np.zeros(slots, np.int64)
+        tables = (none, none, address[0], address[1], ranks, np.zeros(slots), (None,) * slots)
+        return cls(h_in, h_out, dtype, {}, *tables)
+
+    def with_changes(
+        self, slot_of: Mapping[int, int], changes: Mapping[int, Stored | None]
+    ) -> SlotTable:
+        """A new table: these ids, and new contents for some of the slots."""
+        ids = np.array(sorted(slot_of), np.int64)
+        slots = np.array([slot_of[i] for i in ids.tolist()], np.int64)
+        wa_address, wb_address = self.wa_address.copy(), self.wb_address.copy()
+        ranks, scalings, weights = self.ranks.copy(), self.scalings.copy(), list(self.weights)
+        for slot, stored in changes.items():
+            weights[slot] = stored
+            wa_address[slot] = 0 if stored is None else stored.wa.ctypes.data
+            wb_address[slot] = 0 if stored is None else stored.wb.ctypes.data
+            ranks[slot] = 0 if stored is None else len(stored.wa)
+            scalings[slot] = 0.0 if stored is None else stored.scaling
+        tables = (ids, slots, wa_address, wb_address, ranks, scalings, tuple(weights))
+        return SlotTable(self.h_in, self.h_out, self.dtype, slot_of, *tables)
+
+    def find(self, adapter_ids: Integers) -> tuple[Integers, Integers]:
+        """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""
+        slot = np.empty(len(adapter_ids), np.int64)
+        rank = np.empty(len(adapter_ids), np.int64)
+        if find(self.ids, self.slots, self.ranks, adapter_ids, slot, rank) > 0:
+            raise UnknownAdapterError(
+                "adapter_ids",
+                f"-1 or ids of loaded adapters, {some(self.ids)}",
+                some(adapter_ids[slot == UNKNOWN]),
+                "load those adapters first, or name -1 for base only",
+            )
+        return slot, rank

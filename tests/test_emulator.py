@@ -860,7 +860,7 @@ FAULTS = {
         "no race",
     ),
     "the last product of each step is dropped": (
-        Fault("emulator.launch", "a[:, k : k + step] @ b[:, k : k + step].T",
+        Fault("emulator.run", "a[:, k : k + step] @ b[:, k : k + step].T",
               "a[:, k : k + step - 1] @ b[:, k : k + step - 1].T"),
         "wrong",
     ),

@@ -17,8 +17,9 @@ from sgmv.emulator.accuracy import Histogram, half_v_error
 from sgmv.emulator.bgmv import punica_bgmv_expand, punica_bgmv_shrink
 from sgmv.emulator.blocks import Deadlock, DeadlockError
 from sgmv.emulator.device import A100, DEVICES, H100, H200, L4, RTX_4090, Device
-from sgmv.emulator.launch import Launch, Result, Work
+from sgmv.emulator.launch import Launch, Work
 from sgmv.emulator.punica import punica_cutlass_expand, punica_sgmv_shrink
+from sgmv.emulator.run import Result
 from sgmv.emulator.sglang import sglang_csgmv_expand, sglang_csgmv_shrink
 from sgmv.emulator.vllm import vllm_v1_expand, vllm_v1_shrink
 

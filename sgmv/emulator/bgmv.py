@@ -12,17 +12,8 @@ import numpy as np
 
 from sgmv.emulator.blocks import Block, Index
 from sgmv.emulator.device import A100, Device
-from sgmv.emulator.launch import (
-    HALF,
-    SINGLE,
-    Floats,
-    Launch,
-    Memory,
-    Work,
-    ceil_div,
-    laid_out,
-    whole,
-)
+from sgmv.emulator.launch import HALF, SINGLE, Launch, Work, ceil_div, laid_out, whole
+from sgmv.emulator.run import Floats, Kernel, Memory
 from sgmv.layouts.rows import Batch
 from sgmv.segment import Segments
 
@@ -39,8 +30,6 @@ STAGES = 2
 
 class _Bgmv(Launch):
     """What both directions share: row i of the grid is row i of those that have an adapter."""
-
-    SCALES: ClassVar[str] = "once"
 
     def row(self, y: int) -> tuple[int, int]:
         """The adapter and the row of the batch at this place."""
@@ -59,8 +48,7 @@ class _Bgmv(Launch):
 class BgmvShrink(_Bgmv):
     """Block (j, i, 0) makes element j of row i: 128 threads, eight products of each tile apiece."""
 
-    NAME: ClassVar[str] = "punica_bgmv_shrink"
-    SHRINKS: ClassVar[bool] = True
+    KERNEL: ClassVar[Kernel] = Kernel("punica_bgmv_shrink", shrinks=True, scales="once")
 
     def program(self, index: Index, memory: Memory) -> Block:
         j, i, _ = index
@@ -78,8 +66,7 @@ class BgmvShrink(_Bgmv):
 class BgmvExpand(_Bgmv):
     """Block (t, i, 0) makes one tile of row i: r / 8 threads per element."""
 
-    NAME: ClassVar[str] = "punica_bgmv_expand"
-    SHRINKS: ClassVar[bool] = False
+    KERNEL: ClassVar[Kernel] = Kernel("punica_bgmv_expand", shrinks=False, scales="once")
 
     def program(self, index: Index, memory: Memory) -> Block:
         t, i, _ = index

@@ -36,7 +36,7 @@ Block: TypeAlias = Iterator[Pause]
 
 @dataclass(frozen=True)
 class Deadlock:
-    """Who waits for whom.
+    """Which blocks wait for which.
 
     Semantics: every block of `waiting` stands at the grid's barrier number `barrier`, counted from
     1, for those of `returned`, which passed the ones before it and ended.
@@ -58,7 +58,7 @@ which returned after 1
 
 
 class DeadlockError(RuntimeError):
-    """A launch that would never end; `deadlock` tells who waits for whom."""
+    """A launch that would never end; `deadlock` tells which blocks wait for which."""
 
     def __init__(self, deadlock: Deadlock) -> None:
         super().__init__(str(deadlock))

@@ -1,13 +1,13 @@
-"""A launch: its geometry in integers, every figure that follows from it, and its execution.
+"""A launch: its geometry in integers, and every figure that follows from it.
 
     figures()   what the launch costs, one flat dict of numbers
-    run()       its thread blocks, executed in the order asked for
+    run()       its thread blocks, executed in the order asked for: see run.py
 
 A launch multiplies rows of x by the weights of each row's adapter, and adds or stores:
 
     out[row] (+)= x[row] @ weights[adapter id of row].T       shrink: weights are A (r, h_in)
                                                               expand: weights are B (h_out, r)
-Each kernel is a subclass: its constructor function lays out the grid, `program` is one block.
+Each kernel is a subclass. Its constructor function lays out the grid; `program` is one block.
 """
 
 from __future__ import annotations
@@ -22,20 +22,16 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapter import check_scaling
-from sgmv.checks import check_x
-from sgmv.dtypes import Array, check_matrix
-from sgmv.emulator.blocks import ORDERS, Block, Deadlock, Index, Races, execute
+from sgmv.dtypes import Array
+from sgmv.emulator.blocks import Block, Deadlock, Index
 from sgmv.emulator.device import Device
-from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
+from sgmv.emulator.run import Kernel, Memory, Result, Shapes, check_order, memory_of, run_blocks
+from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, as_segments
 from sgmv.segment import Integers, Segments, check_count, check_several
 
-Floats = npt.NDArray[np.float32]
-HALF_TYPES = ("float16", "bfloat16")
 HALF, SINGLE = 2, 4  # bytes
-MMA_K = 16  # products that one tensor core instruction adds at once
 
 
 @dataclass(frozen=True)
@@ -53,42 +49,6 @@ class Work:
     row_slots: int
     blocks: int
     barriers: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run left behind.
-
-    out       (n, width) rows in the order of the batch; those without an adapter hold y, or 0
-    barriers  grid barriers that the blocks passed
-    races     (slot of tmp, block that wrote, block that read), with no barrier between the two
-    """
-
-    out: Array
-    barriers: int
-    races: tuple[tuple[int, Index, Index], ...]
-
-
-class Memory:
-    """What all blocks see while they run. Half-precision numbers are held as float32."""
-
-    def __init__(
-        self,
-        x: Floats,
-        weights: Mapping[int, Floats],
-        out: Floats,
-        scaling: Mapping[int, float],
-        dtype: np.dtype[Any],
-    ) -> None:
-        self.x, self.weights, self.out = x, weights, out
-        self.scaling = {i: np.float32(value) for i, value in scaling.items()}
-        self.dtype = dtype
-        self.tmp: dict[int, Floats] = {}
-        self.races = Races()
-
-    def rounded(self, values: Floats) -> Floats:
-        """As the half type would store them."""
-        return values.astype(self.dtype).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +70,7 @@ class Launch(ABC):
     unsupported          why there is no such kernel: `run` refuses
     """
 
-    NAME: ClassVar[str]
-    SHRINKS: ClassVar[bool]
-    ADDS: ClassVar[bool] = True  # out is added to y, or else overwritten
-    SCALES: ClassVar[str] = "never"  # or "once" for all rows, or "by adapter"
-    ATOMICS: ClassVar[bool] = False
-    SINGLE_X: ClassVar[bool] = False  # whether x may be float32
-    SINGLE_OUT: ClassVar[bool] = False
-    ESTIMATED: ClassVar[bool] = False  # whether shared memory is the compiler's to decide
+    KERNEL: ClassVar[Kernel]
 
     device: Device
     segments: Segments = field(repr=False, compare=False)
@@ -197,7 +150,7 @@ class Launch(ABC):
 
     @property
     def deadlock(self) -> Deadlock | None:
-        """Who would wait for whom for ever, found without running anything."""
+        """The deadlock that a run would end in, found without running anything."""
         return None
 
     @property
@@ -209,7 +162,7 @@ class Launch(ABC):
     def faults(self) -> tuple[str, ...]:
         """All that is wrong with this launch, in words."""
         found = [*self.unsupported]
-        if not self.capacity and not self.ESTIMATED:
+        if not self.capacity and not self.KERNEL.estimated:
             found.append(f"no block of {self.shared_memory} bytes fits an SM of {self.device.name}")
         if self.deadlock:
             found.append(str(self.deadlock))
@@ -217,12 +170,12 @@ class Launch(ABC):
 
     def figures(self) -> dict[str, Any]:
         """Every figure by name: numbers, strings, and lists of them; fit for json.dumps."""
-        inner, outer = ("h_in", "r") if self.SHRINKS else ("r", "h_out")
+        inner, outer = ("h_in", "r") if self.KERNEL.shrinks else ("r", "h_out")
         useful = self.flops // 2
         row_slots = sum(work.row_slots for work in self.work)
         seconds = self.device.roofline_s(self.flops, self.io_bytes)
         return {
-            "kernel": self.NAME,
+            "kernel": self.KERNEL.name,
             "device": self.device.name,
             "n": self.segments.n,
             "S": len(self.work),
@@ -234,14 +187,14 @@ class Launch(ABC):
             "threads": self.threads,
             "early_exits": self.early_exits,
             "shared_memory": self.shared_memory,
-            "shared_memory_estimated": self.ESTIMATED,
+            "shared_memory_estimated": self.KERNEL.estimated,
             "resident_blocks": self.resident_blocks,
             "capacity": self.capacity,
             "waves": self.waves,
             "split_k": self.split_k,
             "cooperative": self.cooperative,
             "barriers": max((work.barriers for work in self.work), default=0),
-            "deterministic": not (self.race or (self.ATOMICS and self.split_k > 1)),
+            "deterministic": not (self.race or (self.KERNEL.atomics and self.split_k > 1)),
             "tmp_bytes": self.tmp,
             "rows": self.rows,
             "row_slots": row_slots,
@@ -302,33 +255,20 @@ class Launch(ABC):
         if self.unsupported:
             raise ValueRangeError(
                 "launch",
-                f"what {self.NAME} is built for",
+                f"what {self.KERNEL.name} is built for",
                 self.unsupported[0],
                 "run another kernel",
             )
-        if not isinstance(order, str) or order not in ORDERS:
-            raise ValueRangeError("order", f"one of {ORDERS}", repr(order), "choose one of them")
-        seed = check_count("seed", seed, 0, math.inf)
-        used = [work.adapter_id for work in self.work]
-        held = _check_weights(weights, used, (self.width, self.k))
-        check_x(x, self.segments.n, self.x_width)
-        dtype = held[used[0]].dtype if used else x.dtype
-        if x.dtype != dtype and not (self.SINGLE_X and x.dtype == np.float32):
-            raise DtypeError("x", f"{dtype}, as the weights", str(x.dtype), "convert one of them")
-        if dtype.name not in HALF_TYPES:
-            raise DtypeError("x", " or ".join(HALF_TYPES), dtype.name, "convert x and weights")
-        memory = Memory(
-            x.astype(np.float32),
-            {i: array.astype(np.float32) for i, array in held.items()},
-            self._first_out(y, dtype),
-            self._scalings(scaling, used),
-            dtype,
+        seed = check_order(order, seed)
+        shapes = Shapes(
+            x=(self.segments.n, self.x_width),
+            weights=(self.width, self.k),
+            out=(self.segments.n, self.width),
         )
-        with np.errstate(over="ignore", invalid="ignore"):
-            programs = {index: self.program(index, memory) for index in self.indices()}
-            barriers = execute(programs, order, seed, memory.races.barrier)
-            out = memory.out.astype(np.float32 if self.SINGLE_OUT else dtype)
-        return Result(out, barriers, tuple(memory.races.found.values()))
+        ids = [work.adapter_id for work in self.work]
+        memory = memory_of(self.KERNEL, shapes, ids, x, weights, y, scaling)
+        blocks = {index: self.program(index, memory) for index in self.indices()}
+        return run_blocks(blocks, memory, order, seed)
 
     def spread(
         self,
@@ -354,37 +294,6 @@ class Launch(ABC):
         with np.errstate(invalid="ignore"):  # of inf and NaN it is NaN
             between: npt.NDArray[np.float64] = np.ptp(np.stack(runs).astype(np.float64), axis=0)
         return between
-
-    def _first_out(self, y: Array | None, dtype: np.dtype[Any]) -> Floats:
-        shape = (self.segments.n, self.width)
-        if y is None:
-            return np.zeros(shape, np.float32)
-        if not self.ADDS:
-            raise ValueRangeError(
-                "y", f"None, as {self.NAME} overwrites its output", "an array", "leave y out"
-            )
-        if check_matrix("y", y).shape != shape or y.dtype != dtype:
-            raise ShapeError("y", f"{shape} of {dtype}", f"{y.shape} of {y.dtype}", "convert y")
-        return y.astype(np.float32)
-
-    def _scalings(
-        self, scaling: float | Mapping[int, float], used: list[int]
-    ) -> Mapping[int, float]:
-        one = not isinstance(scaling, Mapping)
-        if not isinstance(scaling, Mapping):
-            scaling = check_scaling("scaling", scaling)
-        takes = {"never": one and scaling == 1.0, "once": one, "by adapter": True}
-        if not takes[self.SCALES]:
-            raise ValueRangeError(
-                "scaling",
-                f"what {self.NAME} takes: {'1.0' if self.SCALES == 'never' else 'one number'}",
-                repr(scaling),
-                "multiply it into the weights",
-            )
-        if not isinstance(scaling, Mapping):
-            return dict.fromkeys(used, scaling)
-        _check_held("scaling", scaling, used)
-        return {i: check_scaling(f"scaling[{i}]", scaling[i]) for i in used}
 
 
 def whole(device: object, **counts: int) -> Iterator[int]:
@@ -417,49 +326,6 @@ def ceil_div(a: int, b: int) -> int:
     2
     """
     return -(-a // b)
-
-
-def multiply(sums: Floats, a: Floats, b: Floats, step: int = MMA_K) -> None:
-    """Add a @ b.T to the sums, `step` products at a time, as tensor core instructions do."""
-    for k in range(0, a.shape[1], step):
-        sums += a[:, k : k + step] @ b[:, k : k + step].T
-
-
-def zero_filled(values: Floats, rows: int, columns: int) -> Floats:
-    """A tile of this size, the values in its first rows and columns, 0 elsewhere."""
-    tile = np.zeros((rows, columns), np.float32)
-    tile[: values.shape[0], : values.shape[1]] = values
-    return tile
-
-
-def _check_weights(
-    weights: Mapping[int, Array], used: list[int], shape: tuple[int, int]
-) -> dict[int, Array]:
-    _check_held("weights", weights, used)
-    held = {i: check_matrix(f"weights[{i}]", weights[i]) for i in used}
-    for i, array in held.items():
-        if array.shape != shape or array.dtype != held[used[0]].dtype:
-            raise ShapeError(
-                f"weights[{i}]",
-                f"(width of out, width of x) = {shape}, all of one type",
-                f"{array.shape} of {array.dtype}",
-                "pass A (r, h_in) to a shrink, B (h_out, r) to an expand",
-            )
-    return held
-
-
-def _check_held(argument: str, mapping: Mapping[int, Any], used: list[int]) -> None:
-    if not isinstance(mapping, Mapping):
-        kind = type(mapping).__name__
-        raise DtypeError(argument, "a mapping id -> entry", kind, "pass a dict")
-    missing = [i for i in used if i not in mapping]
-    if missing:
-        raise UnknownAdapterError(
-            argument,
-            "an entry for every adapter of the batch",
-            f"none for {some(missing)}",
-            "add them to the mapping",
-        )
 
 
 def _shown(value: Any) -> str:

@@ -14,18 +14,8 @@ import numpy as np
 
 from sgmv.emulator.blocks import BARRIER, Block, Deadlock, Index
 from sgmv.emulator.device import A100, Device
-from sgmv.emulator.launch import (
-    HALF,
-    SINGLE,
-    Launch,
-    Memory,
-    Work,
-    ceil_div,
-    laid_out,
-    multiply,
-    whole,
-    zero_filled,
-)
+from sgmv.emulator.launch import HALF, SINGLE, Launch, Work, ceil_div, laid_out, whole
+from sgmv.emulator.run import Kernel, Memory, multiply, zero_filled
 from sgmv.errors import ValueRangeError
 from sgmv.layouts.rows import Batch
 
@@ -54,8 +44,7 @@ class SgmvShrink(Launch):
     split_k_segments  the most segments for which K is split, at this width, rank and device
     """
 
-    NAME: ClassVar[str] = "punica_sgmv_shrink"
-    SHRINKS: ClassVar[bool] = True
+    KERNEL: ClassVar[Kernel] = Kernel("punica_sgmv_shrink", shrinks=True)
 
     release: str
     chunk: int
@@ -226,8 +215,7 @@ which returned after 1
 class CutlassExpand(Launch):
     """Block w walks tiles w, w + 512, w + 1024 ... of all segments."""
 
-    NAME: ClassVar[str] = "punica_cutlass_expand"
-    SHRINKS: ClassVar[bool] = False
+    KERNEL: ClassVar[Kernel] = Kernel("punica_cutlass_expand", shrinks=False)
 
     def program(self, index: Index, memory: Memory) -> Block:
         tiles = [

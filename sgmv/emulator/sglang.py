@@ -15,18 +15,8 @@ import numpy as np
 
 from sgmv.emulator.blocks import Block, Index
 from sgmv.emulator.device import A100, Device
-from sgmv.emulator.launch import (
-    HALF,
-    Launch,
-    Memory,
-    Work,
-    ceil_div,
-    laid_out,
-    multiply,
-    whole,
-    widths,
-    zero_filled,
-)
+from sgmv.emulator.launch import HALF, Launch, Work, ceil_div, laid_out, whole, widths
+from sgmv.emulator.run import Kernel, Memory, multiply, zero_filled
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.grouped import MIN_CHUNK, chunk_rows, cut
 from sgmv.layouts.rows import Batch, offsets
@@ -48,8 +38,6 @@ class _Csgmv(Launch):
     starts     (chunks + 1,) where each chunk starts in the sorted batch
     """
 
-    ESTIMATED: ClassVar[bool] = True
-
     chunk: int
     chunk_ids: Integers = field(repr=False, compare=False)
     starts: Integers = field(repr=False, compare=False)
@@ -67,9 +55,9 @@ class _Csgmv(Launch):
 class CsgmvShrink(_Csgmv):
     """Block (tile of columns, chunk, 0) makes 16 columns of v for one chunk."""
 
-    NAME: ClassVar[str] = "sglang_csgmv_shrink"
-    SHRINKS: ClassVar[bool] = True
-    ADDS: ClassVar[bool] = False
+    KERNEL: ClassVar[Kernel] = Kernel(
+        "sglang_csgmv_shrink", shrinks=True, adds=False, estimated=True
+    )
 
     def program(self, index: Index, memory: Memory) -> Block:
         tile, c, _ = index
@@ -90,9 +78,9 @@ class CsgmvShrink(_Csgmv):
 class CsgmvExpand(_Csgmv):
     """Block (tile of columns, slice, chunk) makes 64 columns of y for one chunk."""
 
-    NAME: ClassVar[str] = "sglang_csgmv_expand"
-    SHRINKS: ClassVar[bool] = False
-    SCALES: ClassVar[str] = "by adapter"
+    KERNEL: ClassVar[Kernel] = Kernel(
+        "sglang_csgmv_expand", shrinks=False, scales="by adapter", estimated=True
+    )
 
     h_outs: tuple[int, ...]
 

@@ -15,20 +15,8 @@ import numpy as np
 
 from sgmv.emulator.blocks import STEP, Block, Index
 from sgmv.emulator.device import A100, Device
-from sgmv.emulator.launch import (
-    HALF,
-    MMA_K,
-    SINGLE,
-    Launch,
-    Memory,
-    Work,
-    ceil_div,
-    laid_out,
-    multiply,
-    whole,
-    widths,
-    zero_filled,
-)
+from sgmv.emulator.launch import HALF, SINGLE, Launch, Work, ceil_div, laid_out, whole, widths
+from sgmv.emulator.run import MMA_K, Kernel, Memory, multiply, zero_filled
 from sgmv.kernels.plan import BASE_ONLY
 from sgmv.layouts.rows import Batch, Int32, Slots, ids_of
 from sgmv.layouts.vllm import LoRAKernelMeta, vllm_v1
@@ -43,8 +31,6 @@ EXPAND_ROWS, EXPAND_K = 64, 16
 @dataclass(frozen=True, kw_only=True)
 class _Triton(Launch):
     """What both kernels share: rows by the metadata, tails that repeat the tile's first rows."""
-
-    ESTIMATED: ClassVar[bool] = True
 
     meta: LoRAKernelMeta = field(repr=False, compare=False)
     entries: tuple[int, ...] = field(repr=False)  # the adapter of each entry, -1 for none
@@ -66,12 +52,15 @@ class _Triton(Launch):
 class VllmShrink(_Triton):
     """Block (split, tile of rows, tile of columns in x; slice; entry) adds a part of the sums."""
 
-    NAME: ClassVar[str] = "vllm_v1_shrink"
-    SHRINKS: ClassVar[bool] = True
-    ADDS: ClassVar[bool] = False
-    SCALES: ClassVar[str] = "once"
-    ATOMICS: ClassVar[bool] = True
-    SINGLE_OUT: ClassVar[bool] = True
+    KERNEL: ClassVar[Kernel] = Kernel(
+        "vllm_v1_shrink",
+        shrinks=True,
+        adds=False,
+        scales="once",
+        atomics=True,
+        single_out=True,
+        estimated=True,
+    )
 
     slices: int
     block_k: int
@@ -102,9 +91,9 @@ class VllmShrink(_Triton):
 class VllmExpand(_Triton):
     """Block (tile of rows and columns in x; slice; entry) makes one tile of y."""
 
-    NAME: ClassVar[str] = "vllm_v1_expand"
-    SHRINKS: ClassVar[bool] = False
-    SINGLE_X: ClassVar[bool] = True
+    KERNEL: ClassVar[Kernel] = Kernel(
+        "vllm_v1_expand", shrinks=False, single_x=True, estimated=True
+    )
 
     h_outs: tuple[int, ...]
     block_n: int

@@ -13,7 +13,7 @@ KIB = 1024
 def launches(question: Question) -> Facts:
     """Every kernel's figures, one launch each, and why there is no such kernel, if so."""
     return {
-        launch.NAME: launch.figures() | {"unsupported": list(launch.unsupported)}
+        launch.KERNEL.name: launch.figures() | {"unsupported": list(launch.unsupported)}
         for launch in kernels(question)
     }
 

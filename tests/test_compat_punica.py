@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from sgmv import errors
-from sgmv.compat import pointers, punica
+from sgmv.compat import punica
 from sgmv.compat.arrays import as_array
+from sgmv.compat.punica import pointers
 from tests.compat_forms import BFLOAT16, DTYPES, check, delta, drawn, indices, product
 from tests.conftest import JITTED
 from tests.planting import Fault, imported, outcome, plant
@@ -381,8 +382,10 @@ def test_torch_tensors_and_their_data_pointers(rng: np.random.Generator) -> None
 # faults
 
 FAULTS = {
-    "the first layer for all": Fault("compat.punica", "array[:, layer_idx]", "array[:, 0]"),
-    "the first layer behind a pointer": Fault("compat.pointers", "+= layer_idx * nbytes", "+= 0"),
+    "the first layer for all": Fault("compat.punica.ops", "array[:, layer_idx]", "array[:, 0]"),
+    "the first layer behind a pointer": Fault(
+        "compat.punica.pointers", "+= layer_idx * nbytes", "+= 0"
+    ),
     "weights are read in the other order": Fault(
         "compat.products", "if weights.by_input:\n", "if False:\n"
     ),
@@ -391,7 +394,7 @@ FAULTS = {
         "compat.products", "y[segments.rows[start:]] += v", "y[segments.rows[start:]] = v"
     ),
     "rows are taken backwards": Fault(
-        "compat.punica", "Segments(np.arange(n),", "Segments(np.arange(n)[::-1],"
+        "compat.punica.ops", "Segments(np.arange(n),", "Segments(np.arange(n)[::-1],"
     ),
 }
 

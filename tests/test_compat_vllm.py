@@ -443,7 +443,9 @@ FAULTS = {
     "base-only rows are written": Fault(
         "compat.products", "return int(segments.seq_start[1]) if base else 0", "return 0"
     ),
-    "v stays in sorted order": Fault("compat.vllm", "array[segments.rows] = v", "array[:] = v"),
+    "v stays in sorted order": Fault(
+        "compat.vllm.slices", "array[segments.rows] = v", "array[:] = v"
+    ),
     "inputs are taken as they stand": Fault(
         "compat.products", "rows[segments.rows].astype", "rows[:].astype"
     ),
@@ -460,10 +462,10 @@ FAULTS = {
         "kernels.panels", "gather(panel, wb + c * call[WB_COLUMN],", "gather(panel, wb,"
     ),
     "what stood there is added, too": Fault(
-        "compat.vllm", "if not add_inputs:", "if add_inputs is None:"
+        "compat.vllm.slices", "if not add_inputs:", "if add_inputs is None:"
     ),
     "the slice begins at column 0": Fault(
-        "compat.vllm", "[y[:, offset : offset + width]", "[y[:, : width]"
+        "compat.vllm.slices", "[y[:, offset : offset + width]", "[y[:, : width]"
     ),
 }
 SMALL = (

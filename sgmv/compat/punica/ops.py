@@ -1,30 +1,15 @@
-"""`punica.ops`, on the CPU: the same calls, arguments and in-place meaning.
+"""Punica's calls: one product, or both, of a weight for each row or for each segment.
 
-    bgmv, add_lora_bgmv                 an index per row, into stacked weights
-    sgmv, add_lora_sgmv                 a pointer per segment; weights (L, outputs, inputs)
-    sgmv_cutlass, add_lora_sgmv_cutlass                         weights (L, inputs, outputs)
-    add_lora_sgmv_custom_cutlass        wa of the former, wb of the latter: LoraWeight's
-
-Operands are numpy arrays, or torch tensors on the CPU, which are not copied. All float types, every
-rank and width, both directions: also what Punica never finished. v stays in float32 between the
-two products, where Punica rounds it to half. Weight pointers are addresses, as in Punica: see
-pointers.py. The weights behind them are of x's type.
-
-Source: punica, src/punica/ops/__init__.py, src/punica/utils/lora.py.
+Source: punica, src/punica/ops/__init__.py.
 """
 
 from __future__ import annotations
-
-import sys
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from sgmv.adapter import check_scaling
 from sgmv.checks import check_x
 from sgmv.compat.arrays import as_array, to_float32
-from sgmv.compat.pointers import own, weights_at
 from sgmv.compat.products import (
     Operand,
     Stack,
@@ -41,9 +26,10 @@ from sgmv.compat.products import (
     shrink,
     stack_of,
 )
-from sgmv.dtypes import BITS, Array, check_dtype, sum_dtype
-from sgmv.errors import DtypeError, ShapeError, ValueRangeError, shown, some
-from sgmv.segment import Segments, as_ids, check_count, fits_memory
+from sgmv.compat.punica.pointers import weights_at
+from sgmv.dtypes import Array, sum_dtype
+from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
+from sgmv.segment import Segments, as_ids, check_count
 
 
 def bgmv(
@@ -233,6 +219,7 @@ def add_lora_sgmv_custom_cutlass(
 
     Source: punica, ops/__init__.py, `add_lora_sgmv_custom_cutlass`.
 
+    >>> from sgmv.compat.punica import BatchedLoraWeight, LoraWeight
     >>> weight = LoraWeight(1, in_features=2, out_features=2, lora_rank=1, dtype="float32")
     >>> weight.copy_from_tensor(np.ones((1, 1, 2)), np.array([[[1], [10]]]))
     >>> batched = BatchedLoraWeight([weight])
@@ -242,119 +229,6 @@ def add_lora_sgmv_custom_cutlass(
     array([[ 3., 30.]], dtype=float32)
     """
     _add_lora_sgmv(y, x, wa_ptr, wb_ptr, s, layer_idx, lora_rank, (False, True))
-
-
-class LoraWeight:
-    """One adapter's weights for all layers of a model, in the orders that Punica's kernels take.
-
-    Semantics: `wa` (L, r, h_in) and `wb` (L, r, h_out), zeros until `copy_from_tensor`; numpy
-    arrays, or torch tensors for a torch dtype.
-
-    Raises DtypeError and ValueRangeError for sizes and types that no call takes.
-    Source: punica, utils/lora.py, `LoraWeight`.
-
-    >>> LoraWeight(2, in_features=64, out_features=32, lora_rank=8, dtype="float16").wb.shape
-    (2, 8, 32)
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        in_features: int,
-        out_features: int,
-        lora_rank: int,
-        dtype: Any,
-        device: Any = "cpu",
-    ) -> None:
-        if str(device) != "cpu":
-            raise ValueRangeError("device", "cpu", str(device), "leave it out")
-        sizes = {"num_layers": num_layers, "in_features": in_features}
-        sizes |= {"out_features": out_features, "lora_rank": lora_rank}
-        layers, h_in, h_out, r = (check_count(name, size, 0) for name, size in sizes.items())
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(dtype, torch.dtype):
-            zeros, kind = torch.zeros, dtype
-        else:
-            zeros, kind = np.zeros, check_dtype("dtype", dtype)
-        with fits_memory(", ".join(sizes), f"{layers}, {h_in}, {h_out}, {r}"):
-            self.wa: Operand = zeros((layers, r, h_in), dtype=kind)
-            self.wb: Operand = zeros((layers, r, h_out), dtype=kind)
-
-    def copy_from_tensor(self, a: Operand, b: Operand) -> None:
-        """Copy the weights as PEFT has them: a (L, r, h_in), b (L, h_out, r), any float type."""
-        copies = (
-            ("a", as_array("a", a), as_array("wa", self.wa)),
-            ("b", as_array("b", b), as_array("wb", self.wb).transpose(0, 2, 1)),
-        )
-        for name, source, target in copies:
-            if source.dtype.kind not in "iuf" and source.dtype.name not in BITS:
-                raise DtypeError(name, "a float type", str(source.dtype), "convert it first")
-            if source.shape != target.shape:
-                raise ShapeError(
-                    name, str(target.shape), str(source.shape), "pass the weights of all layers"
-                )
-        with np.errstate(over="ignore", invalid="ignore"):
-            for _, source, target in copies:
-                target[...] = source
-
-    @property
-    def device(self) -> Any:
-        """Of torch tensors theirs, else "cpu"."""
-        return getattr(self.wa, "device", "cpu")
-
-    @property
-    def dtype(self) -> Any:
-        """Of the arrays, or tensors."""
-        return self.wa.dtype
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.wa.shape[0])
-
-    @property
-    def in_features(self) -> int:
-        return int(self.wa.shape[2])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.wb.shape[2])
-
-    @property
-    def lora_rank(self) -> int:
-        return int(self.wa.shape[1])
-
-
-class BatchedLoraWeight:
-    """The pointers of a batch, one adapter per segment.
-
-    Semantics: `wa_ptr`, `wb_ptr` (S,) int64 are the addresses of the weights' wa and wb; of torch
-    tensors, a torch tensor. `weights` holds them alive, which Punica leaves to its caller.
-
-    Raises ValueRangeError where there are none. Source: punica, utils/lora.py.
-
-    >>> weight = LoraWeight(1, 64, 32, 8, "float32")
-    >>> int(BatchedLoraWeight([weight]).wa_ptr[0]) == weight.wa.ctypes.data
-    True
-    """
-
-    def __init__(self, weights: Sequence[LoraWeight]) -> None:
-        if not isinstance(weights, Sequence) or not all(
-            isinstance(weight, LoraWeight) for weight in weights
-        ):
-            kinds = shown(weights)
-            raise DtypeError("weights", "a list of LoraWeight", kinds, "make each with LoraWeight")
-        if len(weights) == 0:
-            raise ValueRangeError("weights", "at least one LoraWeight", "none", "skip the call")
-        self.weights = tuple(weights)
-        self.wa_ptr: Operand = _pointers([weight.wa for weight in weights])
-        self.wb_ptr: Operand = _pointers([weight.wb for weight in weights])
-
-
-def _pointers(arrays: list[Operand]) -> Operand:
-    pointers = np.array([own(array) for array in arrays], np.int64)
-    if isinstance(arrays[0], np.ndarray):
-        return pointers
-    return sys.modules["torch"].from_numpy(pointers)
 
 
 def _layer(argument: str, weights: Operand, layer_idx: int) -> Stack:

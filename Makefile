@@ -21,7 +21,7 @@ test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
 	$(TESTS) --hypothesis-profile=thorough --durations=10 $(ARGS)
 
 pages: $(VENV)/test.installed  ## each block and command of README and docs/, in fresh environments
-	$(RUN) -m pytest -q tests/fresh_pages.py $(ARGS)
+	$(RUN) -m pytest -q tests/docs/fresh_pages.py $(ARGS)
 
 explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch (ARGS=--no-open)
 	$(RUN) -m sgmv explorer $(ARGS)

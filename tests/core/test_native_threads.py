@@ -1,0 +1,202 @@
+"""Threads under anybody's rules: patched, forked at any moment, in other floating-point modes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import sgmv
+from sgmv.kernels.jit import X86, jit
+from sgmv.kernels.modes import ARM64, DEFAULT, set_mode
+from tests.conftest import JITTED
+from tests.help.acceptance import backends
+from tests.help.planting import run_python
+
+pytestmark = pytest.mark.once
+jitted = pytest.mark.skipif(not JITTED, reason="nothing is compiled, and nothing runs in parallel")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="helpers sleep on a futex")
+
+CALL = """
+import numpy as np, sgmv
+sgmv.set_num_threads(2)
+x = np.ones((200, 1000), 'f')
+def call():
+    return sgmv.lora_delta(x, x[:64], np.ones((1000, 64), 'f'), 1.0)[-1, -1]
+"""
+PATCHES = {
+    "gevent": "import gevent.monkey; gevent.monkey.patch_all()",
+    "eventlet": "import eventlet; eventlet.monkey_patch()",
+}
+
+
+@linux
+@jitted
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("library", PATCHES)
+def test_calls_share_work_where_pythons_threads_are_patched(library: str, when: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    parts = [PATCHES[library], CALL] if when == "before" else [CALL, PATCHES[library]]
+    count = "from sgmv import workers; print(call(), call(), len(workers.pool.helpers))"
+    done = run_python("\n".join([*parts, count]), timeout=60)
+    assert done.stdout.split() == ["64000.0", "64000.0", "1"], done.stderr
+
+
+@jitted
+def test_where_there_is_no_futex_either_a_call_runs_alone_and_says_so_once() -> None:
+    """As on macOS: start_new_thread is somebody else's, and a thread of it would never begin."""
+    program = (
+        CALL
+        + "import _thread\nfrom sgmv import workers\n"
+        + "workers.pool.fields[workers.SYSCALL] = 0\n"
+        + "_thread.start_new_thread = lambda *arguments: None\n"
+        + "print(call(), call(), len(workers.pool.helpers))"
+    )
+    done = run_python(program, timeout=60)
+    assert done.stdout.split() == ["64000.0", "64000.0", "0"], done.stderr
+    assert done.stderr.count("calls run on one thread") == 1
+
+
+@linux
+@jitted
+def test_helpers_hear_no_signals() -> None:
+    """Python's handlers run in its main thread, which a signal must be able to wake."""
+    program = (
+        CALL
+        + "from sgmv import workers\ncall()\n"
+        + "path = f'/proc/self/task/{workers.pool.helpers[0].native_id}/status'\n"
+        + "[line] = [line for line in open(path) if line.startswith('SigBlk')]\n"
+        + "import signal\nmask = int(line.split()[1], 16)\n"
+        + "print(all(mask >> (int(n) - 1) & 1 for n in (signal.SIGINT, signal.SIGCHLD)))\n"
+        + "print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    )
+    assert run_python(program).stdout.split("\n")[:2] == ["True", "set()"]
+
+
+SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+{before}
+one = interpreters.create()
+code = f'import sys; sys.path[:] = {sys.path!r}; import sgmv'
+try:
+    found = interpreters.run_string(one, code)
+except Exception as error:
+    found = error
+print(found)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import sgmv"])
+def test_a_subinterpreter_is_refused_by_name(before: str) -> None:
+    done = run_python(SUBINTERPRETER.replace("{before}", before), timeout=60)
+    assert "expected the main interpreter, got a subinterpreter" in done.stdout, done.stderr
+
+
+@linux
+@jitted
+def test_helpers_do_not_mind_that_the_main_thread_ends_first() -> None:
+    """Its own end waits for Python's other threads, which go on calling."""
+    program = (
+        CALL
+        + "import threading, time\ncall()\n"
+        + "def later():\n    time.sleep(0.3)\n    print(call(), call())\n"
+        + "threading.Thread(target=later).start()"
+    )
+    assert run_python(program, timeout=60).stdout.split() == ["64000.0"] * 2
+
+
+FORKS = """
+import os, sys, threading, time
+{call}
+threading.Thread(target=call).start()
+time.sleep(float(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    os._exit(0 if call() == 64000.0 else 1)
+deadline = time.monotonic() + 60
+while time.monotonic() < deadline:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        print(os.waitstatus_to_exitcode(status))
+        break
+    time.sleep(0.01)
+else:
+    os.kill(child, 9)
+    print('the child hangs')
+print(call())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("delay", [0.02, 0.06, 0.1, 0.15, 0.2, 0.3, 0.41])
+def test_a_fork_while_another_thread_makes_its_first_call(delay: float) -> None:
+    """That thread loads kernels, or compiles them: the child must not wait for its locks."""
+    done = run_python(
+        FORKS.replace("{call}", CALL), arguments=[str(delay)], timeout=110, PYTHONWARNINGS="ignore"
+    )
+    assert done.stdout.split() == ["0", "64000.0"], done.stdout + done.stderr
+
+
+# floating-point modes
+
+FLUSH = {"subnormals are 0": 0x8040, "rounded down": 0x2000, "both, upwards": 0xC040}
+FLUSH = {name: bits if X86 else bits << 9 for name, bits in FLUSH.items()}  # FPCR's are higher
+
+
+@jit()
+def exchange(mode: int) -> int:
+    return set_mode(mode)  # type: ignore[no-any-return]
+
+
+def without_flags(mode: int) -> int:
+    """Of x86, whose mode also notes what has happened."""
+    return mode & ~0x3F if X86 else mode
+
+
+@contextlib.contextmanager
+def in_mode(mode: int) -> Iterator[None]:
+    """This thread in that mode; afterwards the mode is still the same."""
+    before = exchange(mode)
+    try:
+        yield
+    finally:
+        after = exchange(before)
+    assert without_flags(after) == mode
+
+
+@jitted
+@pytest.mark.skipif(not (X86 or ARM64), reason="modes of this processor are not known")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("backend", ["tiles", "loops"])
+@pytest.mark.parametrize("mode", FLUSH)
+def test_bits_do_not_depend_on_the_callers_mode(
+    mode: str, backend: str, dtype: str, rng: np.random.Generator
+) -> None:
+    """512 equal rows of numbers near the smallest, on helpers that were there before the mode."""
+    tiny = {"float32": 1e-39, "float16": 1e-6, "float64": 1e-309}[dtype]
+    x = np.tile(tiny * rng.standard_normal((1, 300)), (512, 1)).astype(dtype)
+    A, B = rng.standard_normal((8, 300)), 1e-2 * rng.standard_normal((100, 8))
+    stack = sgmv.AdapterStack.from_adapters([(A.astype(dtype), B.astype(dtype))])
+    if backend not in backends(*[np.dtype(dtype)] * 3):
+        pytest.skip("this backend has no such type here")
+
+    def call(threads: int) -> np.ndarray:
+        sgmv.set_num_threads(threads)
+        y = np.zeros((512, 100), dtype)
+        return sgmv.add_lora(y, x, stack, [0] * 512, backend=backend)
+
+    expected = call(2)
+    with in_mode(DEFAULT | FLUSH[mode]):
+        found = [call(1), call(2)]
+    assert expected.view(f"u{expected.itemsize}").any()
+    assert {row.tobytes() for y in (expected, *found) for row in y} == {expected[0].tobytes()}

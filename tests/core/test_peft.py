@@ -1,0 +1,693 @@
+"""Reading what PEFT wrote, held against what PEFT itself computed (tests/fixtures/peft)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import sgmv
+from reference import apply_batched
+from reference.bounds import apply_batched_bound, gamma, unit_roundoff
+from reference.compare import check, violations
+from sgmv.errors import PeftError
+from sgmv.peft import load_peft, read_adapter
+
+pytestmark = pytest.mark.once
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
+RECORD = json.loads((FIXTURES / "outputs.json").read_text())
+RUNS: dict[str, Any] = RECORD["runs"]
+CASES = [(run, layer) for run in RUNS for layer in RUNS[run]["layers"]]
+DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+V_PROJ = "model.layers.0.self_attn.v_proj"
+DOWN_PROJ = "model.layers.1.mlp.down_proj"
+
+Array = npt.NDArray[Any]
+Float64 = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def outputs() -> Mapping[str, Array]:
+    with np.load(FIXTURES / "outputs.npz") as file:
+        return {
+            key: array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+            for key, array in file.items()
+        }
+
+
+class Layer:
+    """One layer in one of PEFT's runs: what went in, and what PEFT made of it."""
+
+    def __init__(self, outputs: Mapping[str, Array], run: str, layer: str) -> None:
+        record = RUNS[run]
+        self.name = layer
+        self.x = outputs[f"{run}/{layer}/x"]
+        self.W = outputs[f"{record['adapters']}-{record['dtype']}/{layer}/W"]
+        self.y = outputs[f"{run}/{layer}/y"]
+        self.folder = FIXTURES / record["adapters"]
+        # "__base__" is no directory: index -1, and base only.
+        self.directories = sorted(path.name for path in self.folder.iterdir())
+        ids = [
+            self.directories.index(name) if name in self.directories else -1
+            for name in record["adapter_of_sample"]
+        ]
+        self.ids = np.repeat(ids, RECORD["tokens_per_sample"])
+
+    def adapters(self, **replaced: Path) -> list[sgmv.Adapter | None]:
+        """By id; None where the adapter does not change this layer."""
+        directories = [replaced.get(name, self.folder / name) for name in self.directories]
+        return [load_peft(directory).get(self.name) for directory in directories]
+
+    def difference_bound(self, adapters: list[sgmv.Adapter | None], expected: Float64) -> Float64:
+        """|ours - PEFT's| <= |ours - exact| + |PEFT's - exact|, each by its own roundings."""
+        out = self.y.dtype
+        ours = apply_batched_bound(self.x, self.W, adapters, self.ids, expected=expected, out=out)
+        return ours + self.peft_bound(adapters, expected)
+
+    def peft_bound(self, adapters: list[sgmv.Adapter | None], expected: Float64) -> Float64:
+        """How far PEFT's own result may be from the exact one."""
+        if self.y.dtype == np.float32:
+            # PEFT works as the kernels do: base + lora_B(lora_A(x)) * scaling, all in float32.
+            return apply_batched_bound(
+                self.x, self.W, adapters, self.ids, expected=expected, out=np.float32
+            )
+        bound = np.zeros(expected.shape)
+        for adapter_id in np.unique(self.ids):
+            rows = np.flatnonzero(self.ids == adapter_id)
+            adapter = None if adapter_id == -1 else adapters[adapter_id]
+            bound[rows] = bfloat16_bound(self.x[rows], self.W, adapter)
+        return bound
+
+
+def rounded(size: Float64, error: Float64, u: float) -> Float64:
+    """The error after one more rounding, of a value whose exact size is known."""
+    return error + u * (size + error)
+
+
+def matmul_error(x: Float64, x_error: Float64, weight: Float64) -> Float64:
+    """Of x @ weight.T: x's own error, float32 sums, one rounding to bfloat16 at the end."""
+    carried = x_error @ np.abs(weight).T
+    sums = gamma(x.shape[1], unit_roundoff("float32")) * ((np.abs(x) + x_error) @ np.abs(weight).T)
+    return rounded(np.abs(x @ weight.T), carried + sums, unit_roundoff("bfloat16"))
+
+
+def bfloat16_bound(x: Array, W: Array, adapter: sgmv.Adapter | None) -> Float64:
+    """PEFT in bfloat16 rounds at every stage, where sgmv rounds once.
+
+    base = round(x @ W.T), v = round(x @ A.T), d = round(v @ B.T), s = round(d * scaling), with
+    scaling itself perhaps rounded to bfloat16, y = round(base + s); sums inside a product are
+    float32. No product here is near float32's smallest normal number.
+    """
+    exact_x = x.astype(np.float64)
+    W = W.astype(np.float64)
+    nothing = np.zeros(exact_x.shape)
+    base_error = matmul_error(exact_x, nothing, W)
+    if adapter is None:
+        return base_error
+    A, B = adapter.A.astype(np.float64), adapter.B.astype(np.float64)
+    u, u32 = unit_roundoff("bfloat16"), unit_roundoff("float32")
+    v = exact_x @ A.T
+    d = v @ B.T
+    d_error = matmul_error(v, matmul_error(exact_x, nothing, A), B)
+    s = adapter.scaling * d
+    scaled = abs(adapter.scaling) * (d_error + u * (np.abs(d) + d_error))
+    s_error = rounded(np.abs(s), rounded(np.abs(s), scaled, u32), u)
+    y = np.abs(exact_x @ W.T + s)
+    return rounded(y, rounded(y, base_error + s_error, u32), u)
+
+
+def copy_of(directory: str, to: Path, **options: Any) -> Path:
+    """A copy of an adapter of PEFT's in which some options say something else."""
+    target = to / Path(directory).name
+    shutil.copytree(FIXTURES / directory, target)
+    config = target / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | options))
+    return target
+
+
+def write_adapter(to: Path, tensors: Mapping[str, Array], **options: Any) -> Path:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | options
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+        to / "adapter_model.safetensors",
+    )
+    return to
+
+
+def halves(module: str, A: Array, B: Array) -> dict[str, Array]:
+    return {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+
+
+def refusal(directory: Path, *parts: str) -> None:
+    """Loading is refused, in both ways, and the message has these parts."""
+    for read in (load_peft, lambda path: read_adapter(path, Q_PROJ)):
+        with pytest.raises(PeftError) as caught:
+            read(directory)
+        for part in ("expected", "got", ";", *parts):
+            assert part in str(caught.value)
+
+
+# What the files say, against what PEFT's own layers held
+
+
+@pytest.mark.parametrize("directory", RECORD["adapters"])
+def test_modules_ranks_scalings_and_types_are_pefts(directory: str) -> None:
+    adapters = load_peft(FIXTURES / directory)
+    expected = RECORD["adapters"][directory]
+    assert adapters.keys() == expected.keys()
+    dtype = DTYPES[directory.rpartition("-")[2]]
+    for module, adapter in adapters.items():
+        assert adapter.r == expected[module]["r"]
+        assert adapter.scaling == expected[module]["scaling"]
+        assert adapter.A.dtype == adapter.B.dtype == dtype
+
+
+@pytest.mark.parametrize("directory", RECORD["adapters"])
+def test_values_are_those_on_disk(directory: str) -> None:
+    tensors = load_file(FIXTURES / directory / "adapter_model.safetensors")
+    for module, adapter in load_peft(FIXTURES / directory).items():
+        np.testing.assert_array_equal(
+            adapter.A, tensors[f"base_model.model.{module}.lora_A.weight"]
+        )
+        np.testing.assert_array_equal(
+            adapter.B, tensors[f"base_model.model.{module}.lora_B.weight"]
+        )
+
+
+@pytest.mark.parametrize("directory", RECORD["adapters"])
+def test_one_module_is_read_like_all_of_them(directory: str) -> None:
+    for module, adapter in load_peft(FIXTURES / directory).items():
+        for single in (
+            read_adapter(FIXTURES / directory, module),
+            sgmv.Adapter.from_peft(FIXTURES / directory, module),
+        ):
+            np.testing.assert_array_equal(single.A, adapter.A)
+            np.testing.assert_array_equal(single.B, adapter.B)
+            assert single.scaling == adapter.scaling
+
+
+@pytest.mark.parametrize(
+    "case", RECORD["patterns"], ids=lambda case: f"{case['keys']}-{case['module']}"
+)
+def test_pattern_keys_match_as_in_peft(case: dict[str, Any], tmp_path: Path) -> None:
+    weights = halves(case["module"], np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
+    alphas = {key: 10 * (index + 1) for index, key in enumerate(case["keys"])}
+    directory = write_adapter(tmp_path, weights, alpha_pattern=alphas, lora_alpha=4)
+    adapter = read_adapter(directory, case["module"])
+    assert adapter.scaling == alphas.get(case["decides"], 4) / 2
+
+
+def test_float64_is_read(tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path, halves("up", np.ones((2, 3)), np.ones((5, 2))))
+    assert read_adapter(directory, "up").dtype == np.float64
+
+
+def test_neither_torch_nor_peft_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("torch", "peft", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert load_peft(FIXTURES / "llama" / "patterns-bf16")
+
+
+# The results, against PEFT's own
+
+
+@pytest.mark.parametrize(("run", "layer"), CASES)
+def test_apply_batched_equals_peft(outputs: Mapping[str, Array], run: str, layer: str) -> None:
+    case = Layer(outputs, run, layer)
+    adapters = case.adapters()
+    actual = sgmv.apply_batched(case.x, case.W, adapters, case.ids)
+    assert actual.dtype == case.y.dtype
+    exact = apply_batched(case.x, case.W, adapters, case.ids)
+    check(case.y, exact, case.peft_bound(adapters, exact), "PEFT's y against by_row")
+    bound = case.difference_bound(adapters, exact)
+    check(actual, case.y.astype(np.float64), bound, "sgmv's y against PEFT's")
+
+
+def test_the_runs_hold_what_they_should() -> None:
+    mixed = [run["adapter_of_sample"] for name, run in RUNS.items() if "mixed" in name]
+    assert len(mixed) == 3
+    assert all("__base__" in names and len(set(names)) >= 3 for names in mixed)
+    assert {run["dtype"] for run in RUNS.values()} == {"float32", "bfloat16"}
+    served = {name for run in RUNS.values() for name in run["adapter_of_sample"]}
+    assert served - {"__base__"} == {name.partition("/")[2] for name in RECORD["adapters"]}
+
+
+FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "rslora-ignored": (V_PROJ, "rslora-f32", {"use_rslora": False}),
+    "rslora-invented": (V_PROJ, "attention-f32", {"use_rslora": True}),
+    "alpha-pattern-ignored": (Q_PROJ, "patterns-bf16", {"alpha_pattern": {}}),
+    "alpha-pattern-on-a-suffix": (DOWN_PROJ, "patterns-bf16", {"alpha_pattern": {"proj": 24}}),
+    "alpha-ignored": (DOWN_PROJ, "mlp-f16", {"lora_alpha": 17}),
+    "alpha-one-off": (DOWN_PROJ, "mlp-bf16", {"lora_alpha": 10}),
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "fault"),
+    [
+        (run, fault)
+        for run in ("llama-mixed", "llama-mixed-bf16")
+        for fault, (_, name, _) in FAULTS.items()
+        if name in RUNS[run]["adapter_of_sample"]
+    ],
+)
+def test_a_wrong_config_is_seen(
+    outputs: Mapping[str, Array], tmp_path: Path, run: str, fault: str
+) -> None:
+    layer, name, options = FAULTS[fault]
+    case = Layer(outputs, run, layer)
+    wrong = case.adapters(**{name: copy_of(f"llama/{name}", tmp_path, **options)})
+    assert is_seen_in_rows_of(case, wrong, name)
+
+
+def test_a_rank_pattern_left_out_of_the_scaling_is_seen(outputs: Mapping[str, Array]) -> None:
+    case = Layer(outputs, "llama-mixed", V_PROJ)
+    index = case.directories.index("patterns-bf16")
+    wrong = case.adapters()
+    adapter = wrong[index]
+    assert adapter is not None
+    wrong[index] = sgmv.Adapter(adapter.A, adapter.B, scaling=12 / 16)
+    assert is_seen_in_rows_of(case, wrong, "patterns-bf16")
+
+
+def test_swapped_adapters_are_seen(outputs: Mapping[str, Array]) -> None:
+    case = Layer(outputs, "llama-mixed", Q_PROJ)
+    wrong = case.adapters()
+    one, other = (case.directories.index(name) for name in ("attention-f32", "rslora-f32"))
+    wrong[one], wrong[other] = wrong[other], wrong[one]
+    assert is_seen_in_rows_of(case, wrong, "attention-f32", "rslora-f32")
+
+
+def is_seen_in_rows_of(case: Layer, wrong: list[sgmv.Adapter | None], *names: str) -> bool:
+    """Every row of these adapters differs from PEFT's by more than rounding; no other row does."""
+    actual = sgmv.apply_batched(case.x, case.W, wrong, case.ids)
+    exact = apply_batched(case.x, case.W, wrong, case.ids)
+    bound = case.difference_bound(wrong, exact)
+    seen = violations(actual, case.y.astype(np.float64), bound).any(axis=1)
+    touched = np.isin(case.ids, [case.directories.index(name) for name in names])
+    return bool(np.array_equal(seen, touched))
+
+
+# What is refused: adapters that PEFT wrote
+
+
+REFUSED_BY_PEFT = {
+    "dora": ("use_dora", "DoRA"),
+    "lora-bias": ("lora_bias", "bias to B"),
+    "bias-all": ("bias='all'", "'none'"),
+    "pissa": ("init_lora_weights", "'pissa'", "path_initial_model_for_weight_conversion"),
+    "olora": ("init_lora_weights", "'olora'"),
+    "modules-to-save": ("modules_to_save", '["norm"]'),
+    "trainable-tokens": ("trainable_token_indices", "[1, 3]"),
+    "layer-replication": ("layer_replication",),
+    "alora": ("alora_invocation_tokens", "aLoRA"),
+    "embedding": ("embed_tokens", "tensors", "an embedding's adapter"),
+    "lm-head": ("'base_model.model.lm_head.base_layer.weight'", "save_embedding_layers=False"),
+    "ia3": ("peft_type", "'LORA'", "'IA3'"),
+    "adalora": ("peft_type", "'ADALORA'"),
+    "loha": ("peft_type", "'LOHA'"),
+    "convolution": ("linear layer", "(2, 2, 2, 2)", "(3, 2, 1, 1)"),
+}
+
+
+@pytest.mark.parametrize("directory", REFUSED_BY_PEFT)
+def test_other_than_plain_lora_is_refused_by_name(directory: str) -> None:
+    with pytest.raises(PeftError) as caught:
+        load_peft(FIXTURES / "refused" / directory)
+    for part in REFUSED_BY_PEFT[directory]:
+        assert part in str(caught.value)
+
+
+def test_what_the_remedy_for_lm_head_leaves_is_read(tmp_path: Path) -> None:
+    """PEFT with save_embedding_layers=False writes the same file without the base weight."""
+    target = copy_of("refused/lm-head", tmp_path)
+    tensors = load_file(target / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.base_layer.weight"]
+    save_file(tensors, target / "adapter_model.safetensors")
+    assert list(load_peft(target)) == ["lm_head"]
+
+
+def test_every_refused_fixture_is_tested() -> None:
+    on_disk = {path.name for path in (FIXTURES / "refused").iterdir()}
+    assert on_disk == REFUSED_BY_PEFT.keys()
+
+
+# The same, when the config does not admit it: the tensors tell
+@pytest.mark.parametrize(
+    ("directory", "options", "part"),
+    [
+        ("dora", {"use_dora": False}, "DoRA's magnitudes"),
+        ("lora-bias", {"lora_bias": False}, "a bias"),
+        ("bias-all", {"bias": "none"}, "a bias"),
+        ("modules-to-save", {"modules_to_save": None}, "a weight of the base model"),
+        ("trainable-tokens", {"trainable_token_indices": None}, "trainable_tokens_delta"),
+        ("ia3", {"peft_type": "LORA"}, "ia3_l"),
+        ("adalora", {"peft_type": "LORA", "r": 3}, "not plain LoRA"),
+    ],
+)
+def test_foreign_tensors_are_refused_by_name(
+    directory: str, options: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    keep = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | options
+    source = json.loads((FIXTURES / "refused" / directory / "adapter_config.json").read_text())
+    target = copy_of(f"refused/{directory}", tmp_path)
+    plain = {key: source[key] for key in keep if key in source} | keep
+    (target / "adapter_config.json").write_text(json.dumps(plain))
+    refusal(target, "adapter_model.safetensors", part)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "part"),
+    [
+        ("use_qalora", True, "QALoRA"),
+        ("use_bdlora", {"nblocks": 2}, "block diagonal"),
+        ("arrow_config", {"top_k": 2}, "Arrow"),
+        ("kasa_config", {"beta": 1e-4}, "KaSA"),
+        ("monteclora_config", {"num_samples": 4}, "MonteCLoRA"),
+        ("target_parameters", ["experts.gate_up_proj"], "experts"),
+        ("megatron_config", {"hidden_size": 64}, "shard"),
+        ("init_lora_weights", "pissa_niter_16", "base weights"),
+        ("init_lora_weights", "corda", "base weights"),
+        ("init_lora_weights", "loftq", "base weights"),
+        ("init_lora_weights", "lora_ga", "base weights"),
+        ("init_lora_weights", "not yet invented", "base weights"),
+        ("bias", "lora_only", "bias='lora_only'"),
+        ("peft_type", "XLORA", "'XLORA'"),
+        ("peft_type", None, "None"),
+        ("use_tomorrows_lora", True, "use_tomorrows_lora=true"),
+        ("r", 0, "positive integer"),
+        ("r", "8", "positive integer"),
+        ("r", True, "positive integer"),
+        ("r", None, "positive integer"),
+        ("lora_alpha", "16", "finite number"),
+        ("lora_alpha", None, "finite number"),
+        ("lora_alpha", float("nan"), "finite number"),
+        ("lora_alpha", float("inf"), "finite number"),
+        ("lora_alpha", 10**400, "finite number"),
+        ("rank_pattern", ["q_proj"], "pattern: value"),
+        ("rank_pattern", {"q_proj": -1}, "positive integer"),
+        ("alpha_pattern", {"q_proj[": 4}, "regular expressions"),
+        ("alpha_pattern", {"q_proj)": 4}, "regular expressions"),
+        ("alpha_pattern", {"q_proj{99999999999}": 4}, "regular expressions"),
+        ("alpha_pattern", {"q_proj": []}, "finite number"),
+    ],
+)
+def test_options_are_refused_by_name(option: str, value: Any, part: str, tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path, **{option: value})
+    refusal(directory, option, part, str(directory))
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "Orthogonal", "mica"])
+def test_harmless_initialisations_are_read(init: object, tmp_path: Path) -> None:
+    assert load_peft(copy_of("llama/attention-f32", tmp_path, init_lora_weights=init))
+
+
+@pytest.mark.parametrize("option", ["unknown_a", "unknown_b", "enable_lora"])
+@pytest.mark.parametrize("value", [None, False, [], {}])
+def test_unknown_options_that_are_off_are_read(option: str, value: object, tmp_path: Path) -> None:
+    assert load_peft(copy_of("llama/attention-f32", tmp_path, **{option: value}))
+
+
+# What is refused: names that match nothing
+
+
+@pytest.mark.parametrize(
+    ("module", "near"),
+    [
+        ("model.layers.0.self_attn.q_porj", Q_PROJ),
+        ("q_proj", Q_PROJ),
+        ("self_attn.v_proj", V_PROJ),
+        (f"base_model.model.{Q_PROJ}", Q_PROJ),
+        ("model.layers.7.self_attn.q_proj", Q_PROJ),
+    ],
+)
+def test_an_unknown_module_lists_near_names(module: str, near: str) -> None:
+    directory = FIXTURES / "llama" / "attention-f32"
+    with pytest.raises(PeftError) as caught:
+        sgmv.Adapter.from_peft(directory, module)
+    for part in ("module", str(directory), repr(module)):
+        assert part in str(caught.value)
+    assert repr(near) in str(caught.value).partition("did you mean ")[2]
+
+
+def test_a_module_unlike_all_others_lists_what_there_is() -> None:
+    with pytest.raises(PeftError, match=f"'lm_head'; there are .*{V_PROJ!r}"):
+        read_adapter(FIXTURES / "llama" / "attention-f32", "lm_head")
+
+
+def test_a_longer_name_finds_its_end(tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path, halves("up", np.ones((2, 3)), np.ones((5, 2))))
+    with pytest.raises(PeftError, match=r"did you mean 'up'\?"):
+        read_adapter(directory, "base_model.model.decoder.up")
+
+
+def test_many_near_names_are_cut_short(tmp_path: Path) -> None:
+    tensors: dict[str, Array] = {}
+    for index in range(9):
+        name = f"model.layers.{index}.self_attn.q_proj"
+        tensors |= halves(name, np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
+    with pytest.raises(PeftError, match=r"did you mean .* and 4 more\?"):
+        read_adapter(write_adapter(tmp_path, tensors), "q_proj")
+
+
+def test_a_module_that_is_no_string_is_refused() -> None:
+    with pytest.raises(PeftError, match=r"module: expected a layer .* got 3;"):
+        read_adapter(FIXTURES / "llama" / "attention-f32", 3)  # type: ignore[arg-type]
+
+
+# What is refused: directories and files that are not as PEFT wrote them
+
+
+def test_a_missing_directory(tmp_path: Path) -> None:
+    refusal(tmp_path / "nowhere", "directory", "nowhere", "no such directory", "save_pretrained")
+
+
+def test_a_file_for_a_directory() -> None:
+    path = FIXTURES / "llama" / "attention-f32" / "adapter_model.safetensors"
+    refusal(path, "directory", "a file")
+
+
+def test_no_path_at_all() -> None:
+    with pytest.raises(PeftError, match="directory: expected a PEFT adapter directory, got int"):
+        load_peft(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file(name: str, tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / name).unlink()
+    refusal(directory, "directory", name, str(directory), "save_pretrained")
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    refusal(directory, "adapter_model.bin", "pickle", "safe_serialization=True")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"r": 8', b"\xff\xfe{}", b"{'r': 8}"])
+def test_a_damaged_config(text: bytes, tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / "adapter_config.json").write_bytes(text)
+    refusal(directory, "adapter_config.json", "JSON", "damaged")
+
+
+def test_a_config_that_is_no_object(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / "adapter_config.json").write_text("[8, 16]")
+    refusal(directory, "adapter_config.json", "JSON object", "list")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 5000, -1])
+def test_a_truncated_weights_file(kept: int, tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    refusal(directory, "adapter_model.safetensors", "damaged")
+
+
+def test_a_weights_file_of_something_else(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / "adapter_model.safetensors").write_bytes(b"\xff" * 400)
+    refusal(directory, "adapter_model.safetensors", "damaged")
+
+
+def test_tensors_under_unknown_names(tmp_path: Path) -> None:
+    save_file(halves("up", np.ones((2, 3)), np.ones((5, 2))), tmp_path / "bare.safetensors")
+    write_adapter(tmp_path, {})
+    (tmp_path / "bare.safetensors").replace(tmp_path / "adapter_model.safetensors")
+    refusal(tmp_path, "base_model.model.<module>.lora_A/B", "'up.lora_A.weight'")
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_a_missing_half(half: str, tmp_path: Path) -> None:
+    tensors = halves(Q_PROJ, np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
+    left = {name: tensor for name, tensor in tensors.items() if f"lora_{half}" in name}
+    refusal(write_adapter(tmp_path, left), f"lora_{half} alone", Q_PROJ)
+
+
+def test_no_adapted_layer(tmp_path: Path) -> None:
+    refusal(write_adapter(tmp_path, {}), "LoRA tensors, got none", "target_modules")
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "parts"),
+    [
+        (np.ones((4, 3)), np.ones((5, 4)), ("A (2, h_in)", "lora_A (4, 3)", "config")),
+        (np.ones((2, 3)), np.ones((5, 4)), ("B (h_out, 2)", "lora_B (5, 4)")),
+        (np.ones((4, 3)), np.ones((5, 2)), ("A (2, h_in)", "lora_A (4, 3)")),
+        (np.ones((2, 3, 1)), np.ones((5, 2)), ("linear layer", "(2, 3, 1)")),
+        (np.ones((2, 3, 1, 1)), np.ones((5, 2, 1, 1)), ("a convolution's or an expert stack's",)),
+        # ZeRO-3 leaves nothing of a tensor, FSDP a rank's flat part of it.
+        (np.ones(0), np.ones(0), ("linear layer", "lora_A (0,)", "ZeRO-3", "stage3_gather_16bit")),
+        (np.ones((2, 0)), np.ones((5, 2)), ("lora_A (2, 0)", "ZeRO-3")),
+        (np.ones((2, 3)), np.ones((0, 2)), ("lora_B (0, 2)", "ZeRO-3")),
+        (np.ones(2), np.ones((5, 2)), ("linear layer", "(2,)", "FSDP", "full state dict")),
+        (np.ones((2, 3), np.int8), np.ones((5, 2), np.int8), ("F32, F16, BF16, F64", "I8")),
+        (np.ones((2, 3), np.float16), np.ones((5, 2), np.float32), ("lora_A F16", "lora_B F32")),
+    ],
+)
+def test_shapes_and_types_that_disagree(
+    A: Array, B: Array, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    refusal(write_adapter(tmp_path, halves(Q_PROJ, A, B)), Q_PROJ, str(tmp_path), *parts)
+
+
+def test_a_rank_pattern_that_the_tensors_deny(tmp_path: Path) -> None:
+    directory = copy_of("llama/patterns-bf16", tmp_path, rank_pattern={})
+    refusal(directory, Q_PROJ, "A (16, h_in)", "lora_A (3, 48)", "lora_B (48, 3)")
+
+
+# What is there instead, by its name
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13648688\n",
+            ("a Git LFS pointer", "git lfs pull"),
+        ),
+        (b"/annex/objects/SHA256E-s13--ab.safetensors\n", ("git-annex", "git annex get")),
+        (b"\n<!doctype html>\n<html>", ("a web page", "download")),
+        (b"PK\x03\x04\x00\x00\x08\x08", ("torch.save", "safe_serialization=True")),
+        (b"GGUF\x03\x00\x00\x00", ("a GGUF file",)),
+        (b"", ("an empty file", "full disk")),
+        (bytes(5000), ("zeros", "crash")),
+    ],
+)
+def test_a_file_of_other_content(
+    data: bytes, parts: tuple[str, ...], name: str, tmp_path: Path
+) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / name).write_bytes(data)
+    refusal(directory, str(directory / name), *parts)
+
+
+def test_a_file_of_40_bytes(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    save_file({}, path, metadata={"format": "pt"})
+    assert path.stat().st_size == 40
+    refusal(directory, str(path), "a header without data", "state dict", "target_modules")
+
+
+def test_a_sharded_save(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    path.rename(directory / "adapter_model-00001-of-00002.safetensors")
+    (directory / "adapter_model.safetensors.index.json").write_text("{}")
+    refusal(directory, str(directory), "a sharded save", "max_shard_size")
+
+
+def test_weights_under_another_name(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / "adapter_model.safetensors"
+    path.rename(directory / "adapters.safetensors")
+    refusal(directory, str(path), "no such file; there is adapters.safetensors")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_to_nothing(name: str, tmp_path: Path) -> None:
+    """As a Hub cache has when its blobs were deleted, or git-annex before `get`."""
+    directory = copy_of("llama/attention-f32", tmp_path)
+    path = directory / name
+    path.unlink()
+    path.symlink_to("../blobs/4d7a")
+    refusal(directory, str(path), "a link to ../blobs/4d7a, which is not there", "download")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "chosen"),
+    [
+        (["french", "greek"], "named adapters: french, greek", "greek"),
+        (
+            ["checkpoint-500", "checkpoint-1000"],
+            "checkpoint-500, checkpoint-1000",
+            "checkpoint-1000",
+        ),
+        (["checkpoint-9", "final"], "named adapters: checkpoint-9, final", "final"),
+        ([f"a{i}" for i in range(9)], "a0, a1, a2, a3, a4, ...", "a8"),
+    ],
+)
+def test_a_root_of_adapters(names: list[str], kind: str, chosen: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in names:
+        copy_of("llama/attention-f32", root / name).rename(root / "moved")
+        (root / name).rmdir()
+        (root / "moved").rename(root / name)
+    refusal(root, "adapter_config.json", kind, f"as in {root / chosen}")
+    assert load_peft(root / chosen)
+
+
+@pytest.mark.parametrize("main", ["aaaa", "bbbb", None])
+def test_a_hub_cache_folder(main: str | None, tmp_path: Path) -> None:
+    cache = tmp_path / "models--somebody--french"
+    for revision in ("aaaa", "bbbb"):
+        shutil.copytree(FIXTURES / "llama" / "attention-f32", cache / "snapshots" / revision)
+    if main:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(main)
+    chosen = cache / "snapshots" / (main or "bbbb")
+    refusal(cache, str(cache), "a Hub cache folder", f"pass {chosen}")
+    assert load_peft(chosen)
+    shutil.rmtree(cache / "snapshots")
+    (cache / "snapshots").mkdir()
+    refusal(cache, "a Hub cache folder without an adapter", "download")
+
+
+def test_a_whole_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    refusal(tmp_path, str(tmp_path), "a whole model", "the directory of an adapter")
+
+
+def test_weights_without_a_config(tmp_path: Path) -> None:
+    directory = copy_of("llama/attention-f32", tmp_path)
+    (directory / "adapter_config.json").unlink()
+    refusal(directory, "adapter_config.json", "no such file; the weights are there", "copy")
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    refusal(FIXTURES / "llama" / "patterns-bf16", "ml_dtypes", "pip install ml_dtypes")
+
+
+@pytest.mark.parametrize("package", ["ml_dtypes", "safetensors"])
+def test_float32_needs_no_package(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert load_peft(FIXTURES / "llama" / "attention-f32")

@@ -1,0 +1,197 @@
+"""Faults planted in kernels and metadata: the acceptance checks must reject each one.
+
+Each fault is one replacement in one source file of a copy of the package, run as plain Python on a
+few small corpus cases and a few random batches: what the suite runs on the real code at full size.
+Faults in the tiles, which only the compiler can run, are in kernels/test_tiles.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference.workloads import corpus
+from tests.help import acceptance
+from tests.help.planting import Fault, imported, outcome, plant
+
+pytestmark = pytest.mark.once
+
+
+LARGER = ("subnormal", "base-only bits", "ids far apart")
+SMALL_CASES = [
+    case
+    for dtype in (np.float32, np.float16)
+    for most, names in ((2_000, ""), (10_000, LARGER))
+    for case in corpus(most, [dtype])
+    if len(case.adapter_ids) <= 40 and case.name.startswith(names)
+]
+
+# Small blocks everywhere, so that a case of 40 columns and 20 rows has several.
+SMALL_BLOCKS = (
+    Fault("kernels.loops", "K_BLOCK = 1024", "K_BLOCK = 16"),
+    Fault("kernels.call", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
+    Fault("kernels.call", "RANK_UNIT = 8", "RANK_UNIT = 4"),
+    Fault("kernels.plan", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
+    Fault("kernels.plan", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
+    Fault("launch", "WORTH_SHARING_NS = 20_000", "WORTH_SHARING_NS = 0"),
+)
+
+# what goes wrong: module, text there, what stands there instead
+FAULTS = {
+    # shrink
+    "the last K block is dropped": Fault(
+        "kernels.loops",
+        "range(0, call[H_IN], K_BLOCK)",
+        "range(0, call[H_IN] - call[H_IN] % K_BLOCK, K_BLOCK)",
+    ),
+    "K blocks overwrite instead of adding": Fault(
+        "kernels.loops", "v[0] += sums[0]", "v[0] = sums[0]"
+    ),
+    "the third rank of four is lost": Fault("kernels.loops", "v[2] += sums[2]", "v[2] += sums[1]"),
+    "v is not cleared": Fault("kernels.loops", "v[:4] = 0", "pass"),
+    "x is read in sorted order": Fault(
+        "kernels.loops", "item(call[ROWS], p) * call[X_STRIDE]", "p * call[X_STRIDE]"
+    ),
+    "the last row of a task is dropped in shrink": Fault(
+        "kernels.loops",
+        "for p in range(first, last):\n",
+        "for p in range(first, max(first + 1, last - 1)):\n",
+    ),
+    "ranks past the end are read": Fault(
+        "kernels.loops", "min(j + 1, high - 1) * row", "(high - 1) * row"
+    ),
+    "every cut of the ranks is the first": Fault(
+        "kernels.loops", "v[j:], sums", "v[j - low :], sums"
+    ),
+    # expand
+    "y is overwritten": Fault(
+        "kernels.loops", "decode(y[c], scaling) + scaling * sums[c]", "scaling * sums[c]"
+    ),
+    "the scaling is dropped": Fault("kernels.loops", "+ scaling * sums[c]", "+ sums[c]"),
+    "the first slot's scaling for all": Fault(
+        "kernels.loops", "call[SCALINGS] + 8 * slot", "call[SCALINGS]"
+    ),
+    "y is written in sorted order": Fault(
+        "kernels.loops", "item(call[ROWS], p + i) * call[Y_STRIDE]", "(p + i) * call[Y_STRIDE]"
+    ),
+    "sums carry over to the next rows": Fault("kernels.loops", "sums[:] = 0", "pass"),
+    "the ranks of a full four are added twice": Fault(
+        "kernels.loops", "v[i, in_fours:r], wb[in_fours:]", "v[i, :r], wb"
+    ),
+    "the ranks left over take other weights": Fault(
+        "kernels.loops", "v[i, in_fours:r], wb[in_fours:]", "v[i, in_fours:r], wb"
+    ),
+    "the columns' last panel is read as a whole one": Fault(
+        "kernels.loops", "width = min(columns, high - c)", "width = min(columns, high - low)"
+    ),
+    "subnormal halves are flushed": Fault(
+        "kernels.floats", "half = np.uint32(shifted - ONE_HALF)", "half = np.uint32(0)"
+    ),
+    # metadata
+    "rows are not put in a stable order": Fault(
+        "kernels.plan",
+        "for p in range(n):\n            i = source[p]\n            d =",
+        "for p in range(n - 1, -1, -1):\n            i = source[p]\n            d =",
+    ),
+    "offsets are off by one": Fault(
+        "kernels.plan", "seq_start[S] = p\n", "seq_start[S] = max(p - 1, 0)\n"
+    ),
+    "the last segment ends early": Fault(
+        "kernels.plan", "seq_start[S] = n\n", "seq_start[S] = max(n - 1, 0)\n"
+    ),
+    "high digits of the ids are not sorted": Fault("kernels.plan", "shift < 64", "shift < 4"),
+    "the plan's memory is too near the blocks": Fault(
+        "kernels.plan", "rest += 8 * (n + 1 + most_digits(n))", "rest += 8 * (n - 1)"
+    ),
+    # tasks
+    "row blocks overlap": Fault(
+        "kernels.plan",
+        "blocks[count, 2] = start + m * i // pieces",
+        "blocks[count, 2] = max(seq_start[0], start + m * i // pieces - 1)",
+    ),
+    "a segment's last row has no task": Fault(
+        "kernels.plan",
+        "blocks[count, 3] = start + m * (i + 1) // pieces",
+        "blocks[count, 3] = start + max(1, m * (i + 1) // pieces - 1)",
+    ),
+    "rank 0 is scheduled": Fault(
+        "kernels.plan", "if rank[s] == 0:\n            continue", "if False:\n            continue"
+    ),
+    "the columns' last block is cut off": Fault(
+        "kernels.call",
+        "min(units * (part + 1) // cuts * unit, extent)",
+        "min(units * (part + 1) // cuts * unit, extent - (cuts > 1))",
+    ),
+    "every cut begins where the block does": Fault(
+        "kernels.call", "return units * part // cuts * unit,", "return 0,"
+    ),
+    "ranks are not cut by the rank of their own block": Fault(
+        "kernels.loops",
+        "low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)",
+        "low, high = cut_of(task, call[SHRINK_CUTS], r // 8 * 8 or r, RANK_UNIT)",
+    ),
+    "every id is served by the first slot": Fault(
+        "kernels.plan",
+        "slot[s] = slots[low]\n            rank[s] = ranks[slots[low]]",
+        "slot[s] = max(slots[0], 0)\n            rank[s] = ranks[slot[s]]",
+    ),
+    "base rows get an adapter's delta": Fault(
+        "kernels.plan",
+        "if adapter_ids[s] == BASE_ONLY:\n            continue",
+        "if adapter_ids[s] == BASE_ONLY and ids.shape[0]:\n"
+        "            slot[s] = max(slots[-1], 0)\n"
+        "            rank[s] = ranks[slot[s]]\n"
+        "            continue",
+    ),
+    "ranks of the wrong slot": Fault(
+        "kernels.plan", "rank[s] = ranks[slots[low]]", "rank[s] = min(ranks[slots[low]], ranks[0])"
+    ),
+    "panels are packed in another order": Fault(
+        "table", "for c in range(0, h_out, columns):", "for c in (0,) * (h_out > 0):"
+    ),
+    "a replaced adapter keeps its scaling": Fault(
+        "table",
+        "scalings[slot] = 0.0 if stored is None else stored.scaling",
+        "scalings[slot] = scalings[slot] or (0.0 if stored is None else stored.scaling)",
+    ),
+    "one scaling for all": Fault("lora", "scalings[adapter_id])", "next(iter(scalings.values())))"),
+    # same row, same bits
+    "a row's order of summation depends on its company": Fault(
+        "kernels.loops",
+        "for k in range(0, call[H_IN], K_BLOCK):\n"
+        "                width = min(K_BLOCK, call[H_IN] - k)",
+        "K = K_BLOCK + (last - first) % 3\n"
+        "            for k in range(0, call[H_IN], K):\n"
+        "                width = min(K, call[H_IN] - k)",
+    ),
+}
+
+
+def accept(folder: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """Run the acceptance checks on the package of this folder."""
+    monkeypatch.setattr(acceptance, "sgmv", imported(folder, monkeypatch)["sgmv"])
+    monkeypatch.setattr(acceptance, "VECTOR_BITS", 0)  # plain Python has the loops alone
+    for case in SMALL_CASES:
+        acceptance.check_case(case)
+        acceptance.check_applied(case)
+    acceptance.check_reused_ids()
+    acceptance.check_same_bits(rng, batches=6, threads=(1, 2))
+
+
+def test_accepted_without_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    accept(plant(tmp_path, *SMALL_BLOCKS), monkeypatch, rng)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_rejected(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    plant(tmp_path, *SMALL_BLOCKS, FAULTS[fault])
+    assert "AssertionError" in outcome(lambda: accept(tmp_path, monkeypatch, rng))

@@ -1,0 +1,108 @@
+"""Copies of the package in another folder, in which something has been changed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numba
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Fault(NamedTuple):
+    """One replacement: the module, the text that stands there once, and what stands there then."""
+
+    module: str
+    text: str
+    instead: str
+
+
+def plant(folder: Path, *faults: Fault) -> Path:
+    """Copy the package into the folder, with these faults; returns the folder."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sgmv", folder / "sgmv", ignore=ignore)
+    for fault in faults:
+        change(folder, fault)
+    return folder
+
+
+def change(folder: Path, fault: Fault) -> None:
+    """Make this replacement in the folder's copy."""
+    path = folder.joinpath("sgmv", *fault.module.split(".")).with_suffix(".py")
+    source = path.read_text()
+    found = source.count(fault.text)
+    assert found == 1, f"{fault.text!r} stands {found} times in {fault.module}"
+    path.write_text(source.replace(fault.text, fault.instead))
+
+
+def imported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "sgmv"
+) -> dict[str, ModuleType]:
+    """The modules that this folder's `name` imports, as plain Python; the tests' own stay."""
+    ours = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "sgmv"}
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(numba.config, "DISABLE_JIT", 1)
+        try:
+            importlib.import_module(name)
+            found = {n: m for n, m in sys.modules.items() if n.split(".")[0] == "sgmv"}
+        finally:
+            for each in [n for n in sys.modules if n.split(".")[0] == "sgmv"]:
+                del sys.modules[each]
+            sys.modules.update(ours)
+    assert all(Path(str(module.__file__)).is_relative_to(folder) for module in found.values())
+    return found
+
+
+def outcome(function: Callable[[], object]) -> str:
+    """What the function raises in a child process: a fault may write, or read, anywhere."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        signal.alarm(60)
+        try:
+            function()
+            os.write(writing, b"nothing")
+        except BaseException as error:
+            os.write(writing, repr(error).encode()[:4000])
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        raised = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return raised or f"the end of the child, {os.waitstatus_to_exitcode(status)}"
+
+
+def run_python(
+    program: str,
+    folder: Path | None = None,
+    *,
+    arguments: Sequence[str] = (),
+    timeout: float = 120,
+    **environment: str | None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program on the package of this folder, or on the tests' own.
+
+    environment  variables to set, or to take away where None
+    """
+    path = os.pathsep.join(str(part) for part in (folder, ROOT) if part)
+    variables: dict[str, str | None] = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={name: value for name, value in variables.items() if value is not None},
+        cwd=folder or ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

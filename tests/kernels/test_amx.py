@@ -1,0 +1,336 @@
+"""Tile products, computed by the emulation: the same kernel, whose bits a model in numpy foretells.
+
+No CPU with AMX has run these tests: what its compiler makes of the kernel is read as assembly.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import sgmv
+from reference.workloads import integer, popularity, real
+from sgmv import amx, backend
+from sgmv.errors import SgmvError
+from sgmv.kernels.amx_instructions import CPU, EMULATION
+from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
+from tests.help import acceptance
+from tests.help.acceptance import assert_same_bits, check_case, check_rows_keep_their_bits, stack_of
+from tests.help.planting import Fault, plant, run_python
+from tests.kernels import test_tiles
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+pytestmark = [
+    pytest.mark.skipif(not JITTED or VECTOR_BITS == 0, reason="no compiled tiles"),
+    pytest.mark.usefixtures("one_blas_thread"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulated() -> Iterator[None]:
+    """In this module alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGMV_AMX", "emulate")
+        patch.delenv("SGMV_BACKEND", raising=False)
+        patch.setattr(acceptance, "BACKENDS", ("amx",))
+        patch.setattr(backend, "_shrink", {})
+        patch.setattr(backend, "_kernels", {})
+        amx.is_on.cache_clear()
+        assert amx.is_on()
+        yield
+    amx.is_on.cache_clear()
+
+
+# the model: Intel's pseudo-code of TDPBF16PS, and the order of kernels/amx.py
+
+Matrix = np.ndarray
+
+
+def flush(values: Matrix) -> Matrix:
+    return np.where(np.abs(values) < 2.0**-126, np.copysign(np.float32(0), values), values)
+
+
+def fused(a: Matrix, b: Matrix, c: Matrix) -> Matrix:
+    """A * b + c, rounded once: in float64 the product is exact, and the sum has over twice the bits
+    of a float32, so that rounding it first changes nothing (Figueroa 1995).
+    """
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def product(c: Matrix, a: Matrix, b: Matrix) -> Matrix:
+    """C (n, r) + a (n, 32) @ b (r, 32).T."""
+    even = odd = np.zeros_like(c)
+    for k in range(0, a.shape[1], 2):
+        even = flush(fused(a[:, k, None], b[:, k], even))
+        odd = flush(fused(a[:, k + 1, None], b[:, k + 1], odd))
+    return flush(c + flush(even + odd))
+
+
+def foretold(x: Matrix, wa: Matrix, chains: int = 4, block: int = 1024, step: int = 32) -> Matrix:
+    x, wa = (np.pad(m.astype(np.float32), ((0, 0), (0, -m.shape[1] % 128))) for m in (x, wa))
+    x, wa = flush(x), flush(wa)
+    v = None
+    for k in range(0, x.shape[1], block):
+        sums = [np.zeros((len(x), len(wa)), np.float32) for _ in range(chains)]
+        for i, s in enumerate(range(k, min(k + block, x.shape[1]), step)):
+            sums[i % chains] = product(sums[i % chains], x[:, s : s + step], wa[:, s : s + step])
+        while len(sums) > 1:
+            sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        v = sums[0] if v is None else v + sums[0]
+    return v
+
+
+LENGTHS = (*range(1, 18), 31, 32, 33, 49, 97)
+RANKS = (*range(1, 18), 24, 31, 32, 33, 64)
+
+
+def operands(name: str, h_in: int) -> tuple[Matrix, list[Matrix], np.ndarray]:
+    """Rows of x, wa of each adapter, ids: every row count of a panel, every rank of a tile."""
+    rng = np.random.default_rng(h_in)
+    ids = rng.permutation(np.repeat(np.arange(len(LENGTHS)), LENGTHS))
+    scale = {"normal": 0, "near underflow": -63, "overflowing": 62}[name]
+    spread = 0 if name == "normal" else 6
+
+    def draw(rows: int) -> Matrix:
+        values = rng.standard_normal((rows, h_in)) * 2.0 ** rng.integers(
+            scale - spread, scale + spread + 1, (rows, h_in)
+        )
+        return values.astype(BF16)
+
+    x = draw(len(ids))
+    was = [draw(r) for r in rng.permutation(RANKS)]
+    if name == "near underflow":
+        x[::3, ::2] *= BF16.type(2.0**-60)  # subnormal themselves, or as products
+        x[::5] *= BF16.type(0)
+    if name == "overflowing":
+        x[::7, 0], x[3::7, -1], was[2][0, 0] = np.inf, np.nan, -np.inf
+    return x, was, ids
+
+
+@pytest.mark.once
+@np.errstate(all="ignore")
+@pytest.mark.parametrize("name", ["normal", "near underflow", "overflowing"])
+@pytest.mark.parametrize("h_in", [1, 2, 31, 33, 128, 129, 200, 1024, 1057])
+def test_every_bit_is_foretold(h_in: int, name: str) -> None:
+    x, was, ids = operands(name, h_in)
+    stack = sgmv.AdapterStack.from_adapters([(wa, np.zeros((1, len(wa)), BF16)) for wa in was])
+    segments = sgmv.segment(ids)
+    expected = np.zeros((len(x), stack.max_rank), np.float32)
+    for adapter_id, wa in enumerate(was):
+        expected[ids == adapter_id, : len(wa)] = foretold(x[ids == adapter_id], wa)
+    for threads in (1, 5):
+        sgmv.set_num_threads(threads)
+        v = sgmv.shrink(x, stack, segments, backend="amx")
+        np.testing.assert_array_equal(v, expected[segments.rows])
+        number = ~np.isnan(v)
+        signs = np.signbit(expected[segments.rows])
+        np.testing.assert_array_equal(np.signbit(v[number]), signs[number])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "other", [{"chains": 2}, {"chains": 8}, {"block": 512}, {"step": 16}, {"step": 64}], ids=str
+)
+def test_another_order_would_be_noticed(other: dict[str, int]) -> None:
+    x, was, _ids = operands("normal", 1057)
+    assert (foretold(x, was[0]) != foretold(x, was[0], **other)).mean() > 0.1
+
+
+@pytest.mark.once
+def test_subnormal_numbers_are_0() -> None:
+    """As x, as a weight, as a product, as a sum; each float32 below 2**-126 is lost, no other."""
+    every = np.arange(2**16).astype(np.uint16).view(BF16)[:, None]
+    one = np.ones((1, 1), BF16)
+    with np.errstate(invalid="ignore"):
+        expected = flush(every.astype(np.float32))
+        stack = sgmv.AdapterStack.from_adapters([(one, one), (every[:512], one.repeat(512, 1))])
+        as_x = sgmv.shrink(every, stack, sgmv.segment(np.zeros(len(every), int)), backend="amx")
+        as_weight = sgmv.shrink(one, stack, sgmv.segment([1]), backend="amx")
+    np.testing.assert_array_equal(as_x[:, :1], expected)
+    np.testing.assert_array_equal(as_weight[0], expected[:512, 0])
+    half = np.full((1, 1), 2.0**-63, BF16)
+    pair = sgmv.AdapterStack.from_adapters([(np.array([[1.5, -1.0]], BF16) * half, one)])
+    for x, v in (([1, 0], 1.5 * 2.0**-126), ([1, 1], 0.0), ([0.5, 0], 0.0)):
+        found = sgmv.shrink(np.array([x], BF16) * half, pair, sgmv.segment([0]), backend="amx")
+        assert found[0, 0] == np.float32(v), x
+
+
+# right, and the same bits
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("number", range(0, 27, 4))
+def test_shapes(number: int) -> None:
+    test_tiles.check_shapes([number], BF16)
+
+
+@pytest.mark.parametrize("y", ["float32", "float16", "bfloat16"])
+def test_within_the_bound(y: str) -> None:
+    test_tiles.check_mix("bfloat16", "bfloat16", y)
+
+
+def test_the_whole_corpus() -> None:
+    for case in acceptance.corpus(100_000, [BF16]):
+        check_case(case)
+
+
+@pytest.mark.once
+def test_nan_all_around_is_not_read_or_written() -> None:
+    test_tiles.check_guards([("bfloat16", "bfloat16", "float32")], test_tiles.EDGES)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for fenced pages")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("at_end", [True, False], ids=["fence after", "fence before"])
+def test_no_byte_outside_is_touched(at_end: bool) -> None:
+    test_tiles.check_fences(("bfloat16", "bfloat16", "float32"), at_end)
+
+
+def test_same_row_same_bits(rng: np.random.Generator) -> None:
+    """Alone, shuffled, in other company, on 1 to 5 threads."""
+    for h_in, r in ((1, 1), (70, 17), (129, 5), (1300, 40)):
+        A, B = rng.standard_normal((r, h_in)).astype(BF16), rng.standard_normal((9, r)).astype(BF16)
+        stack = sgmv.AdapterStack.from_adapters([(A, B), (A[: r // 2], B[:, : r // 2])])
+        ids = rng.integers(-1, 2, 40)
+        x, y = (rng.standard_normal((40, h)).astype(BF16) for h in (h_in, 9))
+        check_rows_keep_their_bits(rng, y, x, stack, ids, (1, 2, 5), "amx")
+
+
+@pytest.mark.once
+def test_long_segments_cut_for_threads_and_ranks() -> None:
+    ids = popularity("skewed", 300, seed=1)
+    ranks = dict(enumerate([33, 16, 8, 64, 7, 1, 128, 20] * 8))
+    check_case(integer("cuts", "a lost rank", ids, ranks, 2100, 130, dtype=BF16))
+    case = real("cuts", "a rank summed twice", ids, ranks, 2100, 130, dtype=BF16)
+    stack, ys = stack_of(case), []
+    for threads in (1, 2, 3, 8):
+        sgmv.set_num_threads(threads)
+        ys.append(sgmv.add_lora(case.y.copy(), case.x, stack, ids, backend="amx"))
+        assert_same_bits(ys[-1], ys[0], f"{threads} threads")
+
+
+# where it is used
+
+
+@pytest.mark.once
+def test_bfloat16_alone_has_tile_products() -> None:
+    single = np.dtype(np.float32)
+    assert backend.choose(None, single, bfloat16=True) == "amx"
+    assert backend.choose("tiles", single, bfloat16=True) == "tiles"
+    assert backend.choose(None, single) == "tiles"
+    assert backend.choose(None, np.dtype(np.float64), bfloat16=True) == "loops"
+    with pytest.raises(SgmvError, match="tiles or loops but for bfloat16"):
+        backend.choose("amx", single)
+    assert sgmv.info().amx == "emulated"
+    assert sgmv.info().backend["bfloat16"] == "amx"
+    mixed = real("mixed", "", [0], {0: 3}, 40, 20, dtype=BF16, weight_dtype=np.float32)
+    assert acceptance.backends_of(mixed) == []
+
+
+@pytest.mark.once
+def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the environment, by a CPU or a system without it, or by a trial that went wrong."""
+    features = {"amx-tile": True, "amx-bf16": True}
+    monkeypatch.setattr(amx.llvmlite.binding, "get_host_cpu_features", lambda: features)
+    for asked, permitted, expected in (
+        ("0", True, None), ("", True, None), ("1", True, CPU), ("1", False, None),
+        ("emulate", False, EMULATION),
+    ):  # fmt: skip
+        monkeypatch.setenv("SGMV_AMX", asked)
+        monkeypatch.setattr(amx, "_is_permitted", lambda permitted=permitted: permitted)
+        assert type(amx.unit()) is type(expected)
+        if expected is None:
+            permission = "off; it needs the vector tiles, and Linux's permission"
+            switch = "off; SGMV_AMX=1 in the environment turns it on"
+            assert amx.told() == (permission if asked == "1" else switch)
+    features["amx-bf16"] = False
+    monkeypatch.setenv("SGMV_AMX", "1")
+    assert amx.unit() is None
+    assert amx.told() == "none in this CPU"
+    monkeypatch.setenv("SGMV_AMX", "emulate")
+    monkeypatch.setattr(amx, "_is_right", lambda: False)
+    is_on = amx.is_on.__wrapped__
+    with pytest.warns(RuntimeWarning, match="wrong sums"):
+        assert not is_on()
+    monkeypatch.setattr(amx, "is_on", lambda: False)
+    assert amx.told() == "off, it gave wrong sums"
+    assert backend.choose(None, np.dtype(np.float32), bfloat16=True) == "tiles"
+    with pytest.raises(SgmvError, match="tiles or loops where AMX is not on"):
+        backend.choose("amx", np.dtype(np.float32), bfloat16=True)
+
+
+@pytest.mark.once
+def test_the_system_permits_only_what_the_cpu_has() -> None:
+    flags = Path("/proc/cpuinfo")
+    assert not amx._is_permitted() or "amx_tile" in flags.read_text()
+
+
+# what the compiler makes of it for a CPU that has it
+
+SAPPHIRE_RAPIDS = {
+    "NUMBA_CPU_NAME": "sapphirerapids",
+    "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,"
+    "+amx-tile,+amx-bf16",
+}
+COMPILE = """
+from sgmv import amx
+from sgmv.kernels import jit
+amx.unit = lambda: amx.CPU
+amx.shrink_kernel()
+(kernel,) = jit._entries.values()
+print(*kernel.inspect_asm().values())
+"""
+TURN = [
+    line
+    for q, a, b in ((0, 4, 6), (1, 5, 7), (2, 4, 6), (3, 5, 7))
+    for line in (f"tileloadd {a}", f"tileloadd {b}", f"tdpbf16ps {b} {a} {q}")
+]
+
+
+@pytest.mark.once
+@pytest.mark.compiles
+@pytest.mark.skipif(not X86, reason="another processor's assembly")
+def test_assembly_of_sapphire_rapids(tmp_path: Path) -> None:
+    """Registers as meant, turn by turn, and no tile that goes through the stack."""
+    done = run_python(COMPILE, NUMBA_CACHE_DIR=str(tmp_path), SGMV_AMX=None, **SAPPHIRE_RAPIDS)
+    assert done.returncode == 0, done.stderr
+    found = [
+        " ".join([word, *re.findall(r"%tmm(\d)", operands)])
+        for word, operands in re.findall(r"^\t(ldtile\w+|tile\w+|tdp\w+)(.*)", done.stdout, re.M)
+    ]
+    assert found.count("ldtilecfg") == found.count("tilerelease") == 1
+    tiles = [line for line in found if line not in ("ldtilecfg", "tilerelease")]
+    assert tiles[:4] == [f"tilezero {q}" for q in range(4)]
+    stores = [f"tilestored {q}" for q in range(4)]
+    assert [line for line in tiles if line in stores] == stores
+    turns = [line for line in tiles[4:] if line not in stores]
+    assert len(turns) >= 2 * len(TURN)
+    assert turns == TURN * (len(turns) // len(TURN))
+
+
+# planted faults
+
+FAULTS = {
+    "a tile of x that no product reads": ("e.load_tile(b,", "e.load_tile(COLUMNS[0],"),
+    "K blocks overwrite instead of adding": ('icmp_signed("==", k', 'icmp_signed(">=", k'),
+    "ranks are added twice": ("builder.and_(e.below(ranks, SIDE), new)", "e.below(ranks, SIDE)"),
+}
+
+
+@pytest.mark.once
+@pytest.mark.compiles
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_trial_finds_faults(fault: str, tmp_path: Path) -> None:
+    """Before the first use, wherever that is: a warning, and the float32 tiles."""
+    folder = plant(tmp_path, Fault("kernels.amx", *FAULTS[fault]))
+    program = "from sgmv import amx; print(amx.is_on())"
+    done = run_python(program, folder, SGMV_AMX="emulate", NUMBA_OPT="0")  # compiles faster
+    assert done.stdout.strip() == "False", done.stderr
+    assert "AMX gave wrong sums" in done.stderr

@@ -1,0 +1,227 @@
+"""The kernels' files on disk: what damages them, or fills the disk, costs a compilation only."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgmv.kernels import disk, jit
+from sgmv.kernels.disk import KernelFiles
+from tests.conftest import JITTED
+from tests.help.planting import run_python
+
+pytestmark = pytest.mark.once
+jitted = pytest.mark.skipif(not JITTED, reason="nothing is compiled")
+SOURCE = "def twice(n):\n    return 2 * n\n"
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda found: b"",
+    "halved": lambda found: found[: len(found) // 2],
+    "zeroed": lambda found: bytes(len(found)),
+    "a bit flipped": lambda found: found[:-9] + bytes([found[-9] ^ 1]) + found[-8:],
+    "appended to": lambda found: found + b"\0",
+    "another program's": lambda found: b"not a kernel" * 99,
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_logged", set())
+
+
+def probe(folder: Path) -> Any:
+    """A function of this folder, as a new process would have it: nothing of it is in memory."""
+    path = folder / "probe.py"
+    if not path.exists():
+        path.write_text(SOURCE)
+    names: dict[str, Any] = {"__name__": "probe"}
+    exec(compile(path.read_text(), path, "exec"), names)
+    return jit.jit()(names["twice"])
+
+
+def files(compiled: Any) -> list[Path]:
+    return sorted(Path(compiled._cache.cache_path).glob("probe.twice*"))
+
+
+def hits(compiled: Any) -> int:
+    return sum(compiled.stats.cache_hits.values())
+
+
+@jitted
+def test_a_second_process_loads_what_the_first_kept(tmp_path: Path) -> None:
+    first, second = probe(tmp_path), probe(tmp_path)
+    assert (first(4), first(0.5), hits(first)) == (8, 1.0, 0)
+    assert len(files(first)) == 2
+    assert (second(4), second(0.5), hits(second)) == (8, 1.0, 2)
+
+
+@jitted
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_compiled_anew_and_logged_once(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = probe(tmp_path)
+    first(4), first(0.5)
+    for path in files(first):
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    second, third = probe(tmp_path), probe(tmp_path)
+    assert (second(4), second(0.5), hits(second)) == (8, 1.0, 0)
+    assert len(caplog.records) == 1
+    assert "damaged" in caplog.text
+    assert "probe.twice" in caplog.text
+    assert (third(4), third(0.5), hits(third)) == (8, 1.0, 2)
+
+
+@jitted
+def test_a_whole_file_that_cannot_be_linked_is_compiled_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = probe(tmp_path)
+    first(4)
+    key = next(iter(first.overloads))
+    cache = first._cache
+    index = cache._index_key(key, first.targetctx.codegen())
+    cache._cache_file.save(index, ("not", "a", "library"))
+    second = probe(tmp_path)
+    assert (second(4), hits(second)) == (8, 0)
+    assert "cannot be loaded" in caplog.text
+
+
+@jitted
+@pytest.mark.parametrize("edit", ["    return 3 * n\n", "    return 2 * n  # edited\n"])
+def test_an_edit_makes_the_file_stale(edit: str, tmp_path: Path) -> None:
+    first = probe(tmp_path)
+    first(4)
+    (tmp_path / "probe.py").write_text(SOURCE.splitlines(True)[0] + edit)
+    os.utime(tmp_path / "probe.py", (1, 1))  # a time of its own: the edit may come within a tick
+    second = probe(tmp_path)
+    assert (second(4), hits(second)) == (12 if "3" in edit else 8, 0)
+    assert [path.suffix for path in files(second)] == [disk.SUFFIX] * len(files(second))
+
+
+@jitted
+def test_a_full_disk_costs_the_cache_and_not_the_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No file may grow past 100 bytes: the system refuses as it does on a full disk."""
+    compiled = probe(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        values = compiled(4), compiled(0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert values == (8, 1.0)
+    assert files(compiled) == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot be kept" in caplog.text
+
+
+def test_entries_of_one_function_never_share_a_file(tmp_path: Path) -> None:
+    """Two processes that fill an empty folder know nothing of each other's entries."""
+    one, other = (KernelFiles(tmp_path, "f", "stamp") for _ in range(2))
+    for number in range(20):
+        (one, other)[number % 2].save(("key", number), number)
+    assert [one.load(("key", number)) for number in range(20)] == list(range(20))
+    assert KernelFiles(tmp_path, "f", "another stamp").load(("key", 3)) is None
+    one.flush()
+    assert other.load(("key", 3)) is None
+
+
+def wait_for_the_lock(folder: Path, queue: Any) -> None:
+    lock = disk._OneProcess()
+    begun = time.monotonic()
+    queue.put("ready")
+    lock.acquire(folder, "child")
+    queue.put(time.monotonic() - begun)
+    lock.release("child")
+
+
+@pytest.mark.skipif(disk.fcntl is None, reason="this system has no flock")
+def test_a_second_process_waits_until_the_first_has_saved(tmp_path: Path) -> None:
+    lock = disk._OneProcess()
+    assert not lock.acquire(tmp_path, "outer")
+    assert not lock.acquire(tmp_path, "a function inside")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=wait_for_the_lock, args=(tmp_path, queue))
+    child.start()
+    assert queue.get(timeout=60) == "ready"
+    time.sleep(0.3)
+    assert queue.empty()
+    lock.release("a function inside")
+    time.sleep(0.1)
+    assert queue.empty()
+    lock.release("outer")
+    assert queue.get(timeout=60) >= 0.3
+    child.join()
+
+
+@pytest.mark.skipif(disk.fcntl is None, reason="this system has no flock")
+def test_a_process_that_stops_in_the_middle_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, here = disk._OneProcess(), disk._OneProcess()
+    stopped.acquire(tmp_path, "never released")
+    monkeypatch.setattr(disk, "WAIT_FOR_OTHERS_S", 0.1)
+    assert here.acquire(tmp_path, "mine")
+    here.release("mine")
+    stopped.release()
+
+
+@jitted
+@pytest.mark.compiles
+def test_eight_processes_compile_an_empty_folder_once(tmp_path: Path) -> None:
+    program = (
+        "import numpy as np, sgmv\n"
+        "from sgmv.kernels.jit import notice\n"
+        "sgmv.warm_up()\nprint(notice.seconds)"
+    )
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(8) as pool:
+        calls = [
+            pool.apply_async(run_python, (program,), {"NUMBA_CACHE_DIR": str(tmp_path)})
+            for _ in range(8)
+        ]
+        done = [call.get(timeout=300) for call in calls]
+    assert [each.returncode for each in done] == [0] * 8, done
+    seconds = sorted(float(each.stdout) for each in done)
+    assert sum(seconds) < 3 * seconds[-1] + 1, seconds
+
+
+def test_a_log_line_is_given_once_for_each_kind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "sgmv"):
+        for problem in ("one", "one", "two", "one"):
+            disk.log_once(problem, tmp_path, OSError(os.strerror(28)))
+    assert len(caplog.records) == 2
+
+
+@jitted
+def test_the_command_tells_and_empties_the_folder(tmp_path: Path) -> None:
+    """Only what sgmv keeps there; a process that runs keeps what it has loaded."""
+    program = (
+        "import sys\nfrom sgmv.__main__ import main\nfrom sgmv import cache\n"
+        "main(['cache'])\nimport sgmv\nsgmv.segment([1, 1])\nmain(['cache'])\n"
+        "(cache.folder() / 'other.txt').touch()\nmain(['cache', '--clear'])\nmain(['cache'])\n"
+        "sgmv.segment([2, 2])\nprint([path.suffix for path in cache.folder().iterdir()])"
+    )
+    done = run_python(program, NUMBA_CACHE_DIR=str(tmp_path))
+    empty, filled, cleared, again, left = done.stdout.splitlines()
+    assert str(tmp_path) in empty
+    assert empty.endswith(": 0 files, 0.0 MB")
+    assert re.search(r": [1-9]\d* files, \d+\.\d MB$", filled)
+    assert re.match(r"[1-9]\d* files removed from ", cleared)
+    assert again == empty
+    assert sorted(ast.literal_eval(left)) == [".lock", ".txt"]

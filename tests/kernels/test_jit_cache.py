@@ -1,0 +1,101 @@
+"""The cache on disk: hit by the next process, missed after an edit of any file that is compiled."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import JITTED
+from tests.help.acceptance import backends
+from tests.help.planting import ROOT, Fault, change, imported, plant, run_python
+
+pytestmark = pytest.mark.once
+
+
+jitted = pytest.mark.skipif(not JITTED, reason="nothing is compiled")
+PROGRAM = """
+import numpy as np, sgmv, sys
+one = np.ones((1, 1), np.float16)
+stack = sgmv.AdapterStack.from_adapters([(one, one)])
+for backend in sys.argv[1:] or [None]:
+    print(sgmv.add_lora(np.zeros_like(one), one, stack, [0], backend=backend)[0, 0])
+"""
+COUNT = """
+from sgmv.kernels import jit, start
+compiled = [*jit._entries.values(), start.start]
+print(sum(sum(c.stats.cache_hits.values()) for c in compiled))
+print(sum(sum(c.stats.cache_misses.values()) for c in compiled))
+"""
+# The results become twice as large, or eight times: what each backend alone makes of it.
+EDITS = {
+    "loops": (Fault("kernels.floats", "np.float32(2.0**112)", "np.float32(2.0**113)"), "8.0"),
+    "tiles": (Fault("kernels.tiles", "np.float32(vector(", "np.float32(2 * vector("), "2.0"),
+}
+
+
+@jitted
+@pytest.mark.compiles
+def test_hit_by_the_next_process_and_missed_after_an_edit(tmp_path: Path) -> None:
+    """A process compiles, or finds, shrink and expand of each backend, the launch, and helpers."""
+    names = backends(np.float16)
+    helpers = sys.platform.startswith("linux")  # native threads, whose life is compiled
+    kernels = str(2 * len(names) + 1 + helpers)
+
+    def run() -> list[str]:
+        variables = {"NUMBA_CACHE_DIR": None, "SGMV_NUM_THREADS": "2"}
+        done = run_python(PROGRAM + COUNT, tmp_path, arguments=names, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    plant(tmp_path)
+    assert run() == ["1.0" for _ in names] + ["0", kernels]
+    assert run() == ["1.0" for _ in names] + [kernels, "0"]
+    for name in names:
+        change(tmp_path, EDITS[name][0])
+    assert run() == [EDITS[name][1] for name in names] + ["0", kernels]
+
+
+COMPILED = [path.relative_to(ROOT / "sgmv").as_posix() for path in (ROOT / "sgmv").rglob("*.py")]
+
+
+def stamp(folder: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        return str(imported(folder, patch)["sgmv.kernels.jit"].KERNELS)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A copy of the package, and its stamp."""
+    folder = plant(tmp_path_factory.mktemp("planted"))
+    return folder, stamp(folder)
+
+
+@pytest.mark.parametrize("file", sorted(COMPILED))
+def test_an_edit_counts_where_code_is_compiled_and_nowhere_else(
+    file: str, planted: tuple[Path, str]
+) -> None:
+    """Of a compiled file a comment is enough: what a change means is not asked."""
+    folder, before = planted
+    source = folder / "sgmv" / file
+    text = source.read_text()
+    source.write_text(text + "# edited\n")
+    try:
+        assert (stamp(folder) != before) == file.startswith("kernels/")
+    finally:
+        source.write_text(text)
+
+
+@jitted
+@pytest.mark.compiles
+def test_works_where_nothing_can_be_written() -> None:
+    """numba, as if no folder would take a cache, refuses; the kernels compile all the same."""
+    no_cache = (
+        "import numba.core.caching as c\n"
+        "c.CacheImpl._locator_classes = []\n"
+        "c.CompileResultCacheImpl._locator_classes = []\n"
+    )
+    done = run_python(no_cache + PROGRAM, NUMBA_CACHE_LOCATOR_CLASSES="")
+    assert done.stdout.split() == ["1.0"], done.stderr

@@ -46,8 +46,8 @@ from benchmarks.timing import Budget, Variant
 from reference import bounds, by_row, compare
 from reference.workloads import POPULARITIES
 from sgmv.compat import vllm
-from sgmv.compat.arrays import as_array
 from sgmv.console import Parser, at_least
+from sgmv.tensors import as_array
 from sgmv.workers import cores
 
 SCHEMA = 1

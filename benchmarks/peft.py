@@ -58,9 +58,9 @@ from benchmarks.record import (
 from benchmarks.run import quietly, times_record
 from benchmarks.timing import Budget, Variant, alternate, summary, turns
 from reference import bounds, by_row, compare
-from sgmv.compat.arrays import as_array
 from sgmv.compat.peft import accelerate
 from sgmv.console import Parser, at_least
+from sgmv.tensors import as_array
 from sgmv.workers import cores
 
 SCHEMA = 3

@@ -28,7 +28,6 @@ import numpy as np
 
 from sgmv.adapter import Adapter
 from sgmv.backend import kernels
-from sgmv.compat.arrays import as_array, float_dtype
 from sgmv.dtypes import BITS, promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
 from sgmv.kernels.plan import BASE_ONLY
@@ -36,6 +35,7 @@ from sgmv.launch import run, workspace
 from sgmv.layouts.names import BASE_NAME
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
+from sgmv.tensors import as_array, float_dtype
 from sgmv.warm_up import warm_up
 from sgmv.workers import torchs_pool
 

@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from sgmv.backend import kernels
 from sgmv.checks import check_y
-from sgmv.compat.arrays import as_array, to_float32
 from sgmv.dtypes import FLOAT64, Array, check_dtype, check_matrix, sum_dtype
 from sgmv.errors import (
     DtypeError,
@@ -36,6 +35,7 @@ from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import launch
 from sgmv.segment import Integers, Segments, as_ids, segment
 from sgmv.table import SlotTable
+from sgmv.tensors import as_array, to_float32
 
 Operand: TypeAlias = Any  # a numpy array, or a torch tensor on the CPU
 BATCHES_KNOWN = 16  # by what their indices are: all layers of a step have the same

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sgmv.compat.arrays import as_array
 from sgmv.errors import DtypeError, SgmvError, shown, some
 from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
 from sgmv.layouts.names import BASE_NAME, checked_names
@@ -33,6 +32,7 @@ from sgmv.layouts.rows import (
 )
 from sgmv.segment import MOST, Integers, check_count, check_several, is_integer
 from sgmv.stack import AdapterStack
+from sgmv.tensors import as_array
 
 Fault = Literal[
     "unsorted",  # offsets, ids or rows that do not ascend

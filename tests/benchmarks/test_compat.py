@@ -14,7 +14,7 @@ from benchmarks import batch, compat, machine, readme
 from benchmarks.compat import CompatCase, CompatRecord
 from benchmarks.record import RecordError
 from benchmarks.timing import Budget
-from sgmv.compat.arrays import as_array
+from sgmv.tensors import as_array
 
 pytestmark = pytest.mark.once
 ONE_CALL = Budget(rounds=1, turn_s=0.0)

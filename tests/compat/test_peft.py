@@ -21,9 +21,9 @@ import sgmv
 from benchmarks import peft as benchmark
 from reference import bounds, by_row, compare
 from sgmv.compat import peft as compat
-from sgmv.compat.arrays import as_array
 from sgmv.compat.peft import accelerate
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError
+from sgmv.tensors import as_array
 
 pytestmark = [
     pytest.mark.once,

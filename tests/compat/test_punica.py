@@ -19,8 +19,8 @@ import pytest
 
 from sgmv import errors
 from sgmv.compat import punica
-from sgmv.compat.arrays import as_array
 from sgmv.compat.punica import pointers
+from sgmv.tensors import as_array
 from tests.conftest import JITTED
 from tests.help.compat_forms import BFLOAT16, DTYPES, check, delta, drawn, indices, product
 from tests.help.planting import Fault, imported, outcome, plant

@@ -25,7 +25,6 @@ import sgmv
 from reference.workloads import popularity, real
 from sgmv import launch, workers
 from sgmv.backend import Kernels
-from sgmv.compat.arrays import as_array
 from sgmv.errors import SgmvError
 from sgmv.kernels import plan, start
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause
@@ -42,6 +41,7 @@ from sgmv.kernels.call import (
 from sgmv.kernels.jit import JITTED, entry, jit, vector
 from sgmv.kernels.pool import GATE, INSIDE, SHUT, SLEEPERS, SYSCALL
 from sgmv.launch import WORTH_SHARING_NS
+from sgmv.tensors import as_array
 from sgmv.threads import NativeThread
 from tests.help.acceptance import assert_same_bits, backends_of, check, stack_of
 from tests.help.planting import run_python

@@ -20,7 +20,7 @@ FLOORS = [
     {"files", "kernels.jit"},
     {"dtypes", "forms", "kernels.atomics", "kernels.emit", "kernels.floats", "kernels.modes"},
     {
-        "compat.arrays",
+        "tensors",
         "console",
         "emulator.blocks",
         "kernels.amx_instructions",

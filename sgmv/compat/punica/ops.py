@@ -9,7 +9,6 @@ import numpy as np
 
 from sgmv.adapter import check_scaling
 from sgmv.checks import check_x
-from sgmv.compat.arrays import as_array, to_float32
 from sgmv.compat.products import (
     Operand,
     Stack,
@@ -30,6 +29,7 @@ from sgmv.compat.punica.pointers import weights_at
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
 from sgmv.segment import Segments, as_ids, check_count
+from sgmv.tensors import as_array, to_float32
 
 
 def bgmv(

@@ -16,7 +16,6 @@ import numpy as np
 
 from sgmv.adapter import check_scaling
 from sgmv.checks import check_x
-from sgmv.compat.arrays import as_array
 from sgmv.compat.products import (
     Operand,
     Stack,
@@ -35,6 +34,7 @@ from sgmv.compat.products import (
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import ShapeError
 from sgmv.segment import Integers, Segments, check_count, check_several
+from sgmv.tensors import as_array
 
 Operands: TypeAlias = Any  # one for each slice; or an array of them
 Named: TypeAlias = "tuple[str, Operand]"  # the argument's name, and its value

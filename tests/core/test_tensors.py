@@ -8,8 +8,8 @@ import pytest
 
 import sgmv
 from sgmv.compat import vllm
-from sgmv.compat.arrays import as_array, to_float32
 from sgmv.errors import DtypeError, MemoryLayoutError
+from sgmv.tensors import as_array, to_float32
 
 pytestmark = pytest.mark.once
 

@@ -27,12 +27,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import sgmv.interpreter  # noqa: F401  # isort: split  # first: the rest hangs in a subinterpreter
-from sgmv.adapter import Adapter
+from sgmv.adapter import Adapter, load_peft
 from sgmv.errors import SgmvError
 from sgmv.expand import expand
 from sgmv.info import info
 from sgmv.lora import add_lora, apply_batched, apply_single, lora_delta
-from sgmv.peft import load_peft
 from sgmv.segment import Segments, segment
 from sgmv.shrink import shrink
 from sgmv.stack import AdapterStack

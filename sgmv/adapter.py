@@ -12,6 +12,7 @@ import numpy as np
 
 from sgmv.dtypes import Array, check_matrix, promote
 from sgmv.errors import DtypeError, SgmvError, ShapeError, ValueRangeError
+from sgmv.peft import read_module, read_modules
 from sgmv.segment import as_float, is_integer
 
 
@@ -84,15 +85,56 @@ class Adapter:
         sgmv.errors.PeftError: directory: expected a PEFT adapter directory, got no-such-place \
 (no such directory); pass a local directory that save_pretrained wrote (nothing is downloaded)
         """
-        from sgmv.peft import read_adapter
-
-        return read_adapter(directory, module)
+        return cls(*read_module(directory, module))
 
     def __repr__(self) -> str:
         return (
             f"Adapter(r={self.r}, h_in={self.h_in}, h_out={self.h_out}, "
             f"{self.dtype.name}, scaling={self.scaling})"
         )
+
+
+def load_peft(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> dict[str, Adapter]:
+    """Read every adapted layer of a directory that PEFT's `save_pretrained` wrote.
+
+    Semantics: `{module: Adapter(A, B, scaling)}`, where
+        scaling = alpha / r, or alpha / sqrt(r) with use_rslora;
+        r, alpha = those of the first key in rank_pattern, alpha_pattern that matches the module,
+        else the config's r, lora_alpha. A key is a regular expression for the module's whole name
+        or its end after a dot; with "^" in front, for the whole name alone.
+
+    directory  local path; holds adapter_config.json and adapter_model.safetensors
+    module     the layer's name in the base model, as in "model.layers.0.self_attn.q_proj"
+    A (r, h_in), B (h_out, r)  as on disk: float32, float16, ml_dtypes.bfloat16 or float64
+
+    fan_in_fan_out says that the base layer keeps its weight as (h_in, h_out), as GPT-2's Conv1D
+    does. PEFT writes A and B alike in both cases; pass that layer's weight as `W = weight.T`.
+
+    Raises PeftError: a file is missing or damaged; config and tensors disagree; the adapter is
+    more than plain LoRA (DoRA, biases, other peft types, changed base weights); an option is
+    unknown; ml_dtypes, for bfloat16, is not installed; another process changed the files at each
+    of three readings. What is returned is one version of both files, as far as their sizes and
+    times tell: not of a save that waits half-way, unless it is made in a directory of its own.
+    Source: peft 0.21, LoraConfig, get_pattern_key, LoraLayer.update_layer; rsLoRA (arXiv
+    2312.03732).
+
+    >>> import json, pathlib, tempfile
+    >>> import numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> scratch = tempfile.TemporaryDirectory()
+    >>> directory = pathlib.Path(scratch.name)
+    >>> config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    >>> _ = (directory / "adapter_config.json").write_text(json.dumps(config))
+    >>> A, B = np.ones((2, 3), "float32"), np.ones((5, 2), "float32")
+    >>> name = "base_model.model.mlp.up_proj"
+    >>> tensors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    >>> save_file(tensors, directory / "adapter_model.safetensors")
+    >>> load_peft(directory)
+    {'mlp.up_proj': Adapter(r=2, h_in=3, h_out=5, float32, scaling=4.0)}
+    >>> scratch.cleanup()
+    """
+    found = read_modules(directory)
+    return {module: Adapter(*parts) for module, parts in found.items()}
 
 
 AdapterLike: TypeAlias = "Adapter | tuple[Array, Array] | None"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sgmv import forms
-from sgmv.adapter import Adapter
+from sgmv.dtypes import Array
 from sgmv.errors import PeftError
 from sgmv.files import Opened, TensorFile, beginning, existing, one_version, read_text, shown
 
@@ -40,6 +40,7 @@ _SHARD = (
 )
 _INSTALL = "pip install ml_dtypes"
 _LOCAL = "pass a local directory that save_pretrained wrote (nothing is downloaded)"
+Parts = tuple[Array, Array, float]  # A (r, h_in), B (h_out, r), scaling
 _PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 # Options that are read here, and options that leave the delta as it is.
@@ -77,64 +78,13 @@ _REFUSED_OPTIONS = {
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def load_peft(directory: _PathLike) -> dict[str, Adapter]:
-    """Read every adapted layer of a directory that PEFT's `save_pretrained` wrote.
-
-    Semantics: `{module: Adapter(A, B, scaling)}`, where
-        scaling = alpha / r, or alpha / sqrt(r) with use_rslora;
-        r, alpha = those of the first key in rank_pattern, alpha_pattern that matches the module,
-        else the config's r, lora_alpha. A key is a regular expression for the module's whole name
-        or its end after a dot; with "^" in front, for the whole name alone.
-
-    directory  local path; holds adapter_config.json and adapter_model.safetensors
-    module     the layer's name in the base model, as in "model.layers.0.self_attn.q_proj"
-    A (r, h_in), B (h_out, r)  as on disk: float32, float16, ml_dtypes.bfloat16 or float64
-
-    fan_in_fan_out says that the base layer keeps its weight as (h_in, h_out), as GPT-2's Conv1D
-    does. PEFT writes A and B alike in both cases; pass that layer's weight as `W = weight.T`.
-
-    Raises PeftError: a file is missing or damaged; config and tensors disagree; the adapter is
-    more than plain LoRA (DoRA, biases, other peft types, changed base weights); an option is
-    unknown; ml_dtypes, for bfloat16, is not installed; another process changed the files at each
-    of three readings. What is returned is one version of both files, as far as their sizes and
-    times tell: not of a save that waits half-way, unless it is made in a directory of its own.
-    Source: peft 0.21, LoraConfig, get_pattern_key, LoraLayer.update_layer; rsLoRA (arXiv
-    2312.03732).
-
-    >>> import json, pathlib, tempfile
-    >>> import numpy as np
-    >>> from safetensors.numpy import save_file
-    >>> scratch = tempfile.TemporaryDirectory()
-    >>> directory = pathlib.Path(scratch.name)
-    >>> config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
-    >>> _ = (directory / "adapter_config.json").write_text(json.dumps(config))
-    >>> A, B = np.ones((2, 3), "float32"), np.ones((5, 2), "float32")
-    >>> name = "base_model.model.mlp.up_proj"
-    >>> tensors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-    >>> save_file(tensors, directory / "adapter_model.safetensors")
-    >>> load_peft(directory)
-    {'mlp.up_proj': Adapter(r=2, h_in=3, h_out=5, float32, scaling=4.0)}
-    >>> scratch.cleanup()
-    """
+def read_modules(directory: _PathLike) -> dict[str, Parts]:
+    """Every adapted layer of a directory, by the module's name; see `load_peft` in adapter.py."""
     return _load(directory, lambda weights: weights.modules)
 
 
-def read_adapter(directory: _PathLike, module: str) -> Adapter:
-    """Read one adapted layer; the others stay on disk.
-
-    Semantics: `load_peft(directory)[module]`.
-
-    directory, module  as in `load_peft`; the module's exact name
-    A (r, h_in), B (h_out, r)  in the type on disk
-
-    Raises PeftError as `load_peft`, and for a module that the adapter does not change, with near
-    names. Source: as `load_peft`.
-
-    >>> read_adapter("no-such-place", "model.layers.0.mlp.up_proj")
-    Traceback (most recent call last):
-    sgmv.errors.PeftError: directory: expected a PEFT adapter directory, got no-such-place \
-(no such directory); pass a local directory that save_pretrained wrote (nothing is downloaded)
-    """
+def read_module(directory: _PathLike, module: str) -> Parts:
+    """One adapted layer; the others stay on disk."""
 
     def pick(weights: _Weights) -> list[str]:
         if module not in weights.modules:
@@ -146,10 +96,10 @@ def read_adapter(directory: _PathLike, module: str) -> Adapter:
     return _load(directory, pick)[module]
 
 
-def _load(directory: object, pick: Callable[[_Weights], Iterable[str]]) -> dict[str, Adapter]:
+def _load(directory: object, pick: Callable[[_Weights], Iterable[str]]) -> dict[str, Parts]:
     path = _path(directory)
 
-    def read(config_file: Opened, weights_file: Opened) -> dict[str, Adapter]:
+    def read(config_file: Opened, weights_file: Opened) -> dict[str, Parts]:
         _check_is_directory(path)
         config = _Config(path / forms.CONFIG_FILE, config_file)
         weights = _Weights(path / forms.WEIGHTS_FILE, weights_file)
@@ -304,7 +254,7 @@ class _Weights:
         return tuple(halves)
 
 
-def _read(weights: _Weights, module: str, config: _Config) -> Adapter:
+def _read(weights: _Weights, module: str, config: _Config) -> Parts:
     names = [f"{_TENSOR_PREFIX}{module}.lora_{half}.weight" for half in "AB"]
     (type_a, shape_a, *_), (type_b, shape_b, *_) = (weights.file.entries[name] for name in names)
     where = f"{shown(module)} in {shown(weights.path)}"
@@ -324,7 +274,7 @@ def _read(weights: _Weights, module: str, config: _Config) -> Adapter:
     if type_a == "BF16":
         _need_bfloat16(where)
     A, B = (weights.tensor(name, _FLOAT_TYPES[type_a]) for name in names)
-    return Adapter(A, B, scaling=config.scaling(module))
+    return A, B, config.scaling(module)
 
 
 def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

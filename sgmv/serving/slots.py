@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import numpy.typing as npt
 
-from sgmv.adapter import Adapter
+from sgmv.adapter import Adapter, load_peft
 from sgmv.dtypes import check_dtype
 from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
-from sgmv.peft import load_peft, near_names
+from sgmv.peft import near_names
 from sgmv.segment import check_count, check_several, is_integer
 from sgmv.serving.requests import LoRARequest, check_lora_request
 from sgmv.serving.residency import Counters, Residency

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save, save_file
 
 from sgmv import files, peft
+from sgmv.adapter import Adapter, load_peft
 from sgmv.errors import PeftError
 from sgmv.files import TensorFile
-from sgmv.peft import load_peft, read_adapter
 from sgmv.serving import AdapterSlots, LoRARequest
 
 pytestmark = pytest.mark.once
@@ -78,7 +78,7 @@ READER = """
 import collections, sys
 import numpy as np
 from sgmv.errors import PeftError
-from sgmv.peft import load_peft
+from sgmv.adapter import load_peft
 
 directory, loads, check_scaling = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "both"
 seen = collections.Counter()
@@ -267,7 +267,7 @@ def test_a_link_that_moves_and_comes_back(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("read", [load_peft, lambda path: read_adapter(path, "up")])
+@pytest.mark.parametrize("read", [load_peft, lambda path: Adapter.from_peft(path, "up")])
 def test_files_that_change_at_each_reading(
     read: Callable[[Path], Any], moment: str, tmp_path: Path, meanwhile: Any
 ) -> None:
@@ -375,7 +375,7 @@ def test_what_is_no_file_is_named_and_never_waited_for(
     (directory / name).unlink()
     make, part = IN_ITS_PLACE[kind]
     make(directory / name)
-    script = "import sys; from sgmv.peft import load_peft; load_peft(sys.argv[1])"
+    script = "import sys; from sgmv.adapter import load_peft; load_peft(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", script, str(directory)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -462,7 +462,7 @@ NAMES = [
 def test_directories_of_any_name(kind: Callable[[Any], Any], name: str, tmp_path: Path) -> None:
     directory = write(tmp_path / name, 1)
     assert version_of(load_peft(kind(str(directory)))) == 1
-    assert read_adapter(kind(str(directory)), "up").scaling == 1
+    assert Adapter.from_peft(kind(str(directory)), "up").scaling == 1
     (directory / WEIGHTS).unlink()
     with pytest.raises(PeftError) as caught:
         load_peft(kind(str(directory)))

@@ -19,8 +19,8 @@ import sgmv
 from reference import apply_batched
 from reference.bounds import apply_batched_bound, gamma, unit_roundoff
 from reference.compare import check, violations
+from sgmv.adapter import Adapter, load_peft
 from sgmv.errors import PeftError
-from sgmv.peft import load_peft, read_adapter
 
 pytestmark = pytest.mark.once
 
@@ -153,7 +153,7 @@ def halves(module: str, A: Array, B: Array) -> dict[str, Array]:
 
 def refusal(directory: Path, *parts: str) -> None:
     """Loading is refused, in both ways, and the message has these parts."""
-    for read in (load_peft, lambda path: read_adapter(path, Q_PROJ)):
+    for read in (load_peft, lambda path: Adapter.from_peft(path, Q_PROJ)):
         with pytest.raises(PeftError) as caught:
             read(directory)
         for part in ("expected", "got", ";", *parts):
@@ -191,7 +191,7 @@ def test_values_are_those_on_disk(directory: str) -> None:
 def test_one_module_is_read_like_all_of_them(directory: str) -> None:
     for module, adapter in load_peft(FIXTURES / directory).items():
         for single in (
-            read_adapter(FIXTURES / directory, module),
+            Adapter.from_peft(FIXTURES / directory, module),
             sgmv.Adapter.from_peft(FIXTURES / directory, module),
         ):
             np.testing.assert_array_equal(single.A, adapter.A)
@@ -206,13 +206,13 @@ def test_pattern_keys_match_as_in_peft(case: dict[str, Any], tmp_path: Path) -> 
     weights = halves(case["module"], np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
     alphas = {key: 10 * (index + 1) for index, key in enumerate(case["keys"])}
     directory = write_adapter(tmp_path, weights, alpha_pattern=alphas, lora_alpha=4)
-    adapter = read_adapter(directory, case["module"])
+    adapter = Adapter.from_peft(directory, case["module"])
     assert adapter.scaling == alphas.get(case["decides"], 4) / 2
 
 
 def test_float64_is_read(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path, halves("up", np.ones((2, 3)), np.ones((5, 2))))
-    assert read_adapter(directory, "up").dtype == np.float64
+    assert Adapter.from_peft(directory, "up").dtype == np.float64
 
 
 def test_neither_torch_nor_peft_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,13 +445,13 @@ def test_an_unknown_module_lists_near_names(module: str, near: str) -> None:
 
 def test_a_module_unlike_all_others_lists_what_there_is() -> None:
     with pytest.raises(PeftError, match=f"'lm_head'; there are .*{V_PROJ!r}"):
-        read_adapter(FIXTURES / "llama" / "attention-f32", "lm_head")
+        Adapter.from_peft(FIXTURES / "llama" / "attention-f32", "lm_head")
 
 
 def test_a_longer_name_finds_its_end(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path, halves("up", np.ones((2, 3)), np.ones((5, 2))))
     with pytest.raises(PeftError, match=r"did you mean 'up'\?"):
-        read_adapter(directory, "base_model.model.decoder.up")
+        Adapter.from_peft(directory, "base_model.model.decoder.up")
 
 
 def test_many_near_names_are_cut_short(tmp_path: Path) -> None:
@@ -460,12 +460,12 @@ def test_many_near_names_are_cut_short(tmp_path: Path) -> None:
         name = f"model.layers.{index}.self_attn.q_proj"
         tensors |= halves(name, np.ones((2, 3), np.float32), np.ones((5, 2), np.float32))
     with pytest.raises(PeftError, match=r"did you mean .* and 4 more\?"):
-        read_adapter(write_adapter(tmp_path, tensors), "q_proj")
+        Adapter.from_peft(write_adapter(tmp_path, tensors), "q_proj")
 
 
 def test_a_module_that_is_no_string_is_refused() -> None:
     with pytest.raises(PeftError, match=r"module: expected a layer .* got 3;"):
-        read_adapter(FIXTURES / "llama" / "attention-f32", 3)  # type: ignore[arg-type]
+        Adapter.from_peft(FIXTURES / "llama" / "attention-f32", 3)  # type: ignore[arg-type]
 
 
 # What is refused: directories and files that are not as PEFT wrote them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 import sgmv
 from sgmv.compat import vllm
 from sgmv.errors import DtypeError, MemoryLayoutError
-from sgmv.tensors import as_array, to_float32
+from sgmv.tensors import as_array, float_dtype, to_float32
 
 pytestmark = pytest.mark.once
 
@@ -61,3 +63,9 @@ def test_a_tensor_elsewhere_is_refused() -> None:
         MemoryLayoutError, match=r"^x: expected a tensor on the CPU, got one on meta"
     ):
         as_array("x", torch.ones(3, device="meta"))
+
+
+def test_bfloat16_of_torch_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # type: ignore[arg-type]  # not installed
+    with pytest.raises(DtypeError, match=r"^missing: .*got torch\.bfloat16; pip install ml_dtypes"):
+        float_dtype("missing", "torch.bfloat16")

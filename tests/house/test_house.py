@@ -30,10 +30,10 @@ FLOORS = [
     {"kernels.panels", "kernels.plan", "kernels.pool"},
     {"kernels.amx", "kernels.loops", "kernels.start", "kernels.tiles", "segment"},
     {"serving.requests", "serving.residency", "terminal"},
-    {"amx"},
+    {"amx", "peft"},
     {"adapter", "backend", "serving.scheduler", "serving.traces", "table", "workers"},
     {"stack"},
-    {"checks", "launch", "layouts.rows", "peft", "serving.simulate"},
+    {"checks", "launch", "layouts.rows", "serving.simulate"},
     {"cache", "expand", "layouts.names", "layouts.pointers", "layouts.vllm", "lora", "shrink"},
     {"info", "warm_up"},
     {
@@ -80,7 +80,7 @@ EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "tr
 
 
 # Adapter.from_peft is a way to make an Adapter, and reading one needs Adapter.
-INSIDE_A_FUNCTION = {("adapter", "peft")}
+INSIDE_A_FUNCTION: set[tuple[str, str]] = set()
 
 
 def imports(path: Path) -> set[str]:

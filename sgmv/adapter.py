@@ -12,8 +12,9 @@ import numpy as np
 
 from sgmv.dtypes import Array, check_matrix, promote
 from sgmv.errors import DtypeError, SgmvError, ShapeError, ValueRangeError
+from sgmv.ids import is_integer
 from sgmv.peft import read_module, read_modules
-from sgmv.segment import as_float, is_integer
+from sgmv.segment import as_float
 
 
 @dataclass(frozen=True, eq=False)

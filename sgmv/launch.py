@@ -13,12 +13,13 @@ import numpy as np
 from sgmv import workers
 from sgmv.backend import Kernels
 from sgmv.dtypes import Array, as_bits
+from sgmv.ids import Integers
 from sgmv.kernels.call import FIELDS, SCRATCH, V_STRIDE, V, X, Y
 from sgmv.kernels.jit import JITTED
 from sgmv.kernels.plan import scratch_size
 from sgmv.kernels.pool import abandon, shut_gate
 from sgmv.kernels.start import MORE, REFUSED, address, place, resume, start
-from sgmv.segment import Integers, Segments, segment
+from sgmv.segment import Segments, segment
 from sgmv.table import SlotTable
 
 # Two cores that meet over less work than this lose more than they gain, helpers awake or not.

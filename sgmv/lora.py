@@ -22,9 +22,9 @@ from sgmv.backend import kernels
 from sgmv.checks import check_stack, check_x, check_y
 from sgmv.dtypes import Array, check_matrix, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, as_ids
 from sgmv.launch import launch
-from sgmv.segment import Segments, as_ids, segment
+from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
 
 

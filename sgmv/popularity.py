@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from sgmv.errors import ValueRangeError
-from sgmv.segment import Integers, check_count, fits_memory
+from sgmv.ids import Integers
+from sgmv.segment import check_count, fits_memory
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical")
 

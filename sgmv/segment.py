@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import mul
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +30,10 @@ from sgmv.errors import (
     shown,
     some,
 )
-from sgmv.kernels.plan import BASE_ONLY, most_digits, sort
+from sgmv.ids import BASE_ONLY, MOST, Integers, as_ids, as_integers, is_integer
+from sgmv.kernels.plan import most_digits, sort
 
-Integers = npt.NDArray[np.int64]
 SHOWN_AT_EACH_END = 6
-MOST = 2**63 - 1  # what an int64 holds
 
 
 @dataclass(frozen=True)
@@ -314,25 +313,6 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
 
 
-def as_ids(
-    adapter_ids: npt.ArrayLike | Sequence[int | None], argument: str = "adapter_ids"
-) -> Integers:
-    """The ids as contiguous int64; whether they are in range is left to whoever sorts them."""
-    if (
-        isinstance(adapter_ids, np.ndarray)
-        and adapter_ids.dtype == np.int64
-        and adapter_ids.ndim == 1
-        and adapter_ids.flags.c_contiguous
-    ):
-        return adapter_ids
-    return as_integers(argument, _none_as_base_only(adapter_ids))
-
-
-def is_integer(value: object) -> TypeGuard[int]:
-    """Whether the value is a Python or numpy integer; True and False are not."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
-
-
 def check_count(argument: str, value: object, least: int, most: float = MOST) -> int:
     """The value as an int, if it is a whole number from the least to the most, an int64's."""
     if not is_integer(value):
@@ -370,40 +350,3 @@ def fits_memory(argument: str, value: object) -> Iterator[None]:
     except (MemoryError, ValueError, OverflowError) as error:  # numpy's, by how much too large
         expected = "a number for which there is memory"
         raise ValueRangeError(argument, expected, shown(value), "pass a smaller one") from error
-
-
-def as_integers(argument: str, values: Any) -> Integers:
-    """The values, integers in one dimension, as contiguous int64."""
-    try:
-        array = values if isinstance(values, np.ndarray) else np.asarray(values)
-        shape = f"shape {array.shape}"
-    except ValueError:
-        array, shape = np.empty((0, 0)), "lists of unequal lengths"
-    except (TypeError, OverflowError):  # of no type that numpy has
-        array = np.empty(1, object)
-        shape = ""
-    if array.ndim != 1:
-        raise ShapeError(argument, "one dimension", shape, "give one integer per row")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    dtype = array.dtype
-    if dtype.kind == "f" and isinstance(values, (list, tuple)):
-        array = np.array(values, object)  # of int64 and uint64 numpy made floats
-    if array.dtype.kind not in "iu" and not all(map(is_integer, array)):
-        is_tensor = type(values).__module__ == "torch"
-        how = ".long()" if is_tensor else ".astype(np.int64)"
-        raise DtypeError(argument, "integers", str(dtype), f"convert with {how}")
-    if array.dtype.kind != "i" and array.max() > MOST:
-        received = shown(array.max())
-        raise ValueRangeError(argument, "integers below 2**63", received, "use smaller ids")
-    if array.dtype.kind == "O" and array.min() < -MOST - 1:
-        received = shown(array.min())
-        raise ValueRangeError(argument, "integers from -2**63", received, "use -1 for base only")
-    return np.ascontiguousarray(array, np.int64)
-
-
-def _none_as_base_only(adapter_ids: Any) -> Any:
-    is_array = isinstance(adapter_ids, np.ndarray) and adapter_ids.ndim == 1
-    if (is_array and adapter_ids.dtype == object) or isinstance(adapter_ids, list | tuple):
-        return [BASE_ONLY if adapter_id is None else adapter_id for adapter_id in adapter_ids]
-    return adapter_ids

@@ -19,12 +19,11 @@ from sgmv.errors import (
     StackError,
     UnknownAdapterError,
     ValueRangeError,
-    shown,
     some,
 )
-from sgmv.kernels.plan import NO_SLOT
+from sgmv.ids import NO_SLOT, check_id, is_integer
 from sgmv.memory import sparse
-from sgmv.segment import MOST, check_count, fits_memory, is_integer
+from sgmv.segment import check_count, fits_memory
 from sgmv.table import SlotTable, Stored
 
 _stacks: weakref.WeakValueDictionary[int, AdapterStack] = weakref.WeakValueDictionary()
@@ -100,7 +99,7 @@ class AdapterStack:
         [0, 5, 9]
         """
         given = {
-            _adapter_id(i, "adapters"): as_adapter(f"adapters[{i}]", entry)
+            check_id(i, "adapters"): as_adapter(f"adapters[{i}]", entry)
             for i, entry in items(adapters)
         }
         held = [adapter for adapter in given.values() if adapter is not None]
@@ -146,7 +145,7 @@ class AdapterStack:
         sgmv.errors.StackError: adapter: expected a free slot among 1, got none; \
 unload an adapter first, or make the stack with more slots
         """
-        self._load_all({_adapter_id(adapter_id): as_adapter("adapter", adapter)})
+        self._load_all({check_id(adapter_id): as_adapter("adapter", adapter)})
 
     def unload(self, adapter_id: int) -> None:
         """Forget an adapter and free its slot.
@@ -327,16 +326,3 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
-
-
-def _adapter_id(adapter_id: object, argument: str = "adapter_id") -> int:
-    if not is_integer(adapter_id):
-        raise DtypeError(argument, "an integer >= 0", repr(adapter_id), "name adapters by integers")
-    if not 0 <= adapter_id < MOST:
-        raise ValueRangeError(
-            argument,
-            "an integer from 0 to 2**63 - 2",
-            shown(adapter_id),
-            "use another id; -1 always means base only",
-        )
-    return int(adapter_id)

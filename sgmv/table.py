@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from sgmv.dtypes import Array
 from sgmv.errors import UnknownAdapterError, some
+from sgmv.ids import Integers
 from sgmv.kernels.call import PANEL, WIDE_PANEL
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import UNKNOWN, find
 from sgmv.memory import aligned
-from sgmv.segment import Integers
 
 
 @dataclass(frozen=True, eq=False)

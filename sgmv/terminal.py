@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY
 
 ESCAPE = re.compile(r"(\x1b\[[0-9;]*m)")
 NARROWEST = 20

@@ -30,7 +30,7 @@ from sgmv.adapter import Adapter
 from sgmv.backend import kernels
 from sgmv.dtypes import BITS, promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY
 from sgmv.launch import run, workspace
 from sgmv.layouts.names import BASE_NAME
 from sgmv.segment import Segments, segment

@@ -30,10 +30,10 @@ from sgmv.errors import (
     ValueRangeError,
     some,
 )
+from sgmv.ids import BASE_ONLY, Integers, as_ids
 from sgmv.kernels.jit import VECTOR_BITS
-from sgmv.kernels.plan import BASE_ONLY
 from sgmv.launch import launch
-from sgmv.segment import Integers, Segments, as_ids, segment
+from sgmv.segment import Segments, segment
 from sgmv.table import SlotTable
 from sgmv.tensors import as_array, to_float32
 

@@ -27,9 +27,9 @@ from sgmv.emulator.blocks import Block, Deadlock, Index
 from sgmv.emulator.device import Device
 from sgmv.emulator.run import Kernel, Memory, Result, Shapes, check_order, memory_of, run_blocks
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import Batch, as_segments
-from sgmv.segment import Integers, Segments, check_count, check_several
+from sgmv.segment import Segments, check_count, check_several
 
 HALF, SINGLE = 2, 4  # bytes
 

@@ -17,10 +17,10 @@ from sgmv.emulator.blocks import Block, Index
 from sgmv.emulator.device import A100, Device
 from sgmv.emulator.launch import HALF, Launch, Work, ceil_div, laid_out, whole, widths
 from sgmv.emulator.run import Kernel, Memory, multiply, zero_filled
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.grouped import MIN_CHUNK, chunk_rows, cut
 from sgmv.layouts.rows import Batch, offsets
-from sgmv.segment import Integers, Segments, check_count
+from sgmv.segment import Segments, check_count
 
 THREADS = (128, 1, 1)  # Triton's default of 4 warps
 STAGES = 3  # Triton's default

@@ -17,7 +17,7 @@ from sgmv.emulator.blocks import STEP, Block, Index
 from sgmv.emulator.device import A100, Device
 from sgmv.emulator.launch import HALF, SINGLE, Launch, Work, ceil_div, laid_out, whole, widths
 from sgmv.emulator.run import MMA_K, Kernel, Memory, multiply, zero_filled
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY
 from sgmv.layouts.rows import Batch, Int32, Slots, ids_of
 from sgmv.layouts.vllm import LoRAKernelMeta, vllm_v1
 

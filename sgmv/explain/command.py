@@ -16,9 +16,10 @@ from sgmv.emulator import DEVICES, Device
 from sgmv.errors import SgmvError
 from sgmv.explain import cpu, engines, launches, mixes, punica
 from sgmv.explain.question import Facts, Question
+from sgmv.ids import Integers, as_integers
 from sgmv.models import LAYERS, MODELS
 from sgmv.popularity import POPULARITIES, popularity
-from sgmv.segment import Integers, as_integers, fits_memory, segment
+from sgmv.segment import fits_memory, segment
 from sgmv.terminal import Terminal
 from sgmv.workers import get_num_threads
 

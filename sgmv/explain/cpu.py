@@ -9,10 +9,11 @@ import numpy as np
 
 from sgmv import launch
 from sgmv.explain.question import Facts, Question
+from sgmv.ids import BASE_ONLY, NO_SLOT
 from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
-from sgmv.kernels.plan import BASE_ONLY, NO_SLOT, cost, cuts, most_blocks, row_blocks
+from sgmv.kernels.plan import cost, cuts, most_blocks, row_blocks
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
 from sgmv.table import columns_of
 from sgmv.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated, plural

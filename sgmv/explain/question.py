@@ -10,7 +10,7 @@ import numpy as np
 
 from sgmv.emulator import Device
 from sgmv.errors import ValueRangeError
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY
 from sgmv.layouts.rows import row_ids
 from sgmv.segment import Segments, check_count, fits_memory
 from sgmv.stack import AdapterStack

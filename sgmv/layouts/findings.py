@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sgmv.errors import DtypeError, SgmvError, shown, some
-from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
+from sgmv.ids import BASE_ONLY, MOST, NO_SLOT, Integers, is_integer
 from sgmv.layouts.names import BASE_NAME, checked_names
 from sgmv.layouts.rows import (
     INT32_MAX,
@@ -30,7 +30,7 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import MOST, Integers, check_count, check_several, is_integer
+from sgmv.segment import check_count, check_several
 from sgmv.stack import AdapterStack
 from sgmv.tensors import as_array
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sgmv.checks import check_stack
 from sgmv.errors import ValueRangeError
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, Integers, as_ids
 from sgmv.layouts.pointers import per_request
 from sgmv.layouts.rows import (
     Batch,
@@ -24,7 +24,7 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import Integers, as_ids, check_count, segment
+from sgmv.segment import check_count, segment
 from sgmv.stack import AdapterStack
 
 BACKENDS = ("csgmv", "triton", "torch_native")

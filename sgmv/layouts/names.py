@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgmv.errors import DtypeError, UnknownAdapterError, ValueRangeError, some
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import Batch, Layout, as_segments, spread
-from sgmv.segment import Integers, check_count
+from sgmv.segment import check_count
 
 BASE_NAME = "__base__"
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from sgmv.checks import check_stack
 from sgmv.dtypes import Array
 from sgmv.errors import ShapeError, StackError, UnknownAdapterError, ValueRangeError, some
-from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
+from sgmv.ids import BASE_ONLY, NO_SLOT, Integers, as_ids
 from sgmv.layouts.rows import (
     Batch,
     Int32,
@@ -26,7 +26,7 @@ from sgmv.layouts.rows import (
     sorted_items,
     spread,
 )
-from sgmv.segment import Integers, as_ids, check_count, check_several, fits_memory
+from sgmv.segment import check_count, check_several, fits_memory
 from sgmv.stack import AdapterStack
 from sgmv.table import Stored
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
-from sgmv.kernels.plan import BASE_ONLY, NO_SLOT
-from sgmv.segment import Integers, Segments, check_count, fits_memory, segment
+from sgmv.ids import BASE_ONLY, NO_SLOT, Integers
+from sgmv.segment import Segments, check_count, fits_memory, segment
 from sgmv.stack import AdapterStack
 
 Batch: TypeAlias = "Segments | npt.ArrayLike"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.errors import ValueRangeError, some
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import (
     Batch,
     Int32,
@@ -26,7 +26,7 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import Integers, check_count, fits_memory, segment
+from sgmv.segment import check_count, fits_memory, segment
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.errors import DtypeError, ValueRangeError, shown
-from sgmv.segment import MOST, Integers, check_count
+from sgmv.ids import MOST, Integers
+from sgmv.segment import check_count
 from sgmv.serving.requests import BASE_MODEL, LoRARequest
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.scheduler import Scheduler

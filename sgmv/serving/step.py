@@ -17,10 +17,10 @@ import numpy as np
 
 from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, ServingError, StaleStepError, UnknownAdapterError, some
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, Integers
 from sgmv.lora import add_lora
 from sgmv.peft import near_names
-from sgmv.segment import Integers, Segments, check_count, fits_memory, segment
+from sgmv.segment import Segments, check_count, fits_memory, segment
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.slots import Active, AdapterSlots

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sgmv.errors import ServingError, ShapeError, shown
-from sgmv.segment import Integers, as_float, as_integers, check_count, fits_memory, is_integer
+from sgmv.ids import Integers, as_integers, is_integer
+from sgmv.segment import as_float, check_count, fits_memory
 from sgmv.serving.requests import BASE_MODEL
 
 

@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[2]
 ARROWS = {
     "kernels": set(),
     "core": {"kernels"},
-    "layouts": {"core", "kernels"},
+    "layouts": {"core"},
     "compat": {"core", "kernels", "layouts"},
-    "serving": {"core", "kernels"},
-    "emulator": {"core", "kernels", "layouts"},
+    "serving": {"core"},
+    "emulator": {"core", "layouts"},
     "explorer": {"core", "emulator", "layouts"},
     "explain": {"core", "emulator", "explorer", "kernels", "layouts"},
     "command": {"core", "compat", "emulator", "explorer", "layouts", "serving"},

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sgmv.ids import NO_SLOT
 from sgmv.kernels.call import PANEL, RANK_UNIT, cut_of
 from sgmv.kernels.plan import (
-    NO_SLOT,
     PRODUCTS_PER_NS,
     ROWS_PER_BLOCK,
     TASKS_PER_THREAD,

@@ -28,7 +28,8 @@ from sgmv.compat.products import (
 from sgmv.compat.punica.pointers import weights_at
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
-from sgmv.segment import Segments, as_ids, check_count
+from sgmv.ids import as_ids
+from sgmv.segment import Segments, check_count
 from sgmv.tensors import as_array, to_float32
 
 

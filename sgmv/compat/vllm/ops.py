@@ -10,7 +10,8 @@ import numpy as np
 from sgmv.compat.products import Operand, indices_of, segments_of, stack_of
 from sgmv.compat.vllm.slices import expand_one, shrink_slices
 from sgmv.errors import ShapeError, ValueRangeError, some
-from sgmv.segment import Integers, Segments, check_count, fits_memory
+from sgmv.ids import Integers
+from sgmv.segment import Segments, check_count, fits_memory
 
 
 def bgmv_shrink(

@@ -33,7 +33,8 @@ from sgmv.compat.products import (
 )
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import ShapeError
-from sgmv.segment import Integers, Segments, check_count, check_several
+from sgmv.ids import Integers
+from sgmv.segment import Segments, check_count, check_several
 from sgmv.tensors import as_array
 
 Operands: TypeAlias = Any  # one for each slice; or an array of them

@@ -26,10 +26,10 @@ from sgmv.compat.vllm.slices import (
     stacks_of,
 )
 from sgmv.errors import StackError, UnknownAdapterError, ValueRangeError, some
-from sgmv.kernels.plan import BASE_ONLY
+from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import row_ids
 from sgmv.layouts.vllm import VllmV0, vllm_v0
-from sgmv.segment import Integers, check_count, check_several, segment
+from sgmv.segment import check_count, check_several, segment
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sgmv.dtypes import Array, check_matrix, promote
-from sgmv.errors import DtypeError, SgmvError, ShapeError, ValueRangeError
-from sgmv.ids import is_integer
+from sgmv.checks import check_matrix, check_scaling
+from sgmv.dtypes import Array, promote
+from sgmv.errors import DtypeError, SgmvError, ShapeError
 from sgmv.peft import read_module, read_modules
-from sgmv.segment import as_float
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,17 +168,3 @@ def as_adapter(argument: str, entry: AdapterLike) -> Adapter | None:
     raise DtypeError(
         argument, "an Adapter, a pair (A, B) or None", type(entry).__name__, "wrap it in Adapter"
     )
-
-
-def check_scaling(argument: str, scaling: object) -> float:
-    """The scaling as a float, if it is a real number that float32 can hold."""
-    if not is_integer(scaling) and not isinstance(scaling, (float, np.floating)):
-        raise DtypeError(
-            argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
-        )
-    value = as_float(scaling)
-    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
-        raise ValueRangeError(
-            argument, "a finite number that float32 holds", repr(value), "pass lora_alpha / r"
-        )
-    return value

@@ -1,38 +1,142 @@
-"""What the calls demand of their arguments. Each check is pure: it looks, and raises or returns.
+"""What the calls demand of their arguments: each check looks, and raises or returns.
 
-Weights are checked where they are loaded, in stack.py.
+Those of a type's own objects are beside it: check_id, check_segments, check_stack.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from sgmv.dtypes import Array, check_matrix
-from sgmv.errors import DtypeError, MemoryLayoutError, ShapeError
-from sgmv.segment import Segments
-from sgmv.stack import AdapterStack
+from sgmv.dtypes import BITS, Array, bits_of
+from sgmv.errors import (
+    DtypeError,
+    MemoryLayoutError,
+    SgmvError,
+    ShapeError,
+    ValueRangeError,
+    shown,
+)
+from sgmv.ids import MOST, is_integer
+
+TO_FLOAT32 = "convert it first, for example with .astype(np.float32)"
+# Looked up here, for numpy imports a module at that: a child of a fork would wait for ever for an
+# import that another thread was in.
+NOT_PLAIN = (np.ma.MaskedArray, np.matrix)
 
 
-def check_stack(stack: object) -> None:
-    if not isinstance(stack, AdapterStack):
+def check_count(argument: str, value: object, least: int, most: float = MOST) -> int:
+    """The value as an int, if it is a whole number from the least to the most, an int64's."""
+    if not is_integer(value):
+        raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
+    if value < least:
+        raise ValueRangeError(argument, f"at least {least}", shown(value), "pass a larger number")
+    if value > most:
+        limit = "less than 2**63" if most == MOST else f"at most {most}"
+        raise ValueRangeError(argument, limit, shown(value), "pass a smaller number")
+    return int(value)
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; an int beyond every float is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def check_several(argument: str, values: object, expected: str) -> None:
+    """Refuse what has no elements, and text, whose elements are letters."""
+    single = isinstance(values, (str, bytes)) or not isinstance(values, Iterable)
+    if single or (isinstance(values, np.ndarray) and values.ndim == 0):
+        raise DtypeError(argument, expected, type(values).__name__, "pass a list")
+
+
+def check_scaling(argument: str, scaling: object) -> float:
+    """The scaling as a float, if it is a real number that float32 can hold."""
+    if not is_integer(scaling) and not isinstance(scaling, (float, np.floating)):
         raise DtypeError(
-            "stack",
-            "an AdapterStack",
-            type(stack).__name__,
-            "make one with AdapterStack.from_adapters",
+            argument, "a real number", type(scaling).__name__, "pass lora_alpha / r, or 1.0"
         )
+    value = as_float(scaling)
+    if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
+        raise ValueRangeError(
+            argument, "a finite number that float32 holds", repr(value), "pass lora_alpha / r"
+        )
+    return value
 
 
-def check_segments(segments: object) -> None:
-    if not isinstance(segments, Segments):
+@contextmanager
+def fits_memory(argument: str, value: object) -> Iterator[None]:
+    """Refuse a number of things that memory does not hold, where arrays of so many are made."""
+    try:
+        yield
+    except SgmvError:
+        raise
+    except (MemoryError, ValueError, OverflowError) as error:  # numpy's, by how much too large
+        expected = "a number for which there is memory"
+        raise ValueRangeError(argument, expected, shown(value), "pass a smaller one") from error
+
+
+def check_dtype(argument: str, dtype: npt.DTypeLike, remedy: str = TO_FLOAT32) -> np.dtype[Any]:
+    """The dtype itself, if it is one of the four float types in native byte order."""
+    if isinstance(dtype, np.dtype) and dtype in bits_of:
+        return dtype
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        ml_dtypes = sys.modules.get("ml_dtypes")
+        if ml_dtypes is None:
+            raise DtypeError(
+                argument,
+                "a numpy dtype",
+                "the name 'bfloat16', which numpy itself does not know",
+                "`import ml_dtypes` and pass ml_dtypes.bfloat16",
+            )
+        dtype = ml_dtypes.bfloat16
+    try:
+        found = None if dtype is None else np.dtype(dtype)  # numpy takes None for float64
+    except (TypeError, ValueError, Warning):  # of a name that numpy does not know any more, say
+        found = None
+    if found is None or found.name not in BITS or not found.isnative:
         raise DtypeError(
-            "segments", "Segments", type(segments).__name__, "make them with segment(adapter_ids)"
+            argument,
+            "float32, float16, bfloat16 or float64 in native byte order",
+            repr(dtype) if found is None else str(found),
+            remedy,
         )
+    bits_of[found] = BITS[found.name]
+    return found
+
+
+def check_matrix(argument: str, array: object, remedy: str = TO_FLOAT32) -> Array:
+    """The argument itself, if it is a two-dimensional numpy array of a float type."""
+    if type(array) is np.ndarray and array.ndim == 2 and array.dtype in bits_of:
+        return array
+    if not isinstance(array, np.ndarray) or isinstance(array, NOT_PLAIN):
+        raise DtypeError(
+            argument,
+            "a plain two-dimensional numpy array",
+            type(array).__name__,
+            "convert it first, for example with np.asarray (for a torch tensor: .numpy())",
+        )
+    check_dtype(argument, array.dtype, remedy)
+    if array.ndim != 2:
+        raise ShapeError(
+            argument,
+            "two dimensions, rows first",
+            f"shape {array.shape}",
+            "reshape it, as in x.reshape(-1, h_in)",
+        )
+    return array
 
 
 def check_x(x: Array, n: int, h_in: int, argument: str = "x") -> None:
+    """Refuse what is no matrix of n rows that are as wide as the layer's input."""
     _check_shape(argument, x, n, "h_in", h_in)
 
 
@@ -48,6 +152,7 @@ def _check_shape(argument: str, array: Array, n: int, name: str, width: int) -> 
 
 
 def check_v(v: Array, n: int, rank: int) -> None:
+    """Refuse what shrink cannot have returned for n rows whose highest rank is this one."""
     check_matrix("v", v)
     if v.dtype.name not in ("float32", "float64"):
         raise DtypeError(

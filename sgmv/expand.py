@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from sgmv.backend import kernels
-from sgmv.checks import check_segments, check_stack, check_v, check_y
+from sgmv.checks import check_v, check_y
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.launch import launch
-from sgmv.segment import Segments
-from sgmv.stack import AdapterStack
+from sgmv.segment import Segments, check_segments
+from sgmv.stack import AdapterStack, check_stack
 
 
 def expand(

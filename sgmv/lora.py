@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapter import Adapter, AdapterLike, Adapters, Scalings, as_adapter, check_scaling, items
+from sgmv.adapter import Adapter, AdapterLike, Adapters, Scalings, as_adapter, items
 from sgmv.backend import kernels
-from sgmv.checks import check_stack, check_x, check_y
-from sgmv.dtypes import Array, check_matrix, promote, sum_dtype
+from sgmv.checks import check_matrix, check_scaling, check_x, check_y
+from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.ids import BASE_ONLY, as_ids
 from sgmv.launch import launch
 from sgmv.segment import Segments, segment
-from sgmv.stack import AdapterStack
+from sgmv.stack import AdapterStack, check_stack
 
 
 def add_lora(

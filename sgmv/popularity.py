@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
+from sgmv.checks import check_count, fits_memory
 from sgmv.errors import ValueRangeError
 from sgmv.ids import Integers
-from sgmv.segment import check_count, fits_memory
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical")
 

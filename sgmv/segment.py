@@ -10,27 +10,23 @@ Integers only: nothing here knows about weights, so Segments made once serve eve
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import mul
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sgmv.checks import check_count
 from sgmv.errors import (
     DtypeError,
-    SgmvError,
     ShapeError,
     UnknownAdapterError,
     ValueRangeError,
-    shown,
     some,
 )
-from sgmv.ids import BASE_ONLY, MOST, Integers, as_ids, as_integers, is_integer
+from sgmv.ids import BASE_ONLY, Integers, as_ids, as_integers
 from sgmv.kernels.plan import most_digits, sort
 
 SHOWN_AT_EACH_END = 6
@@ -313,40 +309,9 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
 
 
-def check_count(argument: str, value: object, least: int, most: float = MOST) -> int:
-    """The value as an int, if it is a whole number from the least to the most, an int64's."""
-    if not is_integer(value):
-        raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
-    if value < least:
-        raise ValueRangeError(argument, f"at least {least}", shown(value), "pass a larger number")
-    if value > most:
-        limit = "less than 2**63" if most == MOST else f"at most {most}"
-        raise ValueRangeError(argument, limit, shown(value), "pass a smaller number")
-    return int(value)
-
-
-def as_float(value: Any) -> float:
-    """A number as a float; an int beyond every float is infinite."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def check_several(argument: str, values: object, expected: str) -> None:
-    """Refuse what has no elements, and text, whose elements are letters."""
-    single = isinstance(values, (str, bytes)) or not isinstance(values, Iterable)
-    if single or (isinstance(values, np.ndarray) and values.ndim == 0):
-        raise DtypeError(argument, expected, type(values).__name__, "pass a list")
-
-
-@contextmanager
-def fits_memory(argument: str, value: object) -> Iterator[None]:
-    """Refuse a number of things that memory does not hold, where arrays of so many are made."""
-    try:
-        yield
-    except SgmvError:
-        raise
-    except (MemoryError, ValueError, OverflowError) as error:  # numpy's, by how much too large
-        expected = "a number for which there is memory"
-        raise ValueRangeError(argument, expected, shown(value), "pass a smaller one") from error
+def check_segments(segments: object) -> None:
+    """Refuse what is no Segments."""
+    if not isinstance(segments, Segments):
+        raise DtypeError(
+            "segments", "Segments", type(segments).__name__, "make them with segment(adapter_ids)"
+        )

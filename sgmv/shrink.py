@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from sgmv.backend import kernels
-from sgmv.checks import check_segments, check_stack, check_x
+from sgmv.checks import check_x
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.launch import launch
-from sgmv.segment import Segments
-from sgmv.stack import AdapterStack
+from sgmv.segment import Segments, check_segments
+from sgmv.stack import AdapterStack, check_stack
 
 
 def shrink(

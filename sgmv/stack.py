@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.adapter import Adapter, AdapterLike, Adapters, as_adapter, items
-from sgmv.dtypes import Array, check_dtype, promote
+from sgmv.checks import check_count, check_dtype, fits_memory
+from sgmv.dtypes import Array, promote
 from sgmv.errors import (
     DtypeError,
     ShapeError,
@@ -23,7 +24,6 @@ from sgmv.errors import (
 )
 from sgmv.ids import NO_SLOT, check_id, is_integer
 from sgmv.memory import sparse
-from sgmv.segment import check_count, fits_memory
 from sgmv.table import SlotTable, Stored
 
 _stacks: weakref.WeakValueDictionary[int, AdapterStack] = weakref.WeakValueDictionary()
@@ -326,3 +326,14 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
+
+
+def check_stack(stack: object) -> None:
+    """Refuse what is no AdapterStack."""
+    if not isinstance(stack, AdapterStack):
+        raise DtypeError(
+            "stack",
+            "an AdapterStack",
+            type(stack).__name__,
+            "make one with AdapterStack.from_adapters",
+        )

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.dtypes import TO_FLOAT32, Array, check_dtype
+from sgmv.checks import TO_FLOAT32, check_dtype
+from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, MemoryLayoutError
 
 TENSOR_TO_FLOAT32 = "convert it first, for example with .float()"

@@ -14,14 +14,15 @@ import numpy.typing as npt
 
 from sgmv import workers
 from sgmv.adapter import Adapter
+from sgmv.checks import check_dtype, check_several
 from sgmv.console import progress
-from sgmv.dtypes import BITS, check_dtype
+from sgmv.dtypes import BITS
 from sgmv.errors import ShapeError
 from sgmv.expand import expand
 from sgmv.kernels.disk import logger
 from sgmv.kernels.jit import notice
 from sgmv.lora import add_lora
-from sgmv.segment import check_several, segment
+from sgmv.segment import segment
 from sgmv.shrink import shrink
 from sgmv.stack import AdapterStack
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sgmv.checks import check_count
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.disk import logger
 from sgmv.kernels.jit import entry
@@ -41,7 +42,6 @@ from sgmv.kernels.pool import (
     life,
     member,
 )
-from sgmv.segment import check_count
 from sgmv.threads import NativeThread, are_patched
 
 # The numbers of Linux's futex, getcpu, sched_setaffinity and gettid. Elsewhere helpers sleep on a

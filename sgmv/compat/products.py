@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.backend import kernels
-from sgmv.checks import check_y
-from sgmv.dtypes import FLOAT64, Array, check_dtype, check_matrix, sum_dtype
+from sgmv.checks import check_dtype, check_matrix, check_y
+from sgmv.dtypes import FLOAT64, Array, sum_dtype
 from sgmv.errors import (
     DtypeError,
     MemoryLayoutError,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.dtypes import Array, check_dtype, check_matrix
+from sgmv.checks import check_dtype, check_matrix
+from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, ShapeError, some
 
 EDGES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, np.inf)  # ulps

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from sgmv.segment import check_count
+from sgmv.checks import check_count
 
 KIB = 1024
 RESERVED = 1 * KIB

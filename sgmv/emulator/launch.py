@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from sgmv.checks import check_count, check_several
 from sgmv.dtypes import Array
 from sgmv.emulator.blocks import Block, Deadlock, Index
 from sgmv.emulator.device import Device
@@ -29,7 +30,7 @@ from sgmv.emulator.run import Kernel, Memory, Result, Shapes, check_order, memor
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import Batch, as_segments
-from sgmv.segment import Segments, check_count, check_several
+from sgmv.segment import Segments
 
 HALF, SINGLE = 2, 4  # bytes
 

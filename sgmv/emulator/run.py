@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapter import check_scaling
-from sgmv.checks import check_x
-from sgmv.dtypes import Array, check_matrix
+from sgmv.checks import check_count, check_matrix, check_scaling, check_x
+from sgmv.dtypes import Array
 from sgmv.emulator.blocks import ORDERS, Block, Index, Races, execute
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
-from sgmv.segment import check_count
 
 Floats = npt.NDArray[np.float32]
 HALF_TYPES = ("float16", "bfloat16")

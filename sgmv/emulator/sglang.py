@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from sgmv.checks import check_count
 from sgmv.emulator.blocks import Block, Index
 from sgmv.emulator.device import A100, Device
 from sgmv.emulator.launch import HALF, Launch, Work, ceil_div, laid_out, whole, widths
@@ -20,7 +21,7 @@ from sgmv.emulator.run import Kernel, Memory, multiply, zero_filled
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.grouped import MIN_CHUNK, chunk_rows, cut
 from sgmv.layouts.rows import Batch, offsets
-from sgmv.segment import Segments, check_count
+from sgmv.segment import Segments
 
 THREADS = (128, 1, 1)  # Triton's default of 4 warps
 STAGES = 3  # Triton's default

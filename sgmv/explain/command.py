@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sgmv import explain
+from sgmv.checks import fits_memory
 from sgmv.console import at_least, counts
 from sgmv.emulator import DEVICES, Device
 from sgmv.errors import SgmvError
@@ -19,7 +20,7 @@ from sgmv.explain.question import Facts, Question
 from sgmv.ids import Integers, as_integers
 from sgmv.models import LAYERS, MODELS
 from sgmv.popularity import POPULARITIES, popularity
-from sgmv.segment import fits_memory, segment
+from sgmv.segment import segment
 from sgmv.terminal import Terminal
 from sgmv.workers import get_num_threads
 

@@ -8,11 +8,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from sgmv.checks import check_count, fits_memory
 from sgmv.emulator import Device
 from sgmv.errors import ValueRangeError
 from sgmv.ids import BASE_ONLY
 from sgmv.layouts.rows import row_ids
-from sgmv.segment import Segments, check_count, fits_memory
+from sgmv.segment import Segments
 from sgmv.stack import AdapterStack
 from sgmv.terminal import plural
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sgmv import emulator
+from sgmv.checks import check_count
 from sgmv.emulator import A100, DEVICES, Device
 from sgmv.emulator.punica import RELEASES
 from sgmv.errors import DtypeError, SgmvError, ValueRangeError
 from sgmv.layouts.rows import Batch, as_segments, row_ids
-from sgmv.segment import check_count
 
 KERNELS = tuple(name for name in emulator.__all__ if name.endswith(("_shrink", "_expand")))
 MOST_ROWS, MOST_ID = 2048, 10**9 - 1

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sgmv.checks import check_count, check_several
 from sgmv.errors import DtypeError, SgmvError, shown, some
 from sgmv.ids import BASE_ONLY, MOST, NO_SLOT, Integers, is_integer
 from sgmv.layouts.names import BASE_NAME, checked_names
@@ -30,7 +31,6 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import check_count, check_several
 from sgmv.stack import AdapterStack
 from sgmv.tensors import as_array
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.checks import check_stack
+from sgmv.checks import check_count
 from sgmv.errors import ValueRangeError
 from sgmv.ids import BASE_ONLY, Integers, as_ids
 from sgmv.layouts.pointers import per_request
@@ -24,8 +24,8 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import check_count, segment
-from sgmv.stack import AdapterStack
+from sgmv.segment import segment
+from sgmv.stack import AdapterStack, check_stack
 
 BACKENDS = ("csgmv", "triton", "torch_native")
 MIN_CHUNK = 16

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sgmv.checks import check_count
 from sgmv.errors import DtypeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import Batch, Layout, as_segments, spread
-from sgmv.segment import check_count
 
 BASE_NAME = "__base__"
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.checks import check_stack
+from sgmv.checks import check_count, check_several, fits_memory
 from sgmv.dtypes import Array
 from sgmv.errors import ShapeError, StackError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, NO_SLOT, Integers, as_ids
@@ -26,8 +26,7 @@ from sgmv.layouts.rows import (
     sorted_items,
     spread,
 )
-from sgmv.segment import check_count, check_several, fits_memory
-from sgmv.stack import AdapterStack
+from sgmv.stack import AdapterStack, check_stack
 from sgmv.table import Stored
 
 RANK_UNIT = 16

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from sgmv.checks import check_count, fits_memory
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, NO_SLOT, Integers
-from sgmv.segment import Segments, check_count, fits_memory, segment
+from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
 
 Batch: TypeAlias = "Segments | npt.ArrayLike"

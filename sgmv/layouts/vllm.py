@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sgmv.checks import check_count, fits_memory
 from sgmv.errors import ValueRangeError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import (
@@ -26,7 +27,7 @@ from sgmv.layouts.rows import (
     slots_of,
     spread,
 )
-from sgmv.segment import check_count, fits_memory, segment
+from sgmv.segment import segment
 
 
 @dataclass(frozen=True, eq=False)

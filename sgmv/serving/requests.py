@@ -6,8 +6,8 @@ import math
 import os
 from dataclasses import dataclass
 
+from sgmv.checks import check_count
 from sgmv.errors import DtypeError, ServingError
-from sgmv.segment import check_count
 
 BASE_MODEL = 0  # the id that vLLM gives to requests without an adapter
 

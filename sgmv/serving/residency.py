@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import islice
 
+from sgmv.checks import check_count, fits_memory
 from sgmv.errors import ServingError
-from sgmv.segment import check_count, fits_memory
 
 POLICIES = ("lru", "fifo")
 

@@ -25,8 +25,8 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
+from sgmv.checks import check_count, check_several
 from sgmv.errors import ServingError
-from sgmv.segment import check_count, check_several
 from sgmv.serving.requests import BASE_MODEL, LoRARequest, check_lora_request
 
 R = TypeVar("R", bound=Hashable)

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sgmv.checks import check_count
 from sgmv.errors import DtypeError, ValueRangeError, shown
 from sgmv.ids import MOST, Integers
-from sgmv.segment import check_count
 from sgmv.serving.requests import BASE_MODEL, LoRARequest
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.scheduler import Scheduler

@@ -25,11 +25,10 @@ from typing import NamedTuple
 import numpy.typing as npt
 
 from sgmv.adapter import Adapter, load_peft
-from sgmv.dtypes import check_dtype
+from sgmv.checks import check_count, check_dtype, check_several
 from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
 from sgmv.ids import is_integer
 from sgmv.peft import near_names
-from sgmv.segment import check_count, check_several
 from sgmv.serving.requests import LoRARequest, check_lora_request
 from sgmv.serving.residency import Counters, Residency
 from sgmv.stack import AdapterStack

@@ -15,12 +15,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from sgmv.checks import check_count, fits_memory
 from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, ServingError, StaleStepError, UnknownAdapterError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.lora import add_lora
 from sgmv.peft import near_names
-from sgmv.segment import Segments, check_count, fits_memory, segment
+from sgmv.segment import Segments, segment
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.slots import Active, AdapterSlots

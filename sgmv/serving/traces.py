@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from sgmv.checks import as_float, check_count, fits_memory
 from sgmv.errors import ServingError, ShapeError, shown
 from sgmv.ids import Integers, as_integers, is_integer
-from sgmv.segment import as_float, check_count, fits_memory
 from sgmv.serving.requests import BASE_MODEL
 
 

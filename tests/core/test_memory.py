@@ -460,7 +460,7 @@ KEPT = {  # what lasts as long as the process, and why it cannot grow
     "sgmv.backend._shrink": "mixes of four float types",
     "sgmv.compat.peft._is_float": "torch's types",
     "sgmv.compat.punica.pointers._owned": "of arrays that are alive",
-    "sgmv.dtypes._bits": "four float types",
+    "sgmv.dtypes.bits_of": "four float types",
     "sgmv.kernels.disk._logged": "kinds of problem, which the code names",
     "sgmv.kernels.jit._entries": "compiled functions, of mixes of float types",
     "sgmv.launch._idle": "as many as calls have run at once, each of the size of a call",

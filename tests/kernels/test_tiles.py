@@ -26,7 +26,7 @@ from benchmarks import instructions
 from reference import compare
 from reference.workloads import Workload, integer, real
 from sgmv import backend, launch, table
-from sgmv.dtypes import check_matrix
+from sgmv.checks import check_matrix
 from sgmv.errors import SgmvError
 from sgmv.kernels import emit, tiles
 from sgmv.kernels.call import PANEL

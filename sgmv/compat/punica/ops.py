@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgmv.adapter import check_scaling
-from sgmv.checks import check_x
+from sgmv.checks import check_count, check_scaling, check_x
 from sgmv.compat.products import (
     Operand,
     Stack,
@@ -29,7 +28,7 @@ from sgmv.compat.punica.pointers import weights_at
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
 from sgmv.ids import as_ids
-from sgmv.segment import Segments, check_count
+from sgmv.segment import Segments
 from sgmv.tensors import as_array, to_float32
 
 

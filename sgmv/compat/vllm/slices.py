@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sgmv.adapter import check_scaling
-from sgmv.checks import check_x
+from sgmv.checks import check_count, check_scaling, check_several, check_x
 from sgmv.compat.products import (
     Operand,
     Stack,
@@ -34,7 +33,7 @@ from sgmv.compat.products import (
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import ShapeError
 from sgmv.ids import Integers
-from sgmv.segment import Segments, check_count, check_several
+from sgmv.segment import Segments
 from sgmv.tensors import as_array
 
 Operands: TypeAlias = Any  # one for each slice; or an array of them

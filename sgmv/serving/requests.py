@@ -1,12 +1,13 @@
-"""Who asks for which adapter: `LoRARequest`, as in vLLM."""
+"""The adapter that a request asks for: `LoRARequest`, as in vLLM."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sgmv.checks import check_count
+from sgmv.checks import check_count, check_several
 from sgmv.errors import DtypeError, ServingError
 
 BASE_MODEL = 0  # the id that vLLM gives to requests without an adapter
@@ -58,3 +59,22 @@ def check_lora_request(lora_request: object) -> None:
             type(lora_request).__name__,
             "make one with LoRARequest(lora_name, lora_int_id, lora_path)",
         )
+
+
+def by_id(lora_requests: Iterable[LoRARequest | None]) -> dict[int, LoRARequest]:
+    """The adapters that are asked for; refuses two under one id."""
+    wanted: dict[int, LoRARequest] = {}
+    check_several("lora_requests", lora_requests, "a LoRARequest, or None, for each")
+    for lora_request in lora_requests:
+        check_lora_request(lora_request)
+        if lora_request is None:
+            continue
+        other = wanted.setdefault(lora_request.lora_int_id, lora_request)
+        if other != lora_request:
+            raise ServingError(
+                "lora_requests",
+                f"one adapter for each id, as {other}",
+                repr(lora_request),
+                "give other weights another lora_int_id",
+            )
+    return wanted

@@ -1,14 +1,7 @@
-"""Adapters' weights in host memory and in slots: `AdapterSlots`.
+"""The adapters of a model, as requests need them in slots: `AdapterSlots`.
 
-    lora_int_id   7 ─┐   slot   generation   one AdapterStack for each module of the model,
-    lora_int_id  42 ─┼──> 0        12        all with the same generations:
-    lora_int_id  43  │    1        15          q_proj  {12: Adapter, 15: Adapter}
-      host memory    └──> 2        none        up_proj {12: Adapter, 15: None}   43 leaves it alone
-
-Each time an adapter enters a slot it gets a generation: a number never given before, which is its
-id in every stack. Rows name generations, not slots. So nobody has to look whether a slot still
-holds what it held: what has been evicted or replaced is not in the stacks under the number that an
-old step names, and `add_lora`, which takes a stack's table once, refuses it.
+Which adapters are in host memory and in slots is decided in residency.py; their weights are read
+and moved in weights.py. Here are the calls: their checks, their pins, and the lock that they share.
 """
 
 from __future__ import annotations
@@ -18,41 +11,20 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import count
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy.typing as npt
 
 from sgmv.adapter import Adapter, load_peft
-from sgmv.checks import check_count, check_dtype, check_several
-from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
+from sgmv.checks import check_count, check_dtype
+from sgmv.errors import DtypeError, ServingError, some
 from sgmv.ids import is_integer
 from sgmv.peft import near_names
-from sgmv.serving.requests import LoRARequest, check_lora_request
+from sgmv.serving.requests import LoRARequest, by_id
 from sgmv.serving.residency import Counters, Residency
+from sgmv.serving.weights import Active, Weights, check_unpinned
 from sgmv.stack import AdapterStack
 from sgmv.warm_up import warm_up
-
-
-class Active(NamedTuple):
-    """Where an adapter is: its slot, and the generation that it is until it leaves."""
-
-    slot: int
-    generation: int
-
-
-@dataclass(frozen=True, eq=False)
-class Hosted:
-    """An adapter in host memory: its layers in the stacks' dtype."""
-
-    lora_request: LoRARequest
-    layers: Mapping[str, Adapter]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.A.nbytes + layer.B.nbytes for layer in self.layers.values())
-
 
 _all: weakref.WeakSet[AdapterSlots] = weakref.WeakSet()
 
@@ -67,7 +39,7 @@ class AdapterSlots:
 
     max_loras      slots: the most adapters in one step
     max_cpu_loras  adapters in host memory, those in slots included; at least max_loras
-    max_lora_rank  the highest rank taken; weights stand at their own rank, without padding
+    max_lora_rank  the highest rank taken; weights are stored at their own rank, without padding
     modules        the model's layers, name -> (h_in, h_out): an adapter of any other is refused.
                    Left out, the layers that loaded adapters name, with the first one's widths
     dtype          of the weights, as for AdapterStack; others are converted when loaded
@@ -117,14 +89,7 @@ class AdapterSlots:
         self.dtype = check_dtype("dtype", dtype)
         warm_up([self.dtype])
         self.policy = policy
-        self.bytes_read = 0  # from disk into host memory
-        self.bytes_loaded = 0  # from host memory into slots
-        self._read = read
-        self._learns_modules = modules is None
-        self._stacks = {name: self._stack(widths, name) for name, widths in (modules or {}).items()}
-        self._hosted: dict[int, Hosted] = {}
-        self._generation: dict[int, int] = {}  # of the ids in slots
-        self._generations = count(1)
+        self._weights = Weights(self._residency, self.max_lora_rank, self.dtype, read, modules)
         self._pinned: frozenset[int] = frozenset()
         self._changing = threading.RLock()
         _all.add(self)
@@ -142,7 +107,17 @@ class AdapterSlots:
     @property
     def modules(self) -> list[str]:
         """The model's layers, or those that adapters have named so far."""
-        return list(self._stacks)
+        return list(self._weights.stacks)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read from disk into host memory so far."""
+        return self._weights.bytes_read
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Bytes of weights loaded from host memory into slots so far."""
+        return self._weights.bytes_loaded
 
     @property
     def pinned(self) -> frozenset[int]:
@@ -186,9 +161,9 @@ class AdapterSlots:
 LoRARequest(lora_name='french', lora_int_id=7, lora_path='a/fr') without any; check what was saved
         """
         with self._settled() as residency:
-            wanted = self._by_id([lora_request])
+            wanted = by_id([lora_request])
             self._check_room(wanted, "max_cpu_loras", self.max_cpu_loras)
-            is_new = self._host(wanted)
+            is_new = self._weights.host(wanted, self._pinned)
             residency.bring_to_host(sorted(wanted), self._pinned | wanted.keys())
         return is_new
 
@@ -250,7 +225,7 @@ there is nothing to deactivate
         with self._settled() as residency:
             remedy = "there is nothing to deactivate"
             self._check_known(lora_int_id, residency.slots, "in a slot", remedy)
-            self._check_unpinned([lora_int_id])
+            check_unpinned([lora_int_id], self._pinned)
             residency.leave_slot(lora_int_id)
 
     def unload(self, lora_int_id: int) -> None:
@@ -269,7 +244,7 @@ there is nothing to deactivate
         with self._settled() as residency:
             remedy = "there is nothing to unload"
             self._check_known(lora_int_id, residency.host, "in host memory", remedy)
-            self._check_unpinned([lora_int_id])
+            check_unpinned([lora_int_id], self._pinned)
             residency.leave(lora_int_id)
 
     def pin(self, lora_int_id: int) -> None:
@@ -288,7 +263,7 @@ there is nothing to deactivate
         """
         with self._settled() as residency:
             self._check_known(lora_int_id, residency.host, "in host memory", "load it first")
-            self.activate([self._hosted[lora_int_id].lora_request])
+            self.activate([self._weights.hosted[lora_int_id].lora_request])
             self._pinned |= {int(lora_int_id)}
 
     def unpin(self, lora_int_id: int) -> None:
@@ -322,7 +297,7 @@ there is nothing to unpin
 'layers.0.up_prj'; did you mean 'layers.0.up_proj'?
         """
         try:
-            return self._stacks[module]
+            return self._weights.stacks[module]
         except (KeyError, TypeError):
             raise ServingError(
                 "module",
@@ -333,7 +308,7 @@ there is nothing to unpin
 
     def __repr__(self) -> str:
         with self._changing:
-            used, hosted = len(self._residency.slots), len(self._hosted)
+            used, hosted = len(self._residency.slots), len(self._weights.hosted)
         return (
             f"AdapterSlots({used} of {self.max_loras} slots used, {hosted} of {self.max_cpu_loras} "
             f"in host memory, max_lora_rank={self.max_lora_rank}, {self.dtype.name})"
@@ -342,7 +317,7 @@ there is nothing to unpin
     def __str__(self) -> str:
         with self._changing:
             lines = [("id", "name", "slot", "pinned", "layers", "bytes")]
-            for i, hosted in sorted(self._hosted.items()):
+            for i, hosted in sorted(self._weights.hosted.items()):
                 slot = str(self._residency.slots.get(i, "-"))
                 pinned = "yes" if i in self._pinned else "no"
                 name, layers = hosted.lora_request.lora_name, str(len(hosted.layers))
@@ -355,32 +330,6 @@ there is nothing to unpin
             )
             for line in lines
         )
-
-    def _stack(self, widths: tuple[int, int], name: str) -> AdapterStack:
-        if not isinstance(widths, (tuple, list)) or len(widths) != 2:
-            raise ServingError(
-                "modules", "name -> (h_in, h_out)", repr(widths), "give each layer's two widths"
-            )
-        for width in widths:
-            check_count(f"modules[{name!r}]", width, 1)
-        return AdapterStack(*widths, self.max_loras, self.max_lora_rank, self.dtype)
-
-    def _by_id(self, lora_requests: Iterable[LoRARequest | None]) -> dict[int, LoRARequest]:
-        wanted: dict[int, LoRARequest] = {}
-        check_several("lora_requests", lora_requests, "a LoRARequest, or None, for each")
-        for lora_request in lora_requests:
-            check_lora_request(lora_request)
-            if lora_request is None:
-                continue
-            other = wanted.setdefault(lora_request.lora_int_id, lora_request)
-            if other != lora_request:
-                raise ServingError(
-                    "lora_requests",
-                    f"one adapter for each id, as {other}",
-                    repr(lora_request),
-                    "give other weights another lora_int_id",
-                )
-        return wanted
 
     def _check_room(self, wanted: Mapping[int, LoRARequest], name: str, room: int) -> None:
         keep = self._pinned | wanted.keys()
@@ -397,106 +346,22 @@ there is nothing to unpin
             expected = f"an adapter {where}, one of {some(sorted(known))}"
             raise ServingError("lora_int_id", expected, repr(i), remedy)
 
-    def _check_unpinned(self, ids: Iterable[int]) -> None:
-        pinned = sorted(self._pinned.intersection(ids))
-        if pinned:
-            raise ServingError(
-                "lora_int_id", "an adapter that is not pinned", some(pinned), "unpin it first"
-            )
-
     def _activate(
         self, lora_requests: Iterable[LoRARequest | None], failed: dict[int, Exception] | None
     ) -> dict[int, Active]:
         """What `activate` does; adapters that fail are added to `failed`, or raise without it."""
         with self._settled() as residency:
-            wanted = self._by_id(lora_requests)
+            wanted = by_id(lora_requests)
             self._check_room(wanted, "max_loras", self.max_loras)
-            self._host(wanted, failed)
+            self._weights.host(wanted, self._pinned, failed)
             ids = [i for i in wanted if i not in (failed or ())]
             residency.bring(sorted(ids), self._pinned.union(ids))
-            self._settle(failed)
+            self._weights.settle(failed)
             return {
-                i: Active(residency.slots[i], self._generation[i])
+                i: Active(residency.slots[i], self._weights.generation[i])
                 for i in ids
                 if i not in (failed or ())
             }
-
-    def _host(
-        self, wanted: Mapping[int, LoRARequest], failed: dict[int, Exception] | None = None
-    ) -> bool:
-        """Read what is not in host memory, or is there as another adapter, which has to go.
-
-        Adapters that fail are added to `failed`, or raise if it is None.
-        """
-        missing = {
-            i: lora_request
-            for i, lora_request in wanted.items()
-            if i not in self._hosted or self._hosted[i].lora_request != lora_request
-        }
-        if failed is None:  # before any is read
-            self._check_unpinned(missing)
-        stacks, new = dict(self._stacks), {}
-        for i, lora_request in missing.items():
-            with_new_layers = dict(stacks)
-            try:
-                self._check_unpinned([i])
-                new[i] = self._fitted(lora_request, with_new_layers)
-            except Exception as error:
-                if failed is None:
-                    raise
-                failed[i] = error
-            else:
-                stacks = with_new_layers
-        for name in stacks.keys() - self._stacks.keys():
-            for generation in self._generation.values():
-                stacks[name].load(generation, None)
-        self._stacks = stacks
-        for i in new.keys() & self._hosted.keys():
-            self._residency.leave(i)
-        self._settle()
-        self._hosted.update(new)
-        self.bytes_read += sum(hosted.nbytes for hosted in new.values())
-        return bool(new)
-
-    def _fitted(self, lora_request: LoRARequest, stacks: dict[str, AdapterStack]) -> Hosted:
-        """The adapter as host memory will hold it; adds stacks for modules not seen yet."""
-        layers = {}
-        try:
-            found = self._read(lora_request.lora_path)
-        except SgmvError as error:  # it names a path, or an option of a file: say whose
-            where = f"{lora_request}, {error.argument}"
-            raise type(error)(where, error.expected, error.received, error.remedy) from error
-        if not isinstance(found, Mapping):
-            given = f"{type(found).__name__} for {lora_request}"
-            raise DtypeError("read", "a mapping of modules to Adapters", given, "return a dict")
-        for module, adapter in found.items():
-            if module not in stacks and not self._learns_modules:
-                expected = f"layers of the model, in {lora_request}"
-                remedy = near_names(module, stacks)
-                raise ServingError("lora_request", expected, repr(module), remedy)
-            if not isinstance(adapter, Adapter):
-                given = f"{type(adapter).__name__} for {module!r} of {lora_request}"
-                raise DtypeError("read", "an Adapter for each module", given, "wrap it in Adapter")
-            if module not in stacks:
-                stacks[module] = self._stack((adapter.h_in, adapter.h_out), module)
-            if adapter.r > self.max_lora_rank:
-                raise StackError(
-                    f"{lora_request}, {module!r}",
-                    f"a rank of at most max_lora_rank = {self.max_lora_rank}",
-                    str(adapter.r),
-                    "make the AdapterSlots with a larger max_lora_rank",
-                )
-            try:
-                layers[module] = stacks[module].fitted(adapter)
-            except SgmvError as error:
-                where = f"{lora_request}, {module!r}"
-                raise type(error)(where, error.expected, error.received, error.remedy) from error
-        if not layers:
-            got = f"{lora_request} without any"
-            raise ServingError(
-                "lora_request", "an adapter of some layer", got, "check what was saved"
-            )
-        return Hosted(lora_request, layers)
 
     @contextmanager
     def _settled(self) -> Iterator[Residency]:
@@ -505,58 +370,9 @@ there is nothing to unpin
         And before: an interrupt may have broken off the call before this one.
         """
         with self._changing:
-            self._settle()
+            self._weights.settle()
             yield self._residency
-            self._settle()
-
-    def _settle(self, failed: dict[int, Exception] | None = None) -> None:
-        """Have weights where the residency says that ids are.
-
-        Ids whose weights cannot be loaded lose their slot, and are added to `failed` or raise.
-        """
-        slots, host = self._residency.slots, self._residency.host
-        for i in [i for i in self._generation if i not in slots]:
-            self._empty(i)
-        if len(self._hosted) > len(host):  # what comes is hosted before the residency knows it
-            for i in [i for i in self._hosted if i not in host]:
-                del self._hosted[i]
-        new = [i for i in slots if i not in self._generation]
-        try:
-            for i in new:
-                try:
-                    self._fill(i)
-                except Exception as error:
-                    if failed is None:
-                        raise
-                    failed[i] = error
-                    self._residency.leave_slot(i)
-        except BaseException:  # out of memory, say: ids without weights have no slot
-            for i in new:
-                if i in slots and i not in self._generation:
-                    self._residency.leave_slot(i)
-            raise
-
-    def _fill(self, i: int) -> None:
-        """Load an adapter into every stack, under a generation of its own."""
-        generation, hosted = next(self._generations), self._hosted[i]
-        try:
-            for module, stack in self._stacks.items():
-                stack.load(generation, hosted.layers.get(module))
-        except BaseException:
-            self._take_out(generation)
-            raise
-        self._generation[i] = generation
-        self.bytes_loaded += hosted.nbytes
-
-    def _empty(self, i: int) -> None:
-        """Take an adapter out of the stacks; its generation never comes back."""
-        self._take_out(self._generation[i])
-        del self._generation[i]
-
-    def _take_out(self, generation: int) -> None:
-        for stack in self._stacks.values():
-            if generation in stack:
-                stack.unload(generation)
+            self._weights.settle()
 
 
 def _renew_locks() -> None:

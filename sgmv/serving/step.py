@@ -24,7 +24,8 @@ from sgmv.peft import near_names
 from sgmv.segment import Segments, segment
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.scheduler import Scheduler
-from sgmv.serving.slots import Active, AdapterSlots
+from sgmv.serving.slots import AdapterSlots
+from sgmv.serving.weights import Active
 
 R = TypeVar("R", bound=Hashable)
 BASE = Active(BASE_ONLY, BASE_ONLY)

@@ -34,7 +34,6 @@ MOST_LINES = 450
 TOO_LONG = {
     "compat/peft.py",
     "layouts/findings.py",
-    "serving/slots.py",
 }  # until they are split
 MOST_ARGUMENTS = 10
 # What LLVM is to draw is passed number by number; vLLM's own call has so many.

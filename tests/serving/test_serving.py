@@ -118,13 +118,13 @@ FAULTS = {
         "serving.residency", "had_slot = i in self.slots\n", "had_slot = False\n"
     ),
     "a slot's number for a generation": Fault(
-        "serving.slots", "= next(self._generations), ", "= self._residency.slots[i], "
+        "serving.weights", "= next(self._generations), ", "= self._residency.slots[i], "
     ),
     "an evicted adapter stays in the stacks": Fault(
-        "serving.slots", "self._take_out(self._generation[i])", "pass"
+        "serving.weights", "self._take_out(self.generation[i])", "pass"
     ),
     "a replaced adapter stays": Fault(
-        "serving.slots", "or self._hosted[i].lora_request != lora_request", ""
+        "serving.weights", "or self.hosted[i].lora_request != lora_request", ""
     ),
     "rows of another request": Fault(
         "serving.step", "zip(requests, map", "zip(reversed(requests), map"

@@ -1,0 +1,231 @@
+"""Adapters' weights in host memory and in slots, wherever the residency has their ids.
+
+    lora_int_id   7 ─┐   slot   generation   one AdapterStack for each module of the model,
+    lora_int_id  42 ─┼──> 0        12        all with the same generations:
+    lora_int_id  43  │    1        15          q_proj  {12: Adapter, 15: Adapter}
+      host memory    └──> 2        none        up_proj {12: Adapter, 15: None}   43 leaves it alone
+
+Each time an adapter enters a slot it gets a generation: a number never given before, which is its
+id in every stack. Rows name generations, not slots. So an old step needs no check of what its slots
+hold now: the stacks no longer have the generation of an adapter that was evicted or replaced, and
+`add_lora`, which takes a stack's table once, refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sgmv.adapter import Adapter
+from sgmv.checks import check_count
+from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
+from sgmv.peft import near_names
+from sgmv.serving.requests import LoRARequest
+from sgmv.serving.residency import Residency
+from sgmv.stack import AdapterStack
+
+
+class Active(NamedTuple):
+    """Where an adapter is: its slot, and its generation until it leaves the slot."""
+
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, eq=False)
+class Hosted:
+    """An adapter in host memory: its layers in the stacks' dtype."""
+
+    lora_request: LoRARequest
+    layers: Mapping[str, Adapter]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.A.nbytes + layer.B.nbytes for layer in self.layers.values())
+
+
+class Weights:
+    """The weights of the ids that a residency has in host memory and in slots.
+
+    Semantics: `host` reads adapters; `settle` moves weights after the residency has changed.
+    Nothing here is thread-safe.
+
+    hosted        lora_int_id -> its adapter in host memory
+    generation    lora_int_id -> its generation, of those in slots
+    stacks        module -> its adapters in slots, by generation
+    bytes_read    from disk into host memory
+    bytes_loaded  from host memory into slots
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        max_lora_rank: int,
+        dtype: np.dtype[Any],
+        read: Callable[[str], Mapping[str, Adapter]],
+        modules: Mapping[str, tuple[int, int]] | None,
+    ) -> None:
+        self.hosted: dict[int, Hosted] = {}
+        self.generation: dict[int, int] = {}
+        self.bytes_read = 0
+        self.bytes_loaded = 0
+        self._residency = residency
+        self._max_lora_rank = max_lora_rank
+        self._dtype = dtype
+        self._read = read
+        self._learns_modules = modules is None
+        self._generations = count(1)
+        self.stacks = {name: self._stack(widths, name) for name, widths in (modules or {}).items()}
+
+    def host(
+        self,
+        wanted: Mapping[int, LoRARequest],
+        pinned: frozenset[int],
+        failed: dict[int, Exception] | None = None,
+    ) -> bool:
+        """Read the adapters that host memory lacks; whether there were any.
+
+        An adapter replaces another of its id, unless that one is pinned. Adapters that fail are
+        added to `failed`; if it is None, the first failure is raised and nothing has changed.
+        """
+        missing = {
+            i: lora_request
+            for i, lora_request in wanted.items()
+            if i not in self.hosted or self.hosted[i].lora_request != lora_request
+        }
+        if failed is None:  # before any is read
+            check_unpinned(missing, pinned)
+        stacks, new = dict(self.stacks), {}
+        for i, lora_request in missing.items():
+            with_new_layers = dict(stacks)
+            try:
+                check_unpinned([i], pinned)
+                new[i] = self._fitted(lora_request, with_new_layers)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[i] = error
+            else:
+                stacks = with_new_layers
+        for name in stacks.keys() - self.stacks.keys():
+            for generation in self.generation.values():
+                stacks[name].load(generation, None)
+        self.stacks = stacks
+        for i in new.keys() & self.hosted.keys():
+            self._residency.leave(i)
+        self.settle()
+        self.hosted.update(new)
+        self.bytes_read += sum(hosted.nbytes for hosted in new.values())
+        return bool(new)
+
+    def settle(self, failed: dict[int, Exception] | None = None) -> None:
+        """Move weights to where the residency has their ids.
+
+        Ids whose weights cannot be loaded lose their slot, and are added to `failed` or raise.
+        """
+        slots, host = self._residency.slots, self._residency.host
+        for i in [i for i in self.generation if i not in slots]:
+            self._empty(i)
+        if len(self.hosted) > len(host):  # adapters are hosted before the residency has their ids
+            for i in [i for i in self.hosted if i not in host]:
+                del self.hosted[i]
+        new = [i for i in slots if i not in self.generation]
+        try:
+            for i in new:
+                try:
+                    self._fill(i)
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed[i] = error
+                    self._residency.leave_slot(i)
+        except BaseException:  # out of memory, say: ids without weights have no slot
+            for i in new:
+                if i in slots and i not in self.generation:
+                    self._residency.leave_slot(i)
+            raise
+
+    def _fitted(self, lora_request: LoRARequest, stacks: dict[str, AdapterStack]) -> Hosted:
+        """The adapter as host memory will hold it; adds stacks for modules not seen yet."""
+        layers = {}
+        try:
+            found = self._read(lora_request.lora_path)
+        except SgmvError as error:  # it names a path, or a file's option: add the adapter's name
+            argument = f"{lora_request}, {error.argument}"
+            raise type(error)(argument, error.expected, error.received, error.remedy) from error
+        if not isinstance(found, Mapping):
+            given = f"{type(found).__name__} for {lora_request}"
+            raise DtypeError("read", "a mapping of modules to Adapters", given, "return a dict")
+        for module, adapter in found.items():
+            if module not in stacks and not self._learns_modules:
+                expected = f"layers of the model, in {lora_request}"
+                remedy = near_names(module, stacks)
+                raise ServingError("lora_request", expected, repr(module), remedy)
+            if not isinstance(adapter, Adapter):
+                given = f"{type(adapter).__name__} for {module!r} of {lora_request}"
+                raise DtypeError("read", "an Adapter for each module", given, "wrap it in Adapter")
+            if module not in stacks:
+                stacks[module] = self._stack((adapter.h_in, adapter.h_out), module)
+            if adapter.r > self._max_lora_rank:
+                raise StackError(
+                    f"{lora_request}, {module!r}",
+                    f"a rank of at most max_lora_rank = {self._max_lora_rank}",
+                    str(adapter.r),
+                    "make the AdapterSlots with a larger max_lora_rank",
+                )
+            try:
+                layers[module] = stacks[module].fitted(adapter)
+            except SgmvError as error:
+                argument = f"{lora_request}, {module!r}"
+                raise type(error)(argument, error.expected, error.received, error.remedy) from error
+        if not layers:
+            got = f"{lora_request} without any"
+            raise ServingError(
+                "lora_request", "an adapter of some layer", got, "check what was saved"
+            )
+        return Hosted(lora_request, layers)
+
+    def _stack(self, widths: tuple[int, int], name: str) -> AdapterStack:
+        """An empty stack for a module."""
+        if not isinstance(widths, (tuple, list)) or len(widths) != 2:
+            raise ServingError(
+                "modules", "name -> (h_in, h_out)", repr(widths), "give each layer's two widths"
+            )
+        for width in widths:
+            check_count(f"modules[{name!r}]", width, 1)
+        return AdapterStack(*widths, self._residency.max_loras, self._max_lora_rank, self._dtype)
+
+    def _fill(self, i: int) -> None:
+        """Load an adapter into every stack, under a generation of its own."""
+        generation, hosted = next(self._generations), self.hosted[i]
+        try:
+            for module, stack in self.stacks.items():
+                stack.load(generation, hosted.layers.get(module))
+        except BaseException:
+            self._take_out(generation)
+            raise
+        self.generation[i] = generation
+        self.bytes_loaded += hosted.nbytes
+
+    def _empty(self, i: int) -> None:
+        """Take an adapter out of the stacks; its generation never comes back."""
+        self._take_out(self.generation[i])
+        del self.generation[i]
+
+    def _take_out(self, generation: int) -> None:
+        for stack in self.stacks.values():
+            if generation in stack:
+                stack.unload(generation)
+
+
+def check_unpinned(ids: Iterable[int], pinned: frozenset[int]) -> None:
+    """Refuse to move adapters that are pinned."""
+    found = sorted(pinned.intersection(ids))
+    if found:
+        raise ServingError(
+            "lora_int_id", "an adapter that is not pinned", some(found), "unpin it first"
+        )

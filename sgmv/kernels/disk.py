@@ -14,13 +14,16 @@ import hashlib
 import logging
 import os
 import pickle
+import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import event
 from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
 try:
@@ -93,22 +96,26 @@ class KernelFiles:
             path.unlink(missing_ok=True)
 
 
-class _OneProcess:
-    """Held by the process that compiles: the others wait, and then load what it has saved."""
+class _OneProcess(event.Listener):
+    """Held by the process that compiles: the others wait, and then load what it has saved.
+
+    It is taken under numba's compiler lock, and released when its thread leaves that lock: also
+    where the compilation failed, or Ctrl-C ended it.
+    """
 
     def __init__(self) -> None:
         self._file: int | None = None
-        self._owner: object = None
+        self._thread: int | None = None
 
-    def acquire(self, folder: Path, owner: object) -> bool:
+    def acquire(self, folder: Path) -> bool:
         """Whether this process had to wait for another; no lock is taken inside another."""
         if fcntl is None or self._file is not None:
             return False
+        self._thread = threading.get_ident()
         try:
             self._file = os.open(folder / "compiling.lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:  # a folder that cannot be written: nothing will be saved for others either
             return False
-        self._owner = owner
         begun = time.monotonic()
         while time.monotonic() < begun + WAIT_FOR_OTHERS_S:
             try:
@@ -120,16 +127,26 @@ class _OneProcess:
                 break
         return time.monotonic() > begun + 0.02
 
-    def release(self, owner: object = None) -> None:
-        """By the one that took it; by anyone, if left out."""
-        if self._file is not None and owner in (None, self._owner):
+    def release(self) -> None:
+        """Let another process compile; nothing where the lock is not held."""
+        if self._file is not None:
             with contextlib.suppress(OSError):  # of a forked child, too, which shares it
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
-            self._file = self._owner = None
+            self._thread = None
+            self._file = None  # the last: from here on another thread may take it
+
+    def on_start(self, event: Any) -> None:
+        """Of numba, when a thread asks for the compiler lock."""
+
+    def on_end(self, event: Any) -> None:
+        """Of numba, when a thread has released the compiler lock, which it may still hold."""
+        if self._thread == threading.get_ident() and not global_compiler_lock.is_locked():
+            self.release()
 
 
 one_process = _OneProcess()
+event.register("numba:compiler_lock", one_process)
 
 
 class KernelCache(FunctionCache):
@@ -148,10 +165,8 @@ class KernelCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function; None where it is to be compiled, and this process may do so."""
         found = self._load(sig, target_context)
-        if found is None and one_process.acquire(self._files.folder, (self, sig)):
+        if found is None and one_process.acquire(self._files.folder):
             found = self._load(sig, target_context)
-        if found is not None:
-            one_process.release((self, sig))
         return found
 
     def _load(self, sig: Any, target_context: Any) -> Any:
@@ -167,5 +182,3 @@ class KernelCache(FunctionCache):
             super().save_overload(sig, data)
         except OSError as error:
             log_once("kernels cannot be kept in the cache", self._files.folder, error)
-        finally:
-            one_process.release((self, sig))

@@ -8,12 +8,18 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
+from numba.core import event
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.errors import TypingError
 
 from sgmv.kernels import disk, jit
 from sgmv.kernels.disk import KernelFiles
@@ -142,41 +148,146 @@ def wait_for_the_lock(folder: Path, queue: Any) -> None:
     lock = disk._OneProcess()
     begun = time.monotonic()
     queue.put("ready")
-    lock.acquire(folder, "child")
+    lock.acquire(folder)
     queue.put(time.monotonic() - begun)
-    lock.release("child")
+    lock.release()
 
 
-@pytest.mark.skipif(disk.fcntl is None, reason="this system has no flock")
-def test_a_second_process_waits_until_the_first_has_saved(tmp_path: Path) -> None:
-    lock = disk._OneProcess()
-    assert not lock.acquire(tmp_path, "outer")
-    assert not lock.acquire(tmp_path, "a function inside")
+@pytest.fixture
+def lock() -> Iterator[disk._OneProcess]:
+    """One that follows numba's compiler lock, as the library's own does."""
+    made = disk._OneProcess()
+    event.register("numba:compiler_lock", made)
+    yield made
+    event.unregister("numba:compiler_lock", made)
+
+
+flock = pytest.mark.skipif(disk.fcntl is None, reason="this system has no flock")
+
+
+@flock
+def test_a_second_process_waits_until_the_first_has_saved(
+    tmp_path: Path, lock: disk._OneProcess
+) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     child = context.Process(target=wait_for_the_lock, args=(tmp_path, queue))
-    child.start()
-    assert queue.get(timeout=60) == "ready"
-    time.sleep(0.3)
-    assert queue.empty()
-    lock.release("a function inside")
-    time.sleep(0.1)
-    assert queue.empty()
-    lock.release("outer")
+    with global_compiler_lock:
+        assert not lock.acquire(tmp_path)
+        with global_compiler_lock:  # for a function inside
+            assert not lock.acquire(tmp_path)
+        child.start()
+        assert queue.get(timeout=60) == "ready"
+        time.sleep(0.4)
+        assert queue.empty()
     assert queue.get(timeout=60) >= 0.3
     child.join()
 
 
-@pytest.mark.skipif(disk.fcntl is None, reason="this system has no flock")
+def enter_and_leave_the_compiler() -> None:
+    with global_compiler_lock:
+        pass
+
+
+@flock
+def test_another_thread_that_leaves_the_compiler_releases_nothing(
+    tmp_path: Path, lock: disk._OneProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "WAIT_FOR_OTHERS_S", 0.1)
+    lock.acquire(tmp_path)
+    thread = threading.Thread(target=enter_and_leave_the_compiler)
+    thread.start()
+    thread.join()
+    other = disk._OneProcess()
+    assert other.acquire(tmp_path)
+    other.release()
+    lock.release()
+
+
+@flock
 def test_a_process_that_stops_in_the_middle_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped, here = disk._OneProcess(), disk._OneProcess()
-    stopped.acquire(tmp_path, "never released")
+    stopped.acquire(tmp_path)
     monkeypatch.setattr(disk, "WAIT_FOR_OTHERS_S", 0.1)
-    assert here.acquire(tmp_path, "mine")
-    here.release("mine")
+    assert here.acquire(tmp_path)
+    here.release()
     stopped.release()
+
+
+class CtrlC(event.Listener):
+    """Presses it once, where numba has begun to compile."""
+
+    pressed = False
+
+    def on_start(self, event: Any) -> None:
+        if not self.pressed:
+            self.pressed = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def interrupted(compiled: Any) -> None:
+    event.register("numba:run_pass", CtrlC())
+    compiled(4)
+
+
+def interrupted_as_it_waits(compiled: Any) -> None:
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    compiled(4)
+
+
+ENDINGS: dict[str, Callable[[Any], object]] = {
+    "failed": lambda compiled: compiled(None),  # no number, so that numba refuses the product
+    "interrupted": interrupted,
+    "interrupted as it waits": interrupted_as_it_waits,
+}
+
+
+def end_early(folder: Path, how: str, pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    numba.njit(lambda n: n)(4)  # its first makes numba import much, and a broken import stays broken
+    compiled = probe(folder)
+    try:
+        ENDINGS[how](compiled)
+    except (KeyboardInterrupt, TypingError) as error:
+        pipe.send(type(error).__name__)
+    pipe.recv()
+    pipe.send((compiled(4), hits(compiled), disk.one_process._file))
+
+
+@flock
+@jitted
+@pytest.mark.parametrize("how", ENDINGS)
+def test_a_process_that_failed_to_compile_is_not_waited_for(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives on, and compiles later."""
+    monkeypatch.setattr(disk, "WAIT_FOR_OTHERS_S", 30.0)
+    folder = probe(tmp_path)._cache._files.folder
+    holder = disk._OneProcess()
+    if how == "interrupted as it waits":
+        holder.acquire(folder)
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=end_early, args=(tmp_path, how, there))
+    child.start()
+    there.close()  # so that the end of the child is seen
+    assert here.poll(60)
+    assert here.recv() == ("TypingError" if how == "failed" else "KeyboardInterrupt")
+    holder.release()
+    begun = time.monotonic()
+    holder.acquire(folder)
+    assert time.monotonic() < begun + 20
+    holder.release()
+    here.send("again")
+    assert here.poll(60)
+    assert here.recv() == (8, 0, None)
+    child.join()
 
 
 @jitted

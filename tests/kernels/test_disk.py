@@ -250,7 +250,7 @@ ENDINGS: dict[str, Callable[[Any], object]] = {
 
 def end_early(folder: Path, how: str, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    numba.njit(lambda n: n)(4)  # its first makes numba import much, and a broken import stays broken
+    numba.njit(lambda n: n)(4)  # numba imports much for its first: what is tested comes after that
     compiled = probe(folder)
     try:
         ENDINGS[how](compiled)

@@ -68,8 +68,7 @@ def as_integers(argument: str, values: Any) -> Integers:
     if dtype.kind == "f" and isinstance(values, (list, tuple)):
         array = np.array(values, object)  # of int64 and uint64 numpy made floats
     if array.dtype.kind not in "iu" and not all(map(is_integer, array)):
-        is_tensor = type(values).__module__ == "torch"
-        how = ".long()" if is_tensor else ".astype(np.int64)"
+        how = ".long()" if hasattr(values, "long") else ".astype(np.int64)"  # a tensor's
         raise DtypeError(argument, "integers", str(dtype), f"convert with {how}")
     if array.dtype.kind != "i" and array.max() > MOST:
         received = shown(array.max())

@@ -1,10 +1,11 @@
-"""Operands of engines as numpy arrays: numpy's own as they are, torch's CPU tensors without a copy.
+"""All that sgmv knows of torch: its CPU tensors as numpy arrays without a copy, and its threads.
 
-torch is never imported here: a torch tensor can only come from a caller who did.
+torch is never imported: a tensor can only come from a caller that has imported it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,25 @@ from sgmv.errors import DtypeError, MemoryLayoutError
 TENSOR_TO_FLOAT32 = "convert it first, for example with .float()"
 
 
+def torch() -> Any:
+    """The package, if somebody has imported it; else None."""
+    return sys.modules.get("torch")
+
+
+def is_tensor(value: object) -> bool:
+    """Whether the value is a tensor, on whatever device."""
+    package = torch()
+    return package is not None and isinstance(value, package.Tensor)
+
+
+def are_of_torch(array: Array) -> bool:
+    """Whether an array's elements are a tensor's."""
+    owner = array.base
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return is_tensor(owner)
+
+
 def as_array(argument: str, operand: object) -> Array:
     """A numpy array over the operand's own memory: what is written to it, the operand holds.
 
@@ -28,8 +48,8 @@ def as_array(argument: str, operand: object) -> Array:
     """
     if isinstance(operand, np.ndarray):
         return operand
-    torch: Any = sys.modules.get("torch")
-    if torch is None or not isinstance(operand, torch.Tensor):
+    package = torch()
+    if package is None or not isinstance(operand, package.Tensor):
         raise DtypeError(
             argument,
             "a numpy array or a torch tensor on the CPU",
@@ -41,10 +61,32 @@ def as_array(argument: str, operand: object) -> Array:
         raise MemoryLayoutError(
             argument, "a tensor on the CPU", f"one on {tensor.device}", "pass tensor.cpu()"
         )
-    if tensor.dtype != torch.bfloat16:
+    if tensor.dtype != package.bfloat16:
         return tensor.numpy()  # type: ignore[no-any-return]  # torch is untyped here
-    array: Array = tensor.view(torch.int16).numpy()
+    array: Array = tensor.view(package.int16).numpy()
     return array.view(float_dtype(argument, tensor.dtype))
+
+
+def like(array: Array, operand: object) -> Any:
+    """The array; or a tensor over its memory, where the operand is one."""
+    return torch().from_numpy(array) if is_tensor(operand) else array
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array, or for a dtype of torch's a tensor."""
+    package = torch()
+    return (package if is_torchs(dtype) else np).zeros(shape, dtype=dtype)
+
+
+def is_torchs(dtype: object) -> bool:
+    """Whether the type is one of torch's own, as torch.float16 is."""
+    package = torch()
+    return package is not None and isinstance(dtype, package.dtype)
+
+
+def name_of(dtype: object) -> str:
+    """The type's name, which numpy and torch agree on: "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def to_float32(operand: object) -> str:
@@ -55,7 +97,7 @@ def to_float32(operand: object) -> str:
 @lru_cache
 def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
     """The type as numpy has it; raises DtypeError for what is no float type that sgmv takes."""
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     if name != "bfloat16":
         return check_dtype(argument, name, TENSOR_TO_FLOAT32)
     try:
@@ -68,3 +110,12 @@ def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
             "pip install ml_dtypes, which gives numpy this type",
         ) from error
     return check_dtype(argument, ml_dtypes.bfloat16)
+
+
+def gomp_parallel() -> int:
+    """The address of GOMP_parallel in the OpenMP library that torch is linked with; 0 if none."""
+    try:
+        function = ctypes.CDLL(torch()._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):  # Windows, or macOS, whose OpenMP is Clang's
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

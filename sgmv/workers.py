@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sgmv import tensors
 from sgmv.checks import check_count
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.disk import logger
@@ -230,8 +231,8 @@ def warm_up() -> None:
         _life()
     else:
         help_out(closed.address, 0, 0)
-    if (torch := sys.modules.get("torch")) is not None:
-        torchs_pool(torch)
+    if tensors.torch() is not None:
+        torchs_pool()
 
 
 pool = Pool()
@@ -240,36 +241,20 @@ _torchs: Pool | None = None  # what helps with torch's tensors, once that is kno
 
 def pool_of(array: Any) -> Pool:
     """Who helps with a call: torch's OpenMP threads if torch made the array, and has as many."""
-    owner = array.base
-    if owner is None:
-        return pool
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    torch: Any = sys.modules.get("torch")
-    if torch is None or not isinstance(owner, torch.Tensor):
-        return pool
-    return torchs_pool(torch)
+    is_ours = array.base is None or not tensors.are_of_torch(array)
+    return pool if is_ours else torchs_pool()
 
 
-def torchs_pool(torch: Any) -> Pool:
+def torchs_pool() -> Pool:
     """Who helps with a call on torch's memory: its OpenMP threads, if it has as many.
 
     Measured: two of our own threads beside torch's two took longer than one (docs/engines.md).
     """
     global _torchs
     if _torchs is None:
-        parallel = _gomp_parallel(torch)
+        parallel = tensors.gomp_parallel()
         _torchs = Team(parallel) if parallel else pool
-    return _torchs if torch.get_num_threads() >= get_num_threads() else pool
-
-
-def _gomp_parallel(torch: Any) -> int:
-    """Of the OpenMP library that torch itself was linked with; 0 if that has no such function."""
-    try:
-        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):  # Windows, or macOS, whose OpenMP is Clang's
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return _torchs if tensors.torch().get_num_threads() >= get_num_threads() else pool
 
 
 def _renew_pool() -> None:

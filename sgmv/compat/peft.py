@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from sgmv import tensors
 from sgmv.adapter import Adapter
 from sgmv.backend import kernels
 from sgmv.dtypes import BITS, promote
@@ -334,7 +335,7 @@ class _Layer:
         space = workspace()
         space.place_v(segments.n, table.width * its.v_itemsize)
         space.place(x_at, x_row_bytes, y_at, y_row_bytes)
-        run(space, torchs_pool(sys.modules["torch"]), its, table, segments)
+        run(space, torchs_pool(), its, table, segments)
 
     def _serves(self, batch: _Batch, x: Any) -> bool:
         """Whether nothing about this batch is PEFT's own to compute."""
@@ -342,7 +343,7 @@ class _Layer:
             return False
         if not x.is_cpu or not _is_float(x.dtype):
             return False
-        torch: Any = sys.modules["torch"]
+        torch = tensors.torch()
         if not torch.is_grad_enabled():
             return True
         if x.requires_grad or any(weight.requires_grad for weight in self.module.parameters()):
@@ -442,7 +443,7 @@ class _Source:
 
 def _why_odd(module: Any, name: str) -> str:
     """Why an adapter of a layer is more than A, B and scaling on the CPU; "" if it is not."""
-    torch: Any = sys.modules["torch"]
+    torch = tensors.torch()
     if name in module.lora_variant:
         return type(module.lora_variant[name]).__name__
     for half in (module.lora_A[name], module.lora_B[name]):
@@ -461,4 +462,4 @@ def _why_odd(module: Any, name: str) -> str:
 
 @cache
 def _is_float(dtype: object) -> bool:
-    return str(dtype).removeprefix("torch.") in BITS
+    return tensors.name_of(dtype) in BITS

@@ -23,7 +23,7 @@ import pytest
 
 import sgmv
 from reference.workloads import popularity, real
-from sgmv import launch, workers
+from sgmv import launch, tensors, workers
 from sgmv.backend import Kernels
 from sgmv.errors import SgmvError
 from sgmv.kernels import plan, start
@@ -308,10 +308,11 @@ def test_whose_threads_help() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_library_without_openmp() -> None:
-    library = SimpleNamespace(_C=SimpleNamespace(__file__=_ctypes.__file__))
-    assert workers._gomp_parallel(library) == 0
-    assert workers._gomp_parallel(SimpleNamespace(_C=SimpleNamespace(__file__="no such file"))) == 0
+@pytest.mark.parametrize("path", [_ctypes.__file__, "no such file"])
+def test_a_library_without_openmp(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(_C=SimpleNamespace(__file__=path))
+    monkeypatch.setitem(sys.modules, "torch", library)  # type: ignore[arg-type]
+    assert tensors.gomp_parallel() == 0
 
 
 @pytest.mark.usefixtures("pool")

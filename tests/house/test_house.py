@@ -181,6 +181,12 @@ def test_numba_flags_stand_in_one_place() -> None:
         assert "prange" not in text.replace("not prange", "").replace("numba's prange", ""), name
 
 
+def test_torch_is_looked_up_in_one_place() -> None:
+    for name, path in sources("sgmv").items():
+        assert "torch" not in imports(path), name
+        assert ('"torch"' in path.read_text()) == (name == "tensors"), name
+
+
 def test_no_fast_math_that_forgets_nan_and_inf() -> None:
     from sgmv.kernels import jit
 

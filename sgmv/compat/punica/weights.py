@@ -5,7 +5,6 @@ Source: punica, src/punica/utils/lora.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from sgmv.compat.products import Operand
 from sgmv.compat.punica.pointers import own
 from sgmv.dtypes import BITS
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, shown
-from sgmv.tensors import as_array
+from sgmv.tensors import as_array, is_torchs, like, zeros
 
 
 class LoraWeight:
@@ -46,14 +45,10 @@ class LoraWeight:
         sizes = {"num_layers": num_layers, "in_features": in_features}
         sizes |= {"out_features": out_features, "lora_rank": lora_rank}
         layers, h_in, h_out, r = (check_count(name, size, 0) for name, size in sizes.items())
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(dtype, torch.dtype):
-            zeros, kind = torch.zeros, dtype
-        else:
-            zeros, kind = np.zeros, check_dtype("dtype", dtype)
+        kind = dtype if is_torchs(dtype) else check_dtype("dtype", dtype)
         with fits_memory(", ".join(sizes), f"{layers}, {h_in}, {h_out}, {r}"):
-            self.wa: Operand = zeros((layers, r, h_in), dtype=kind)
-            self.wb: Operand = zeros((layers, r, h_out), dtype=kind)
+            self.wa: Operand = zeros((layers, r, h_in), kind)
+            self.wb: Operand = zeros((layers, r, h_out), kind)
 
     def copy_from_tensor(self, a: Operand, b: Operand) -> None:
         """Copy the weights as PEFT has them: a (L, r, h_in), b (L, h_out, r), any float type."""
@@ -127,6 +122,4 @@ class BatchedLoraWeight:
 
 def _pointers(arrays: list[Operand]) -> Operand:
     pointers = np.array([own(array) for array in arrays], np.int64)
-    if isinstance(arrays[0], np.ndarray):
-        return pointers
-    return sys.modules["torch"].from_numpy(pointers)
+    return like(pointers, arrays[0])

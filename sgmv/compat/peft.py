@@ -33,7 +33,7 @@ from sgmv.dtypes import BITS, promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
 from sgmv.ids import BASE_ONLY
 from sgmv.launch import run, workspace
-from sgmv.layouts.names import BASE_NAME
+from sgmv.layouts.peft import BASE_NAME
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
 from sgmv.tensors import as_array, float_dtype

@@ -19,8 +19,8 @@ from sgmv.emulator.device import A100, Device
 from sgmv.emulator.launch import HALF, Launch, Work, ceil_div, laid_out, whole, widths
 from sgmv.emulator.run import Kernel, Memory, multiply, zero_filled
 from sgmv.ids import BASE_ONLY, Integers
-from sgmv.layouts.grouped import MIN_CHUNK, chunk_rows, cut
 from sgmv.layouts.rows import Batch, offsets
+from sgmv.layouts.sglang import MIN_CHUNK, chunk_rows, cut
 from sgmv.segment import Segments
 
 THREADS = (128, 1, 1)  # Triton's default of 4 warps

@@ -19,10 +19,13 @@ takes is what the metadata lacks: slots, the number of rows, names. `sgmv.segmen
 prints one batch in every layout.
 """
 
-from sgmv.layouts.findings import Finding, check
-from sgmv.layouts.grouped import FlashInfer, LoRABatchInfo, flashinfer, sglang
-from sgmv.layouts.names import AdapterNames, peft
-from sgmv.layouts.pointers import BatchLenInfo, Lorax, Punica, RankSegments, lorax, punica
+from sgmv.layouts.check import check
+from sgmv.layouts.finding import Finding
+from sgmv.layouts.flashinfer import FlashInfer, flashinfer
+from sgmv.layouts.lorax import Lorax, RankSegments, lorax
+from sgmv.layouts.peft import AdapterNames, peft
+from sgmv.layouts.punica import BatchLenInfo, Punica, punica
+from sgmv.layouts.sglang import LoRABatchInfo, sglang
 from sgmv.layouts.vllm import LoRAKernelMeta, VllmV0, vllm_v0, vllm_v1
 
 __all__ = [

@@ -162,3 +162,31 @@ def frozen(argument: str, values: npt.ArrayLike, dtype: type = np.int32) -> npt.
     array = array.astype(dtype)
     array.flags.writeable = False
     return array
+
+
+def per_request(ids: Integers, seq_lens: Integers) -> Integers:
+    """One id per request of so many rows each, which all must name it; -1 for one of no rows."""
+    if (seq_lens < 0).any():
+        received = some(seq_lens[seq_lens < 0])
+        raise ValueRangeError("seq_lens", "lengths >= 0", received, "use 0 for a request of none")
+    rows = sum(seq_lens.tolist())  # may be beyond int64
+    if len(ids) != rows:
+        raise ShapeError(
+            "adapter_ids",
+            f"{rows} ids, the rows of all requests",
+            str(len(ids)),
+            "name one id per row, or give the lengths of this batch",
+        )
+    start = np.cumsum(seq_lens) - seq_lens
+    found = np.append(ids, BASE_ONLY)[np.where(seq_lens > 0, start, len(ids))]
+    differs = np.flatnonzero(ids != np.repeat(found, seq_lens))
+    if len(differs):
+        request = np.searchsorted(start, differs[0], "right") - 1
+        raise ValueRangeError(
+            "adapter_ids",
+            "one id for all rows of a request",
+            f"{some(np.unique(ids[start[request] : start[request] + seq_lens[request]]))} in "
+            f"request {request}",
+            "give the lengths of this batch's requests",
+        )
+    return found

@@ -6,6 +6,7 @@ Both name slots (vLLM: lora indices), not ids: `slots` tells which slot an id ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from sgmv.checks import check_count, fits_memory
 from sgmv.errors import ValueRangeError, some
 from sgmv.ids import BASE_ONLY, Integers
+from sgmv.layouts.exam import Exam, Examiner
+from sgmv.layouts.repairs import entries, repeated, wanted_slots
 from sgmv.layouts.rows import (
     Batch,
     Int32,
@@ -197,3 +200,192 @@ def vllm_v1(batch: Batch, max_loras: int, slots: Slots = None) -> LoRAKernelMeta
         no_lora_flag_cpu=frozen("no_lora_flag_cpu", [no_lora], np.bool_),
         num_active_loras_cpu=frozen("num_active_loras_cpu", [0 if no_lora else S]),
     )
+
+
+def _vllm_v0(exam: Exam) -> None:
+    start = exam.array("b_seq_start_loc", 0, int32=False)
+    length = exam.array("seq_len_tensor", 0, int32=False)
+    index = exam.array("lora_indices_tensor", BASE_ONLY, int32=False)
+    batches, token_nums = exam.number("batches"), exam.number("token_nums")
+    S = len(start) if batches is None else batches
+    fields = {"b_seq_start_loc": start, "seq_len_tensor": length, "lora_indices_tensor": index}
+    if not all([exam.has_length(field, len(array), S) for field, array in fields.items()]):
+        return
+    if token_nums is not None:
+        exam.has_rows("token_nums", token_nums)
+    exam.spans("b_seq_start_loc", start, length)
+    exam.have_weights("lora_indices_tensor", index)
+    longest, no_lora = exam.number("max_seq_length"), exam.number("no_lora")
+    if longest not in (None, length.max(initial=0)):
+        exam.add("max_seq_length", "counts", length.max(initial=0), longest)
+    if no_lora not in (None, alone := int(S == 1 and index[0] == BASE_ONLY)):
+        exam.add("no_lora", "counts", f"{alone}, as 1 is one batch, of -1", no_lora)
+    rows = None
+    if exam.get("rows") is not None:
+        rows = exam.array("rows", 0, int32=False)
+        exam.has_length("rows", len(rows), int(length.sum()))
+        exam.each_once("rows", rows)
+        exam.ascending("lora_indices_tensor", index, "unsorted", strictly=True)
+    if exam.segments is not None and not exam.found:
+        got = spread(index, length, rows, exam.segments.n)
+        exam.same_rows("lora_indices_tensor", got, slots_of(exam.segments, exam.slots))
+
+
+def _vllm_v1(exam: Exam) -> None:
+    mapping = exam.array("token_lora_mapping", BASE_ONLY)
+    rows = exam.array("token_indices_sorted_by_lora_ids", 0)
+    active = exam.array("active_lora_ids", BASE_ONLY)
+    counts = exam.array("num_tokens_per_lora", 0)
+    starts = exam.array("lora_token_start_loc", 0)
+    fits = exam.has_length("num_tokens_per_lora", len(counts), len(active))
+    if not exam.has_length("lora_token_start_loc", len(starts), len(active) + 1) or not fits:
+        return
+    S = int(np.argmin(np.append(counts, 0) > 0))
+    if exam.number("no_lora_flag_cpu"):
+        _v1_base_only(exam, active, counts, starts)
+        return
+    exam.has_rows("token_lora_mapping", len(mapping))
+    past = "past the last segment"
+    rest = counts[S:], active[S:], starts[S + 1 :]
+    exam.add_at("num_tokens_per_lora", "counts", f"0 {past}", rest[0], "at", rest[0] > 0, S)
+    exam.add_at("active_lora_ids", "active ids", f"-1 {past}", rest[1], "at", rest[1] != -1, S)
+    exam.add_at("lora_token_start_loc", "counts", f"0 {past}", rest[2], "at", rest[2] != 0, S + 1)
+    exam.ascending("active_lora_ids", active[:S], "active ids", strictly=True)
+    exam.spans("lora_token_start_loc", starts[:S], counts[:S])
+    end = int(starts[:S][-1:].sum()) + int(counts[:S][-1:].sum())
+    if starts[S] != end:
+        exam.add("lora_token_start_loc", "end", f"{end}, the last one's end", starts[S], f"at {S}")
+    exam.have_weights("token_lora_mapping", mapping, len(active) - 1)
+    num_active = exam.number("num_active_loras_cpu")
+    if num_active is not None and not S <= num_active <= len(active):  # may be rounded up
+        exam.add("num_active_loras_cpu", "counts", f"{S} to {len(active)}", num_active)
+    if exam.has_length("token_indices_sorted_by_lora_ids", len(rows), len(mapping)):
+        _v1_rows(exam, mapping, rows, active[:S], counts[:S])
+    if len(mapping) and (mapping == BASE_ONLY).all():
+        exam.add("no_lora_flag_cpu", "base misplaced", "1, as all rows are base only", 0)
+    if exam.segments is not None and not exam.found:
+        exam.same_rows("token_lora_mapping", mapping, slots_of(exam.segments, exam.slots))
+
+
+def _v1_rows(
+    exam: Exam, mapping: Integers, rows: Integers, active: Integers, counts: Integers
+) -> None:
+    """The sort, and the segments' ids and counts, against the mapping."""
+    field = "token_indices_sorted_by_lora_ids"
+    if exam.each_once(field, rows):
+        stable = np.argsort(mapping, kind="stable")
+        exam.add_at(field, "unsorted", stable, rows, "position", rows != stable)
+    slots, times = np.unique(mapping, return_counts=True)
+    if not np.array_equal(slots, np.unique(active)):
+        expected = f"{some(slots)}, as the rows name"
+        exam.add("active_lora_ids", "active ids", expected, some(active))
+    elif len(active) == len(slots):
+        got = counts[np.argsort(active)]
+        exam.add_at("num_tokens_per_lora", "counts", times, got, "segment", got != times)
+
+
+def _v1_base_only(exam: Exam, active: Integers, counts: Integers, starts: Integers) -> None:
+    """With the flag set the per-row fields are an earlier batch's, and not read."""
+    flag = "as the flag is set"
+    exam.add_at("active_lora_ids", "active ids", f"-1, {flag}", active, "at", active != -1)
+    exam.add_at("num_tokens_per_lora", "counts", f"0, {flag}", counts, "at", counts != 0)
+    exam.add_at("lora_token_start_loc", "counts", f"0, {flag}", starts, "at", starts != 0)
+    if exam.segments is not None:
+        named = slots_of(exam.segments, exam.slots)
+        expected = f"-1 of all rows, {flag}"
+        exam.add_at("no_lora_flag_cpu", "stale", expected, named, "row", named != BASE_ONLY)
+
+
+def _v0_lengths(exam: Exam) -> Integers:
+    if exam.n is None:
+        raise ValueError("n was not passed")
+    return np.diff(exam.ints("b_seq_start_loc"), append=exam.n)
+
+
+def _v0_indices(exam: Exam) -> Integers:
+    start = exam.ints("b_seq_start_loc")
+    return wanted_slots(exam)[start if exam.get("rows") is None else exam.ints("rows")[start]]
+
+
+def _v1_segments(exam: Exam) -> int:
+    """How many segments two of V1's three padded fields have."""
+    active, counts, starts = (
+        exam.ints(field)
+        for field in ("active_lora_ids", "num_tokens_per_lora", "lora_token_start_loc")
+    )
+    named = int(np.flatnonzero(active != BASE_ONLY).max(initial=-1)) + 1
+    return sorted((named, int(np.count_nonzero(counts)), int(np.count_nonzero(starts))))[1]
+
+
+def _v1_mapping(exam: Exam) -> Integers:
+    rows, S = exam.ints("token_indices_sorted_by_lora_ids"), _v1_segments(exam)
+    active, counts = exam.ints("active_lora_ids")[:S], exam.ints("num_tokens_per_lora")[:S]
+    mapping = exam.ints("token_lora_mapping")
+    mapping[rows] = repeated(active, counts, len(mapping))
+    return mapping
+
+
+def _v1_padded(field: str, derived: Callable[[Exam], Integers]) -> Callable[[Exam], Integers]:
+    """What is derived, with the field's own values' padding behind it."""
+
+    def padded(exam: Exam) -> Integers:
+        fill = BASE_ONLY if field == "active_lora_ids" else 0
+        whole = np.full(len(exam.ints(field)), fill, np.int64)
+        values = derived(exam)
+        whole[: len(values)] = values
+        return whole
+
+    return padded
+
+
+def _v1_starts(exam: Exam) -> Integers:
+    counts = exam.ints("num_tokens_per_lora")
+    return offsets(counts[: np.count_nonzero(counts)])
+
+
+def _v1_active(exam: Exam) -> Integers:
+    return np.unique(exam.ints("token_lora_mapping"))
+
+
+def _v1_counts(exam: Exam) -> Integers:
+    return np.unique(exam.ints("token_lora_mapping"), return_counts=True)[1]
+
+
+EXAMINERS = (
+    Examiner(
+        ("b_seq_start_loc",),
+        _vllm_v0,
+        {
+            "b_seq_start_loc": ("gap", lambda exam: offsets(exam.ints("seq_len_tensor"))[:-1]),
+            "seq_len_tensor": ("counts", _v0_lengths),
+            "batches": (
+                "counts",
+                entries("b_seq_start_loc", "seq_len_tensor", "lora_indices_tensor"),
+            ),
+            "token_nums": ("stale", lambda exam: exam.ints("seq_len_tensor").sum()),
+            "max_seq_length": ("counts", lambda exam: exam.ints("seq_len_tensor").max(initial=0)),
+            "lora_indices_tensor": ("stale", _v0_indices),
+        },
+    ),
+    Examiner(
+        ("token_lora_mapping",),
+        _vllm_v1,
+        {
+            "token_lora_mapping": ("stale", _v1_mapping),
+            "token_indices_sorted_by_lora_ids": (
+                "unsorted",
+                lambda exam: np.argsort(exam.ints("token_lora_mapping"), kind="stable"),
+            ),
+            "active_lora_ids": (
+                "active ids",
+                _v1_padded("active_lora_ids", _v1_active),
+            ),
+            "num_tokens_per_lora": ("counts", _v1_padded("num_tokens_per_lora", _v1_counts)),
+            "lora_token_start_loc": ("counts", _v1_padded("lora_token_start_loc", _v1_starts)),
+            "no_lora_flag_cpu": (
+                "base misplaced",
+                lambda exam: [not exam.number("no_lora_flag_cpu")],
+            ),
+        },
+    ),
+)

@@ -1,8 +1,8 @@
-"""Engines that take weights by address: Punica, and LoRAX, which grew out of it."""
+"""Punica: weights by address, one rank per call, rows sorted by the caller."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,6 +13,8 @@ from sgmv.checks import check_count, check_several, fits_memory
 from sgmv.dtypes import Array
 from sgmv.errors import ShapeError, StackError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, NO_SLOT, Integers, as_ids
+from sgmv.layouts.exam import Exam, Examiner
+from sgmv.layouts.repairs import handed_over, handed_over_offsets
 from sgmv.layouts.rows import (
     Batch,
     Int32,
@@ -21,15 +23,14 @@ from sgmv.layouts.rows import (
     frozen,
     look_up,
     offsets,
-    row_ids,
-    runs,
-    sorted_items,
+    per_request,
+    slots_of,
     spread,
 )
 from sgmv.stack import AdapterStack, check_stack
 from sgmv.table import Stored
 
-RANK_UNIT = 16
+LEAST_ADDRESS = 1 << 16  # no process has memory below: systems never map these pages
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,144 +239,80 @@ class BatchLenInfo:
         return per_request(as_ids(adapter_ids), self.seq_lens)
 
 
-def per_request(ids: Integers, seq_lens: Integers) -> Integers:
-    """One id per request of so many rows each, which all must name it; -1 for one of no rows."""
-    if (seq_lens < 0).any():
-        received = some(seq_lens[seq_lens < 0])
-        raise ValueRangeError("seq_lens", "lengths >= 0", received, "use 0 for a request of none")
-    rows = sum(seq_lens.tolist())  # may be beyond int64
-    if len(ids) != rows:
-        raise ShapeError(
-            "adapter_ids",
-            f"{rows} ids, the rows of all requests",
-            str(len(ids)),
-            "name one id per row, or give the lengths of this batch",
-        )
-    start = np.cumsum(seq_lens) - seq_lens
-    found = np.append(ids, BASE_ONLY)[np.where(seq_lens > 0, start, len(ids))]
-    differs = np.flatnonzero(ids != np.repeat(found, seq_lens))
-    if len(differs):
-        request = np.searchsorted(start, differs[0], "right") - 1
-        raise ValueRangeError(
-            "adapter_ids",
-            "one id for all rows of a request",
-            f"{some(np.unique(ids[start[request] : start[request] + seq_lens[request]]))} in "
-            f"request {request}",
-            "give the lengths of this batch's requests",
-        )
-    return found
+def _punica(exam: Exam) -> None:
+    s = exam.array("s", 0)
+    wanted = None if exam.segments is None else slots_of(exam.segments, exam.slots)
+    table = exam.slots.table if isinstance(exam.slots, AdapterStack) else None
+    lora_rank = exam.number("lora_rank")
+    if wanted is not None and table is not None and lora_rank is not None:
+        wanted = np.where(np.append(table.ranks, 0)[wanted] == lora_rank, wanted, BASE_ONLY)
+    n = exam.n
+    rows = exam.rows_handed_over(wanted)
+    exam.indptr("s", s)
+    for name in ("wa_ptr", "wb_ptr", "w_ptr"):
+        if exam.get(name) is not None:
+            _addresses(exam, name, len(s) - 1, 1 if table is None else table.dtype.itemsize)
+    wa_ptr = exam.numbers("wa_ptr")
+    if table is None or wa_ptr is None or wa_ptr.ndim != 1:
+        return
+    held = np.flatnonzero([weights is not None for weights in table.weights])
+    slot_at = dict(zip(table.wa_address[held].tolist(), held.tolist(), strict=True))
+    slot = np.array([slot_at.get(address, NO_SLOT) for address in wa_ptr.tolist()], np.int64)
+    exam.slot_of_segment = slot
+    moved = (slot == NO_SLOT) & (wa_ptr >= LEAST_ADDRESS)
+    exam.add_at("wa_ptr", "no weights", "an address of this stack's wa", wa_ptr, "segment", moved)
+    if wanted is not None and rows is not None and n is not None and not exam.found:
+        exam.same_rows("wa_ptr", spread(slot, np.diff(s), rows, n), wanted)
 
 
-@dataclass(frozen=True, eq=False)
-class RankSegments(Layout):
-    """The segments of one launch of LoRAX: those whose padded rank is `rank`.
-
-    Semantics: segment i of the launch is rows `s_start[i]:s_end[i]`; other rows are untouched.
-
-    rank            padded to a multiple of 16
-    s_start, s_end  (k,) int32, ascending, apart where rows of another rank stand between
-
-    Source: lorax, server/lorax_server/adapters/lora.py, where the fields are called
-    `segment_starts` and `segment_ends`, and utils/sgmv.py, where they are the kernels' `s_start`
-    and `s_end`.
-
-    >>> print(lorax([3, 3, -1, 3], 16).rank_data[16])
-    rank     16
-    s_start  int32 (2,) [0, 3]
-    s_end    int32 (2,) [2, 4]
-    """
-
-    rank: int
-    s_start: Int32
-    s_end: Int32
+def _addresses(exam: Exam, name: str, S: int, itemsize: int) -> None:
+    """An address of weights per segment: that of its array, where the metadata holds arrays."""
+    pointers = exam.array(name, 0, int32=False)
+    exam.has_length(name, len(pointers), S)
+    null = pointers < LEAST_ADDRESS
+    exam.add_at(name, "no weights", "an address of weights", pointers, "segment", null)
+    odd = (pointers % itemsize != 0) & ~null
+    expected = f"addresses that {itemsize} divides, the size of an element"
+    exam.add_at(name, "no weights", expected, pointers, "segment", odd)
+    held = exam.get(name.removesuffix("_ptr"))
+    arrays = isinstance(held, tuple) and all(isinstance(array, np.ndarray) for array in held)
+    if held is not None and not arrays:
+        exam.add(name.removesuffix("_ptr"), "shape", "a tuple of arrays", type(held).__name__)
+    elif held is not None and len(held) == len(pointers):
+        wanted = np.array([array.ctypes.data for array in held], np.int64)
+        exam.add_at(name, "no weights", wanted, pointers, "segment", (pointers != wanted) & ~null)
 
 
-@dataclass(frozen=True, eq=False)
-class Lorax(Layout):
-    """LoRAX's `AdapterBatchMetadata`, and the `rank_data` of its launches.
-
-    Semantics: rows `adapter_segments[s]:adapter_segments[s+1]` name `segment_indices[s]`. Rows
-    stay as they are: neighbours are merged, nothing is sorted.
-
-    adapter_indices   (n,) int64    LoRAX's own numbers: 0 is the base model, ours are id + 1
-    adapter_segments  (S+1,) int32  from 0 to n
-    segment_indices   (S,)          a tuple of ints
-    rank_data         padded rank -> RankSegments; segments without weights are in none
-
-    Source: lorax, server/lorax_server/adapters/weights.py, adapters/lora.py.
-    """
-
-    adapter_indices: Integers
-    adapter_segments: Int32
-    segment_indices: tuple[int, ...]
-    rank_data: Mapping[int, RankSegments]
-
-    def shown(self, name: str) -> str:
-        """The launches as slices of rows."""
-        if name != "rank_data":
-            return super().shown(name)
-        return "; ".join(
-            f"rank {launch.rank}: s_start {some(launch.s_start)} s_end {some(launch.s_end)}"
-            for launch in self.rank_data.values()
-        )
-
-    def adapter_ids(self) -> Integers:
-        """(n,) the id of each row; LoRAX names adapters, so nothing else is needed."""
-        indices = np.array(self.segment_indices, np.int64)
-        return np.repeat(indices - 1, np.diff(self.adapter_segments))
+def _batch_len_info(exam: Exam) -> None:
+    doff, decode = exam.number("doff") or 0, exam.number("decode")
+    if decode is not None:
+        exam.has_rows("decode", doff + decode)
+    if exam.get("indptr") is not None:
+        indptr = exam.array("indptr", 0)
+        exam.n = doff
+        exam.indptr("indptr", indptr)
+        if exam.get("prefills") is not None:
+            prefills = exam.array("prefills", 0)
+            if exam.has_length("indptr", len(indptr), len(prefills) + 1):
+                wrong = np.diff(indptr) != prefills
+                exam.add_at("indptr", "counts", prefills, np.diff(indptr), "request", wrong)
+    elif doff:
+        exam.add("doff", "counts", "0, as there is no indptr", doff)
 
 
-def lorax(batch: Batch, ranks: AdapterStack | Mapping[int, int] | int) -> Lorax:
-    """The batch as LoRAX takes it: one launch for each distinct padded rank.
-
-    Semantics: equal neighbours are merged; a segment whose adapter has weights is in the launch of
-    its rank, padded to a multiple of 16.
-
-    batch  (n,) adapter ids, or Segments
-    ranks  an AdapterStack, a mapping id -> rank (an id that is not in it has no weights, as in
-           LoRAX), or one rank for all
-
-    Raises UnknownAdapterError for ids that the stack does not hold, DtypeError and
-    ValueRangeError for what is no rank >= 0.
-    Source: lorax, server/lorax_server/adapters/lora.py, `BatchLoraWeights.load`.
-
-    >>> print(lorax([3, 3, -1, 5], {3: 8, 5: 64}))
-    adapter_indices   int64 (4,) [4, 4, 0, 6]
-    adapter_segments  int32 (4,) [0, 2, 3, 4]
-    segment_indices   (4, 0, 6)
-    rank_data         rank 16: s_start [0] s_end [2]; rank 64: s_start [3] s_end [4]
-    """
-    segments = as_segments(batch)
-    ids = row_ids(segments)
-    start, lengths = runs(ids)
-    s = frozen("adapter_segments", np.append(start, segments.n))
-    by_adapter = _padded_ranks(segments.adapter_ids, ranks)
-    padded = by_adapter[np.searchsorted(segments.adapter_ids, ids[start])]
-    return Lorax(
-        adapter_indices=frozen("adapter_indices", ids + 1, np.int64),
-        adapter_segments=s,
-        segment_indices=tuple((ids[start] + 1).tolist()),
-        rank_data={
-            rank: RankSegments(
-                rank,
-                frozen("s_start", start[padded == rank]),
-                frozen("s_end", (start + lengths)[padded == rank]),
-            )
-            for rank in np.unique(padded[padded >= 0]).tolist()
+EXAMINERS = (
+    Examiner(
+        ("s",),
+        _punica,
+        {"s": ("counts", handed_over_offsets), "rows": ("stale", handed_over)},
+    ),
+    Examiner(
+        ("decode",),
+        _batch_len_info,
+        {
+            "doff": ("counts", lambda exam: exam.ints("prefills").sum()),
+            "prefills": ("counts", lambda exam: np.diff(exam.ints("indptr"))),
+            "indptr": ("counts", lambda exam: offsets(exam.ints("prefills"))),
         },
-    )
-
-
-def _padded_ranks(ids: Integers, ranks: AdapterStack | Mapping[int, int] | int) -> Integers:
-    """LoRAX's rank of each id, -1 where it has no weights."""
-    if isinstance(ranks, AdapterStack):
-        slot, rank = ranks.table.find(ids)
-        weights = slot != NO_SLOT
-    elif isinstance(ranks, Mapping):
-        rank, unknown = look_up(*sorted_items("ranks", ranks, 0), ids)
-        weights = ~unknown
-    else:
-        rank = np.full(len(ids), check_count("ranks", ranks, 0))
-        weights = np.ones(len(ids), bool)
-    padded = np.maximum(-(-rank // RANK_UNIT), 1) * RANK_UNIT
-    return np.where(weights & (ids != BASE_ONLY), padded, BASE_ONLY)
+    ),
+)

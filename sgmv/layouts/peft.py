@@ -1,4 +1,4 @@
-"""PEFT's layout: the name of an adapter for each sample."""
+"""PEFT: the name of an adapter for each sample."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgmv.checks import check_count
+from sgmv.checks import check_count, check_several
 from sgmv.errors import DtypeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, Integers
-from sgmv.layouts.rows import Batch, Layout, as_segments, spread
+from sgmv.layouts.exam import Exam, Examiner
+from sgmv.layouts.rows import Batch, Layout, as_segments, row_ids, spread
 
 BASE_NAME = "__base__"
 
@@ -111,3 +112,31 @@ def _checked(names: Mapping[int, str] | None) -> Mapping[int, str]:
             "give each adapter another name",
         )
     return names
+
+
+def _peft(exam: Exam) -> None:
+    adapter_names = exam.get("adapter_names")
+    try:
+        check_several("adapter_names", adapter_names, "a name for each sample")
+    except DtypeError as error:
+        exam.add("adapter_names", "shape", error.expected, error.received)
+        return
+    adapter_names = list(adapter_names)
+    exam.has_rows("adapter_names", len(adapter_names))
+    nameless = [not isinstance(name, str) for name in adapter_names]
+    given, field = np.array(adapter_names, object), "adapter_names"
+    expected = f"names, {BASE_NAME!r} for base only"
+    exam.add_at(field, "base misplaced", expected, given, "sample", nameless)
+    if exam.names is not None:
+        known = {BASE_NAME, *exam.names.values()}
+        lost = [isinstance(name, str) and name not in known for name in adapter_names]
+        expected = "names of adapters; PEFT passes over others"
+        exam.add_at(field, "no weights", expected, given, "sample", lost)
+    if exam.segments is not None and not exam.found:
+        named = exam.names or {}
+        ids = row_ids(exam.segments).tolist()
+        wanted = [BASE_NAME if i == BASE_ONLY else named.get(i, str(i)) for i in ids]
+        exam.same_rows(field, given, np.array(wanted, object))
+
+
+EXAMINERS = (Examiner(("adapter_names",), _peft, {}),)

@@ -1,4 +1,4 @@
-"""Engines whose segments carry an index into stacked weights: SGLang and FlashInfer."""
+"""SGLang: an index into the slots for each segment, which a backend makes in its own way."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import numpy.typing as npt
 from sgmv.checks import check_count
 from sgmv.errors import ValueRangeError
 from sgmv.ids import BASE_ONLY, Integers, as_ids
-from sgmv.layouts.pointers import per_request
+from sgmv.layouts.exam import Exam, Examiner
+from sgmv.layouts.repairs import entries, indexed_offsets
 from sgmv.layouts.rows import (
     Batch,
     Int32,
     Layout,
-    Slots,
     as_segments,
     frozen,
     ids_of,
     offsets,
+    per_request,
     runs,
+    slot_table,
     slots_of,
     spread,
 )
@@ -162,59 +164,48 @@ def cut(indices: Integers, lengths: Integers, most: int) -> tuple[Integers, Inte
     return np.repeat(indices, pieces), cut
 
 
-@dataclass(frozen=True, eq=False)
-class FlashInfer(Layout):
-    """What `SegmentGEMMWrapper.run` takes beside x and the weights.
+def _sglang(exam: Exam) -> None:
+    segments = exam.indexed("num_segments", int32=True)
+    if segments is None:
+        return
+    indptr, lengths, index = segments
+    ranks, permutation = exam.array("lora_ranks", 0), None
+    if exam.get("permutation") is not None:
+        permutation = exam.array("permutation", 0)
+        exam.has_rows("permutation", len(permutation))
+        exam.each_once("permutation", permutation)
+        exam.ascending("weight_indices", index, "unsorted", strictly=False)
+    elif lengths is not None:
+        exam.has_rows("seg_lens", int(lengths.sum()))
+    exam.indptr("seg_indptr", indptr, lengths)
+    expected = f"slots below {len(ranks)}, of which there are ranks"
+    exam.add_at("weight_indices", "no weights", expected, index, "segment", index >= len(ranks))
+    most = exam.number("max_len")
+    if most is not None:
+        longer = np.diff(indptr) > most
+        expected = f"at most max_len, {most}"
+        exam.add_at("max_len", "counts", expected, np.diff(indptr), "segment", longer)
+    if exam.found or exam.slots is None:
+        return
+    held = slot_table(exam.slots)[1]
+    base = (ranks == 0) & ~np.isin(np.arange(len(ranks)), held)
+    lost = ~np.isin(index, held) & ~base[index]
+    expected = "slots with an adapter, or of rank 0"
+    exam.add_at("weight_indices", "no weights", expected, index, "segment", lost)
+    if exam.segments is not None and not exam.found:
+        got = spread(index, np.diff(indptr), permutation, exam.segments.n)
+        got = np.where(base[got], BASE_ONLY, got)
+        exam.same_rows("weight_indices", got, slots_of(exam.segments, exam.slots))
 
-    Semantics: positions `seg_indptr[i]:seg_indptr[i+1]` use weights `weight_indices[i]`.
 
-    batch_size      segments
-    seg_lens        (batch_size,) int64
-    seg_indptr      (batch_size + 1,) int64; FlashInfer needs one of the two
-    weight_indices  (batch_size,) int64, never -1
-    rows            not FlashInfer's: the row of x at each position, base-only rows left out
-
-    Source: FlashInfer, flashinfer/gemm.py, `SegmentGEMMWrapper`.
-    """
-
-    batch_size: int
-    seg_lens: Integers
-    seg_indptr: Integers
-    weight_indices: Integers
-    rows: Integers
-
-    def adapter_ids(self, n: int, slots: Slots = None) -> Integers:
-        """(n,) the id of each of n rows, -1 where no segment has it; slots as in `flashinfer`."""
-        n = check_count("n", n, 0)
-        return ids_of(spread(self.weight_indices, self.seg_lens, self.rows, n), slots)
-
-
-def flashinfer(batch: Batch, slots: Slots = None) -> FlashInfer:
-    """The batch as FlashInfer's segment GEMM takes it.
-
-    Semantics: a stable sort of the rows by slot. FlashInfer knows no -1 and would read weights
-    before the first, so base-only rows are left out of `rows`.
-
-    batch  (n,) adapter ids, or Segments
-    slots  an AdapterStack or a mapping id -> slot; None: the ids are slots
-
-    Raises UnknownAdapterError for ids that have no slot; DtypeError and ValueRangeError as
-    `segment` does. Source: FlashInfer, flashinfer/gemm.py, `SegmentGEMMWrapper.run`.
-
-    >>> print(flashinfer([2, -1, 0, 2]))
-    batch_size      2
-    seg_lens        int64 (2,) [1, 2]
-    seg_indptr      int64 (3,) [0, 1, 3]
-    weight_indices  int64 (2,) [0, 2]
-    rows            int64 (3,) [2, 0, 3]
-    """
-    segments = segment(slots_of(as_segments(batch), slots))
-    first = int(segments.S > 0 and segments.adapter_ids[0] == BASE_ONLY)
-    lengths = segments.lengths[first:]
-    return FlashInfer(
-        batch_size=len(lengths),
-        seg_lens=frozen("seg_lens", lengths, np.int64),
-        seg_indptr=frozen("seg_indptr", offsets(lengths), np.int64),
-        weight_indices=frozen("weight_indices", segments.adapter_ids[first:], np.int64),
-        rows=frozen("rows", segments.rows[segments.seq_start[first] :], np.int64),
-    )
+EXAMINERS = (
+    Examiner(
+        ("weight_indices", "lora_ranks"),
+        _sglang,
+        {
+            "num_segments": ("counts", entries("seg_lens", "weight_indices")),
+            "seg_lens": ("counts", lambda exam: np.diff(exam.ints("seg_indptr"))),
+            "seg_indptr": ("gap", indexed_offsets),
+        },
+    ),
+)

@@ -12,7 +12,7 @@ from benchmarks import figures, growth, machine, readme
 from benchmarks.console import Console
 from benchmarks.record import RecordError, save
 from benchmarks.timing import Budget
-from tests.benchmarks.test_benchmarks import MARKED, must_not_run, synthetic_record
+from tests.help.benched import MARKED, must_not_run, synthetic_record
 
 pytestmark = pytest.mark.once
 

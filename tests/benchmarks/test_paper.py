@@ -11,7 +11,7 @@ import sgmv
 from benchmarks import __main__ as command
 from benchmarks import figures, machine, paper
 from benchmarks.record import RecordError
-from tests.benchmarks.test_benchmarks import must_not_run
+from tests.help.benched import must_not_run
 
 pytestmark = pytest.mark.once
 

@@ -1,6 +1,7 @@
 """Every baseline computes what it is timed for, or says why it does not run."""
 
 import itertools
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
@@ -11,17 +12,19 @@ from benchmarks import figures, gate, peers_mkl, peers_torch, readme, run, table
 from benchmarks.batch import Batch, dtype_of, make_batch, make_pool
 from benchmarks.grid import Case
 from benchmarks.peers import PEERS, SPIN_S, TURNS
+from reference import workloads
 from sgmv import Adapter
-from tests.benchmarks.test_benchmarks import (
+from tests.help.benched import (
     FLAT,
     ONE_CALL,
-    _last_row_dropped,
-    _nan,
-    _one_element_off,
-    _twice,
-    _unscaled,
+    last_row_dropped,
+    nan,
+    one_element_off,
+    small_batch,
     small_pool,
     synthetic_record,
+    twice,
+    unscaled,
 )
 
 pytestmark = pytest.mark.once
@@ -181,7 +184,7 @@ def test_case_gate_allows_the_roundings_that_are_told() -> None:
 
 
 @pytest.mark.parametrize("sampled", [16, 1])
-@pytest.mark.parametrize("wrong", [_unscaled, _last_row_dropped, _one_element_off, _nan, _twice])
+@pytest.mark.parametrize("wrong", [unscaled, last_row_dropped, one_element_off, nan, twice])
 def test_case_gate_with_roundings_is_red_on_a_wrong_kernel(
     wrong: Any, sampled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,3 +239,24 @@ def test_roofs_are_those_of_caches_and_memory() -> None:
     assert [label[:2] for label, _ in figures.roofs(record, "2")] == ["L2", "me"]
     caches.clear()
     assert [label[:2] for label, _ in figures.roofs(record, "2")] == ["me"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("popularity", workloads.POPULARITIES)
+@pytest.mark.parametrize("name", PEERS)
+def test_baselines_are_right(name: str, popularity: str, dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    batch = small_batch(popularity, dtype)
+    peer = PEERS[name]
+    if reason := peer.refuses(batch):
+        pytest.skip(reason)
+    peer.prepare(batch)
+    assert gate.check_case(batch, {name: peer.run}, 0, {name: peer.roundings}) == 16
+
+
+def test_einsum_refuses_what_would_not_fit() -> None:
+    batch = small_batch(n=16)
+    assert PEERS["einsum"].refuses(batch) == ""
+    wide = replace(batch, adapter_ids=np.zeros(10**6, np.int64))
+    assert "cap 256 MiB" in PEERS["einsum"].refuses(wide)

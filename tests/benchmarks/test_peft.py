@@ -19,7 +19,7 @@ from benchmarks.console import Console
 from benchmarks.models import Model
 from benchmarks.record import RecordError
 from sgmv.compat import peft as compat
-from tests.benchmarks.test_benchmarks import must_not_run
+from tests.help.benched import must_not_run
 
 pytestmark = [
     pytest.mark.once,

@@ -1,0 +1,85 @@
+"""A record holds what it should, survives saving, and is summed up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.record import (
+    RecordError,
+    case_label,
+    geomean,
+    load,
+    save,
+    summarise,
+    validate,
+    without_noisy,
+)
+from tests.help.benched import synthetic_record
+
+pytestmark = pytest.mark.once
+
+
+def test_a_record_to_commit_leaves_noisy_cases_out() -> None:
+    record = synthetic_record()
+    record["cases"][0]["foreign_cores"] = 0.5
+    label = case_label(record["cases"][0])
+    quiet = without_noisy(record)
+    assert len(quiet["cases"]) == len(record["cases"]) - 1
+    assert quiet["untimed"][label] == "other processes ran meanwhile"
+    assert label not in record["untimed"]
+    validate(quiet)
+
+
+def test_geomean_refuses_nothing() -> None:
+    assert geomean([4.0, 1.0, 2.0]) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="at least one"):
+        geomean([])
+
+
+def test_summary_counts_losses_and_names_the_worst_case() -> None:
+    lines = {line.popularity: line for line in summarise(synthetic_record(), "sgmv@2")}
+    assert set(lines) == {"all", "uniform", "identical"}
+    everything = lines["all"]
+    assert (everything.cases, everything.losses) == (2, 1)
+    assert everything.geomean == pytest.approx(1.0)
+    assert (everything.worst, everything.best) == (0.5, 2.0)
+    assert everything.worst_case == "4096>14336 r=16 n=256 identical"
+    assert lines["uniform"].losses == 0
+
+
+def test_record_survives_saving(tmp_path: Path) -> None:
+    record = synthetic_record()
+    save(record, tmp_path / "sub" / "r.json")
+    assert load(tmp_path / "sub" / "r.json") == record
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("seed",), "0", r"record\.seed: expected int"),
+        (("schema",), 1, r"record\.schema: expected 2, got 1"),
+        (("cases", 0, "S"), 8.5, r"record\.cases\[0\]\.S: expected int"),
+        (("cases", 0, "times", "sgmv@2", "q50"), float("nan"), r"expected float, got nan"),
+        (("cases", 1, "ratios"), [], r"record\.cases\[1\]\.ratios: expected dict"),
+        (("machine", "cpu"), None, r"record\.machine\.cpu: expected str"),
+        (("surplus",), 1, r"expected the keys .* got .*surplus"),
+    ],
+)
+def test_records_that_break_the_schema_are_refused(
+    path: tuple[Any, ...], value: Any, message: str, tmp_path: Path
+) -> None:
+    record: Any = synthetic_record()
+    *parents, last = path
+    inner = record
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    with pytest.raises(RecordError, match=message):
+        validate(record)
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    with pytest.raises(RecordError, match=r"r\.json.*python -m benchmarks"):
+        load(tmp_path / "r.json")

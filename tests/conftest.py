@@ -17,7 +17,8 @@ from hypothesis import settings
 from threadpoolctl import threadpool_limits
 
 import sgmv
-from sgmv import launch
+from sgmv import amx, backend, launch
+from tests.help import acceptance
 
 SEED = int(os.environ.get("SGMV_TEST_SEED", "0"))
 JITTED = not numba.config.DISABLE_JIT
@@ -75,6 +76,21 @@ def one_blas_thread() -> Iterator[None]:
     """For modules of many small products: BLAS's own threads spin, and took ten times as long."""
     with threadpool_limits(1, "blas"):
         yield
+
+
+@pytest.fixture(scope="module")
+def emulated_amx() -> Iterator[None]:
+    """For modules whose calls run on the emulation of tile products, and on no other backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGMV_AMX", "emulate")
+        patch.delenv("SGMV_BACKEND", raising=False)
+        patch.setattr(acceptance, "BACKENDS", ("amx",))
+        patch.setattr(backend, "_shrink", {})
+        patch.setattr(backend, "_kernels", {})
+        amx.is_on.cache_clear()
+        assert amx.is_on()
+        yield
+    amx.is_on.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -16,35 +15,16 @@ import pytest
 
 import sgmv
 from reference.workloads import integer, popularity, real
-from sgmv import amx, backend
-from sgmv.errors import SgmvError
-from sgmv.kernels.amx_instructions import CPU, EMULATION
 from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
-from tests.help import acceptance
+from tests.help import acceptance, tile_checks
 from tests.help.acceptance import assert_same_bits, check_case, check_rows_keep_their_bits, stack_of
 from tests.help.planting import Fault, plant, run_python
-from tests.kernels import test_tiles
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 pytestmark = [
     pytest.mark.skipif(not JITTED or VECTOR_BITS == 0, reason="no compiled tiles"),
-    pytest.mark.usefixtures("one_blas_thread"),
+    pytest.mark.usefixtures("one_blas_thread", "emulated_amx"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _emulated() -> Iterator[None]:
-    """In this module alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGMV_AMX", "emulate")
-        patch.delenv("SGMV_BACKEND", raising=False)
-        patch.setattr(acceptance, "BACKENDS", ("amx",))
-        patch.setattr(backend, "_shrink", {})
-        patch.setattr(backend, "_kernels", {})
-        amx.is_on.cache_clear()
-        assert amx.is_on()
-        yield
-    amx.is_on.cache_clear()
 
 
 # the model: Intel's pseudo-code of TDPBF16PS, and the order of kernels/amx.py
@@ -167,12 +147,12 @@ def test_subnormal_numbers_are_0() -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("number", range(0, 27, 4))
 def test_shapes(number: int) -> None:
-    test_tiles.check_shapes([number], BF16)
+    tile_checks.check_shapes([number], BF16)
 
 
 @pytest.mark.parametrize("y", ["float32", "float16", "bfloat16"])
 def test_within_the_bound(y: str) -> None:
-    test_tiles.check_mix("bfloat16", "bfloat16", y)
+    tile_checks.check_mix("bfloat16", "bfloat16", y)
 
 
 def test_the_whole_corpus() -> None:
@@ -182,7 +162,7 @@ def test_the_whole_corpus() -> None:
 
 @pytest.mark.once
 def test_nan_all_around_is_not_read_or_written() -> None:
-    test_tiles.check_guards([("bfloat16", "bfloat16", "float32")], test_tiles.EDGES)
+    tile_checks.check_guards([("bfloat16", "bfloat16", "float32")], tile_checks.EDGES)
 
 
 @pytest.mark.once
@@ -190,7 +170,7 @@ def test_nan_all_around_is_not_read_or_written() -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("at_end", [True, False], ids=["fence after", "fence before"])
 def test_no_byte_outside_is_touched(at_end: bool) -> None:
-    test_tiles.check_fences(("bfloat16", "bfloat16", "float32"), at_end)
+    tile_checks.check_fences(("bfloat16", "bfloat16", "float32"), at_end)
 
 
 def test_same_row_same_bits(rng: np.random.Generator) -> None:
@@ -214,62 +194,6 @@ def test_long_segments_cut_for_threads_and_ranks() -> None:
         sgmv.set_num_threads(threads)
         ys.append(sgmv.add_lora(case.y.copy(), case.x, stack, ids, backend="amx"))
         assert_same_bits(ys[-1], ys[0], f"{threads} threads")
-
-
-# where it is used
-
-
-@pytest.mark.once
-def test_bfloat16_alone_has_tile_products() -> None:
-    single = np.dtype(np.float32)
-    assert backend.choose(None, single, bfloat16=True) == "amx"
-    assert backend.choose("tiles", single, bfloat16=True) == "tiles"
-    assert backend.choose(None, single) == "tiles"
-    assert backend.choose(None, np.dtype(np.float64), bfloat16=True) == "loops"
-    with pytest.raises(SgmvError, match="tiles or loops but for bfloat16"):
-        backend.choose("amx", single)
-    assert sgmv.info().amx == "emulated"
-    assert sgmv.info().backend["bfloat16"] == "amx"
-    mixed = real("mixed", "", [0], {0: 3}, 40, 20, dtype=BF16, weight_dtype=np.float32)
-    assert acceptance.backends_of(mixed) == []
-
-
-@pytest.mark.once
-def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the environment, by a CPU or a system without it, or by a trial that went wrong."""
-    features = {"amx-tile": True, "amx-bf16": True}
-    monkeypatch.setattr(amx.llvmlite.binding, "get_host_cpu_features", lambda: features)
-    for asked, permitted, expected in (
-        ("0", True, None), ("", True, None), ("1", True, CPU), ("1", False, None),
-        ("emulate", False, EMULATION),
-    ):  # fmt: skip
-        monkeypatch.setenv("SGMV_AMX", asked)
-        monkeypatch.setattr(amx, "_is_permitted", lambda permitted=permitted: permitted)
-        assert type(amx.unit()) is type(expected)
-        if expected is None:
-            permission = "off; it needs the vector tiles, and Linux's permission"
-            switch = "off; SGMV_AMX=1 in the environment turns it on"
-            assert amx.told() == (permission if asked == "1" else switch)
-    features["amx-bf16"] = False
-    monkeypatch.setenv("SGMV_AMX", "1")
-    assert amx.unit() is None
-    assert amx.told() == "none in this CPU"
-    monkeypatch.setenv("SGMV_AMX", "emulate")
-    monkeypatch.setattr(amx, "_is_right", lambda: False)
-    is_on = amx.is_on.__wrapped__
-    with pytest.warns(RuntimeWarning, match="wrong sums"):
-        assert not is_on()
-    monkeypatch.setattr(amx, "is_on", lambda: False)
-    assert amx.told() == "off, it gave wrong sums"
-    assert backend.choose(None, np.dtype(np.float32), bfloat16=True) == "tiles"
-    with pytest.raises(SgmvError, match="tiles or loops where AMX is not on"):
-        backend.choose("amx", np.dtype(np.float32), bfloat16=True)
-
-
-@pytest.mark.once
-def test_the_system_permits_only_what_the_cpu_has() -> None:
-    flags = Path("/proc/cpuinfo")
-    assert not amx._is_permitted() or "amx_tile" in flags.read_text()
 
 
 # what the compiler makes of it for a CPU that has it

@@ -9,6 +9,7 @@ import pytest
 from sgmv.kernels.floats import decode, encode
 from sgmv.kernels.jit import jit
 from tests.conftest import JITTED
+from tests.help.tile_checks import round_to
 
 FORMATS = {"float16": (np.float16, np.uint16), "bfloat16": (ml_dtypes.bfloat16, np.int16)}
 ALL_BITS = np.arange(0, 2**16, 1 if JITTED else 97).astype(np.uint16)
@@ -64,15 +65,3 @@ def _random_bits(rng: np.random.Generator, wide: type) -> np.ndarray:
     integers = np.uint32 if wide == np.float32 else np.uint64
     info = np.iinfo(integers)
     return rng.integers(0, info.max, 5000, integers, endpoint=True).view(wide)
-
-
-def round_to(values: np.ndarray, name: str) -> np.ndarray:
-    """To nearest even, straight from the value: the type's grid around it, in float64."""
-    if name == "float16":
-        return values.astype(np.float16).astype(np.float64)
-    values = values.astype(np.float64)
-    _, exponent = np.frexp(values)
-    step = np.ldexp(1.0, np.maximum(exponent - 8, -133))
-    rounded = np.where(np.isfinite(values), np.rint(values / step) * step, values)
-    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-    return np.where(np.abs(rounded) > largest, np.copysign(np.inf, rounded), rounded)

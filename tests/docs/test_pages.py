@@ -95,7 +95,7 @@ def sgmv_fault(arguments: list[str]) -> str:
     if any(name.endswith((".html", ".png")) for name in arguments) or arguments == ["explorer"]:
         arguments = [arguments[0], "--help"]  # it would write a file
     if arguments[:1] == ["simulate"]:
-        arguments = [*arguments, "--help"]  # its figures are held by tests/serving/test_serving.py
+        arguments = [*arguments, "--help"]  # its figures are held by test_serving_page.py
     try:
         punica_page.printed(shlex.join(arguments))
     except SystemExit as error:

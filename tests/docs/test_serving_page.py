@@ -1,0 +1,44 @@
+"""docs/serving.md: its commands and its Python print what it says."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from sgmv.__main__ import main
+
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+
+
+@pytest.mark.once
+def test_the_page_tells_what_the_commands_print(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`SGMV_WRITE_PAGE=1 pytest -k the_page` writes it anew."""
+    monkeypatch.setenv("COLUMNS", "80")
+    page = PAGE.read_text()
+
+    def shown(block: re.Match[str]) -> str:
+        text = ""
+        for command in re.findall(r"^\$ sgmv (.*)$", block[0], re.MULTILINE):
+            main(command.split())
+            text += f"$ sgmv {command}\n{capsys.readouterr().out}"
+        return f"```console\n{text}```\n"
+
+    expected, blocks = re.subn(r"```console\n\$ .*?```\n", shown, page, flags=re.DOTALL)
+    assert blocks == 2
+    if os.environ.get("SGMV_WRITE_PAGE"):
+        PAGE.write_text(expected)
+    assert page == expected
+
+
+@pytest.mark.once
+def test_the_page_tells_what_python_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PAGE.parent.parent)
+    found = doctest.testfile(str(PAGE), module_relative=False)
+    assert found.attempted > 10
+    assert found.failed == 0

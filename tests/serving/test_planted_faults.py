@@ -1,0 +1,99 @@
+"""Random sequences of requests: what they reach, and the planted faults that they find."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.help.planting import Fault, imported, plant
+from tests.help.served import ROOM
+from tests.help.serving_model import Room, drive_scheduler, drive_slots
+
+
+def test_the_sequences_reach_what_they_are_for() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(80):
+        seen += drive_scheduler(ROOM, random.Random(seed))
+        seen += drive_slots(ROOM, random.Random(seed))
+    rare = ("overtaken as often as may be", "deferred", "sat out", "refused", "stale", "run")
+    assert all(seen[name] >= 10 for name in rare), seen
+
+
+FAULTS = {
+    "overtaken once too often": Fault(
+        "serving.scheduler", ">= self.max_overtakes", "> self.max_overtakes"
+    ),
+    "those that gave up count as overtaking": Fault(
+        "serving.scheduler", "- came - len(self._given_up)", "- came"
+    ),
+    "one adapter too many": Fault(
+        "serving.scheduler", "len(self._holding) <= self.max_loras:  #", "True:  #"
+    ),
+    "the base model takes a slot": Fault(
+        "serving.scheduler",
+        "self._holding) <= self.max_loras:  #",
+        "self._holding) < self.max_loras:  #",
+    ),
+    "a line without its first is forgotten": Fault(
+        "serving.scheduler", "if line.waiting and was_oldest:", "if False:"
+    ),
+    "pins are not seen": Fault(
+        "serving.scheduler", "if pinned == self._pinned:", "if pinned is not None:"
+    ),
+    "waiting requests behind are not tried": Fault(
+        "serving.scheduler", "return held[1]\n\n    def _oldest", "return None\n\n    def _oldest"
+    ),
+    "deferrals are not counted": Fault("serving.scheduler", "+= came < self._tried", "+= 0"),
+    "LRU forgets uses": Fault("serving.residency", "self.slots.move_to_end(i)", "pass"),
+    "host memory forgets uses": Fault("serving.residency", "self.host.move_to_end(i)", "pass"),
+    "FIFO is LRU": Fault("serving.residency", 'if self.policy == "lru":', "if True:"),
+    "pinned ones and needed ones go": Fault("serving.residency", "if i not in keep", "if True"),
+    "what leaves host memory keeps its slot": Fault(
+        "serving.residency", "had_slot = i in self.slots\n", "had_slot = False\n"
+    ),
+    "a slot's number for a generation": Fault(
+        "serving.weights", "= next(self._generations), ", "= self._residency.slots[i], "
+    ),
+    "an evicted adapter stays in the stacks": Fault(
+        "serving.weights", "self._take_out(self.generation[i])", "pass"
+    ),
+    "a replaced adapter stays": Fault(
+        "serving.weights", "or self.hosted[i].lora_request != lora_request", ""
+    ),
+    "rows of another request": Fault(
+        "serving.step", "zip(requests, map", "zip(reversed(requests), map"
+    ),
+    "the wrong slot": Fault(
+        "serving.step", "return Step(rows, slot,", "return Step(rows, slot + 1,"
+    ),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = FAULTS[name]
+    modules = imported(plant(tmp_path, fault), monkeypatch, "sgmv.serving")
+    room = Room(modules["sgmv"], modules["sgmv.serving"])
+    drive = drive_scheduler if fault.module == "serving.scheduler" else drive_slots
+
+    def sequences() -> None:
+        for seed in range(100):
+            drive(room, random.Random(seed))
+
+    with pytest.raises((AssertionError, KeyError)):
+        sequences()
+
+
+@pytest.mark.once
+def test_without_a_fault_nothing_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = imported(plant(tmp_path), monkeypatch, "sgmv.serving")
+    room = Room(modules["sgmv"], modules["sgmv.serving"])
+    for seed in range(20):
+        drive_scheduler(room, random.Random(seed))
+        drive_slots(room, random.Random(seed))

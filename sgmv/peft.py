@@ -28,6 +28,7 @@ from typing import Any
 from sgmv import forms
 from sgmv.dtypes import Array
 from sgmv.errors import PeftError
+from sgmv.extras import load
 from sgmv.files import Opened, TensorFile, beginning, existing, one_version, read_text, shown
 
 _TENSOR_PREFIX = "base_model.model."
@@ -328,7 +329,7 @@ def _damaged(path: Path, expected: str, error: Exception, file: Opened) -> PeftE
 
 def _need_bfloat16(where: str) -> None:
     try:
-        import ml_dtypes  # noqa: F401  (importing it teaches numpy the type's name)
+        load("ml_dtypes")  # which teaches numpy the type's name
     except ImportError as error:
         raise PeftError(where, "ml_dtypes, to hold bfloat16", "none", _INSTALL) from error
 

@@ -15,6 +15,7 @@ import numpy as np
 from sgmv.checks import TO_FLOAT32, check_dtype
 from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, MemoryLayoutError
+from sgmv.extras import load
 
 TENSOR_TO_FLOAT32 = "convert it first, for example with .float()"
 
@@ -101,7 +102,7 @@ def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
     if name != "bfloat16":
         return check_dtype(argument, name, TENSOR_TO_FLOAT32)
     try:
-        import ml_dtypes
+        ml_dtypes: Any = load("ml_dtypes")
     except ModuleNotFoundError as error:
         raise DtypeError(
             argument,

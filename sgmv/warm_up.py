@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -19,6 +18,7 @@ from sgmv.console import progress
 from sgmv.dtypes import BITS
 from sgmv.errors import ShapeError
 from sgmv.expand import expand
+from sgmv.extras import load
 from sgmv.kernels.disk import logger
 from sgmv.kernels.jit import notice
 from sgmv.lora import add_lora
@@ -129,7 +129,7 @@ def _names(text: str) -> list[str]:
         )
     if "bfloat16" in names:
         try:
-            import_module("ml_dtypes")
+            load("ml_dtypes")
         except ImportError:
             raise ArgumentTypeError(
                 "expected ml_dtypes, which defines bfloat16, to be installed; pip install ml_dtypes"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sgmv.errors import ServingError
+from sgmv.extras import load
 from sgmv.serving.simulate import Outcome, Tenants
 from sgmv.terminal import Terminal
 
@@ -84,7 +85,7 @@ def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:
     Raises ServingError when matplotlib is not installed, or when it knows no such format.
     """
     try:
-        from matplotlib.figure import Figure
+        Figure: Any = load("matplotlib.figure").Figure
     except ImportError as error:
         raise ServingError(
             "figure", "matplotlib", "none installed", "pip install matplotlib"

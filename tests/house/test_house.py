@@ -131,6 +131,23 @@ def test_a_circle_is_found() -> None:
     assert circle({**arrows, "c": set()}) == []
 
 
+# Commands import what they need, so that each begins as fast as it can; they fork no servers.
+LAZY = {"sgmv", "sgmv.__main__", "sgmv.compat", "sgmv.explain.command", "sgmv.extras"}
+
+
+def test_functions_import_nothing_but_by_one_door() -> None:
+    """A fork beside a first call would leave its child a module that is never whole."""
+    for name in own_imports().keys() - LAZY:
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert "importlib.import_module" not in imports(path), name
+        for node in functions(path):
+            inside = [
+                each for each in ast.walk(node) if isinstance(each, ast.Import | ast.ImportFrom)
+            ]
+            assert not inside, f"{name}.{node.name} imports"
+
+
 def test_shrink_and_expand_never_import_each_other() -> None:
     files = sources("sgmv")
     assert "sgmv.expand" not in imports(files["shrink"])

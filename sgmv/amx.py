@@ -7,7 +7,6 @@ SGMV_AMX=emulate computes the same bits without AMX, slowly, for tests.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import warnings
 from functools import cache
@@ -34,6 +33,7 @@ from sgmv.kernels.call import (
 )
 from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
 from sgmv.kernels.pool import EVERY_TASK, take_part
+from sgmv.settings import AMX
 
 # Linux's arch_prctl, and its request for tile registers in the threads of this process.
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18
@@ -55,7 +55,7 @@ def told() -> str:
     if unit() is None:
         if not _has_amx():
             return "none in this CPU"
-        if os.environ.get("SGMV_AMX") != "1":
+        if AMX.read() != "1":
             return "off; SGMV_AMX=1 in the environment turns it on"
         return "off; it needs the vector tiles, and Linux's permission"
     if not is_on():
@@ -65,7 +65,7 @@ def told() -> str:
 
 def unit() -> Any:
     """Who computes tile products, as compiled code is told; None where nobody does."""
-    asked = os.environ.get("SGMV_AMX")
+    asked = AMX.read()
     if asked not in ("1", "emulate") or not VECTOR_BITS or not JITTED:
         return None
     if asked == "emulate":

@@ -7,7 +7,6 @@ backend   amx      x and weights of bfloat16: shrink by tile products, expand by
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from sgmv.dtypes import BITS, FLOAT64, sum_dtype
 from sgmv.errors import ValueRangeError
 from sgmv.kernels import loops, tiles
 from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.settings import BACKEND
 
 BACKENDS = ("amx", "tiles", "loops")
 
@@ -69,7 +69,7 @@ def choose(backend: str | None, v: Dtype, bfloat16: bool = False) -> str:
     backend   where left out, the environment's SGMV_BACKEND, or else the next that can
     bfloat16  whether x and weights are, as far as they take part
     """
-    asked = backend or os.environ.get("SGMV_BACKEND") or BACKENDS[0]
+    asked = backend or BACKEND.read() or BACKENDS[0]
     if asked not in BACKENDS:
         raise ValueRangeError("backend", "amx, tiles or loops", repr(asked), "leave it out")
     able = ["loops"]

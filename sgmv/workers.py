@@ -43,6 +43,7 @@ from sgmv.kernels.pool import (
     life,
     member,
 )
+from sgmv.settings import NUM_THREADS
 from sgmv.threads import NativeThread, are_patched
 
 # The numbers of Linux's futex, getcpu, sched_setaffinity and gettid. Elsewhere helpers sleep on a
@@ -61,12 +62,12 @@ def cores() -> int:
 
 
 def _initial_threads() -> int:
-    given = os.environ.get("SGMV_NUM_THREADS")
+    given = NUM_THREADS.read()
     if given is None:
         return cores()
     if not given.isdecimal() or not 1 <= int(given) <= MOST_THREADS:
         raise ValueRangeError(
-            "SGMV_NUM_THREADS",
+            NUM_THREADS.name,
             f"a whole number >= 1, at most {MOST_THREADS}",
             repr(given),
             "set it to a number, or unset it",

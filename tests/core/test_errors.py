@@ -580,7 +580,7 @@ def test_every_refusal_in_the_sources_is_in_this_table() -> None:
     # Those of the command line, and of names that are not there: test_console.py.
     # What no user sees, for a pool goes on without the thread: test_workers.py.
     elsewhere = (
-        "SGMV_NUM_THREADS",
+        "NUM_THREADS.name",
         "'bfloat16'",
         "ArgumentTypeError",
         "AttributeError",

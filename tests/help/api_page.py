@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from sgmv.settings import SETTINGS
 from tests.help.pages import ROOT
 
 PAGE = ROOT / "docs" / "api.md"
@@ -36,6 +37,10 @@ HEAD = """\
 
 Made from the docstrings, which `help(sgmv.add_lora)` prints as well. `help(sgmv)` defines the words
 n, S, h_in, r, h_out, x, W, y, A, B, v. Every refusal is an `sgmv.SgmvError`, a `ValueError`.
+"""
+NUMBAS = """\
+Of numba's own, `NUMBA_CACHE_DIR` is the folder of compiled kernels, and `NUMBA_DISABLE_JIT=1` runs
+them as plain Python.
 """
 
 
@@ -109,7 +114,16 @@ def rendered() -> str:
         titles = re.findall(r"^### (.+)$", "".join(found), re.MULTILINE)
         contents = ", ".join(link(title, title.removeprefix(f"{name}.")) for title in titles)
         parts += [f"\n## {name}\n\n{contents}\n", *found]
-    return "".join(parts)
+    return "".join([*parts, environment()])
+
+
+def environment() -> str:
+    """The variables that sgmv reads."""
+    rows = ["variable | may be | if not set | decides", "--- | --- | --- | ---"]
+    for name, *others in SETTINGS:
+        rows.append(" | ".join([f"`{name}`", *others]))
+    table = "".join(f"| {row} |\n" for row in rows)
+    return f"\n## Environment variables\n\n{table}\n{NUMBAS}"
 
 
 def link(title: str, shown: str | None = None) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sgmv.settings import SETTINGS
+
 pytestmark = pytest.mark.once
 
 
@@ -44,6 +46,8 @@ COMPILERS = {
     for name in ("jit", "atomics", "disk", "emit", "floats", "modes", "panels", "tiles")
 }
 COMPILERS |= {"kernels.amx", "kernels.amx_instructions"}
+# Besides sgmv's own settings: what the terminal is, and whether there is a screen.
+ENVIRONMENT = {"settings", "kernels.jit", "console", "terminal", "explorer.write"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
 
 
@@ -199,6 +203,17 @@ def test_torch_is_looked_up_in_one_place() -> None:
     for name, path in sources("sgmv").items():
         assert "torch" not in imports(path), name
         assert ('"torch"' in path.read_text()) == (name == "tensors"), name
+
+
+def test_environment_variables_are_read_in_one_place() -> None:
+    """And those of the table are those that the sources name. kernels/ reads its own."""
+    named = set()
+    for name, path in sources("sgmv").items():
+        text = path.read_text()
+        named |= set(re.findall(r"\bSGMV_[A-Z_]+\b", text))
+        assert ("os.environ" in text) <= (name in ENVIRONMENT), name
+        assert len(re.findall(r"os\.environ.*SGMV_", text)) == (name == "kernels.jit"), name
+    assert named == {setting.name for setting in SETTINGS}
 
 
 def test_no_fast_math_that_forgets_nan_and_inf() -> None:

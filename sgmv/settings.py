@@ -1,0 +1,46 @@
+"""The environment variables that sgmv reads; docs/api.md has them as a table."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """A variable, what it may be, what holds where it is not set, and what it decides."""
+
+    name: str
+    values: str
+    default: str
+    about: str
+
+    def read(self) -> str | None:
+        """What the environment says now; None if it says nothing."""
+        return os.environ.get(self.name)
+
+
+NUM_THREADS = Setting(
+    "SGMV_NUM_THREADS",
+    "`1` to `1024`",
+    "the cores that the process may use",
+    "The threads of a call, the calling one included. `set_num_threads` overrides it.",
+)
+BACKEND = Setting(
+    "SGMV_BACKEND",
+    "`amx`, `tiles`, `loops`",
+    "`amx`",
+    "The kernels of calls that name no backend: these, or the next in this order that can run.",
+)
+AMX = Setting(
+    "SGMV_AMX",
+    "`1`, `emulate`",
+    "off",
+    "`1` allows tile products where the CPU has them; `emulate` computes the same bits, slowly.",
+)
+VECTOR_BITS = Setting(
+    "SGMV_VECTOR_BITS",
+    "`0`, `256`, `512`",
+    "the CPU's",
+    "The width of the vectors that tiles are compiled for; `0`: the plain loops alone.",
+)  # read by kernels/, which imports nothing from outside
+SETTINGS = (NUM_THREADS, BACKEND, AMX, VECTOR_BITS)

@@ -55,7 +55,9 @@ from sgmv.compat import vllm
 {call}
 print(*[held for name, held in found if name == 'ml_dtypes'])
 """
-TORCH = "a = torch.ones(2, 2, dtype=torch.bfloat16); vllm.bgmv_shrink(a, a[None], a, 0 * a[0].long())"
+TORCH = (
+    "a = torch.ones(2, 2, dtype=torch.bfloat16); vllm.bgmv_shrink(a, a[None], a, 0 * a[0].long())"
+)
 
 
 @pytest.mark.parametrize("where", ["a file", "a tensor"])

@@ -46,7 +46,7 @@ class _Bgmv(Launch):
 
 @dataclass(frozen=True, kw_only=True)
 class BgmvShrink(_Bgmv):
-    """Block (j, i, 0) makes element j of row i: 128 threads, eight products of each tile apiece."""
+    """Block (j, i, 0) makes element j of row i: 128 threads take 8 products each of a tile."""
 
     KERNEL: ClassVar[Kernel] = Kernel("punica_bgmv_shrink", shrinks=True, scales="once")
 

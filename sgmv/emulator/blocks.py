@@ -38,7 +38,7 @@ Block: TypeAlias = Iterator[Pause]
 class Deadlock:
     """Which blocks wait for which.
 
-    Semantics: every block of `waiting` stands at the grid's barrier number `barrier`, counted from
+    Semantics: every block of `waiting` waits at the grid's barrier number `barrier`, counted from
     1, for those of `returned`, which passed the ones before it and ended.
 
     >>> print(Deadlock(2, ((0, 1, 0), (1, 1, 0)), ((0, 0, 0), (1, 0, 0))))
@@ -58,7 +58,7 @@ which returned after 1
 
 
 class DeadlockError(RuntimeError):
-    """A launch that would never end; `deadlock` tells which blocks wait for which."""
+    """A launch that would never end; `deadlock` says which blocks wait for which."""
 
     def __init__(self, deadlock: Deadlock) -> None:
         super().__init__(str(deadlock))
@@ -150,7 +150,7 @@ def _place(index: Index) -> Index:
 
 
 def _picker(order: str, seed: int) -> Callable[[int], int]:
-    """Which of so many blocks runs next."""
+    """A function of the number of ready blocks: which of them runs next."""
     if order not in ORDERS:
         raise ValueRangeError("order", f"one of {ORDERS}", repr(order), "choose one of them")
     if order == "random":

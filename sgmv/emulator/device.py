@@ -59,7 +59,7 @@ class Device:
             object.__setattr__(self, each.name, value)
 
     def resident_blocks(self, threads: int, shared_memory: int) -> int:
-        """Blocks of so many threads and bytes that one SM holds at once; 0: not even one.
+        """Blocks of this many threads and bytes that one SM holds at once; 0: none fits.
 
         >>> A100.resident_blocks(128, 40 * 1024), A100.resident_blocks(128, 164 * 1024)
         (4, 0)
@@ -75,7 +75,7 @@ class Device:
         )
 
     def roofline_s(self, flops: int, moved: int) -> float:
-        """Seconds that so many FLOP and bytes take at least.
+        """The least seconds that this many FLOP and bytes take.
 
         >>> A100.roofline_s(312 * 10**12, 0)
         1.0

@@ -32,7 +32,7 @@ MOST_SLICES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class _Csgmv(Launch):
-    """What both kernels share: chunk c is so many rows of one adapter.
+    """What both kernels share: chunk c is a run of rows of one adapter.
 
     chunk      rows that a block's tile holds
     chunk_ids  (chunks,) the adapter of each, -1 for those of base-only rows

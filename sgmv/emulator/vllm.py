@@ -24,7 +24,7 @@ from sgmv.layouts.vllm import LoRAKernelMeta, vllm_v1
 THREADS = (128, 1, 1)  # 4 warps
 STAGES = 2
 SHRINK_ROWS, SHRINK_COLUMNS = 32, 16
-FEW_ROWS = 128  # from so many rows of the batch on, shrink splits K less
+FEW_ROWS = 128  # rows of the batch from which on shrink splits K less
 EXPAND_ROWS, EXPAND_K = 64, 16
 
 

@@ -3,9 +3,9 @@
     disk ───read───> host memory ───load───> slots      what is in a slot is in host memory too
                      max_cpu_loras           max_loras
 
-Both let go of their first entry that nobody keeps. Entries stand in the order in which they came
-(FIFO), or in which they were last used (LRU); those of one step count as used at the same time, in
-the order of their ids.
+Where there is no room, each evicts its first id that need not stay. Ids are in the order in which
+they came (FIFO), or in which they were last used (LRU); those of one step count as used at the same
+time, in the order of their ids.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Counters:
 
     Semantics: each id of a step counts once. `slot_hits` were in their slot, `slot_misses` were
     loaded into one; of those, and of ids asked into host memory alone, `host_hits` were in host
-    memory, `host_misses` were read from disk. Evictions are what the policy let go, in a slot or in
-    host memory; what leaves host memory leaves its slot, and then counts in both.
+    memory, `host_misses` were read from disk. Evictions are what the policy removed, from a slot or
+    from host memory; what leaves host memory leaves its slot, and then counts in both.
 
     >>> residency = Residency(max_loras=1, max_cpu_loras=2)
     >>> for i in (7, 9, 7):
@@ -48,10 +48,10 @@ host_evictions=0)
 
 
 class Residency:
-    """The ids in host memory and in slots, and who goes when there is no room.
+    """The ids in host memory and in slots, and which are evicted where there is no room.
 
-    Semantics: `bring` makes room and lets in; `ids` are ascending and all in `keep`, the ids that
-    must stay, of which there are no more than there is room for. Nothing here is thread-safe.
+    Semantics: `bring` makes room, then adds `ids`, which are ascending and all in `keep`: the ids
+    that must stay, no more than there is room for. Nothing here is thread-safe.
     """
 
     def __init__(self, max_loras: int, max_cpu_loras: int, policy: str = "lru") -> None:
@@ -102,9 +102,9 @@ class Residency:
 
     @staticmethod
     def _first(ids: Iterable[int], count: int, keep: Collection[int]) -> list[int]:
-        """The first so many that nobody keeps."""
-        goers: Iterator[int] = (i for i in ids if i not in keep)
-        return list(islice(goers, max(count, 0)))
+        """The first `count` ids that need not stay."""
+        evictable: Iterator[int] = (i for i in ids if i not in keep)
+        return list(islice(evictable, max(count, 0)))
 
     def touch(self, ids: Collection[int]) -> None:
         """Note that these, all in host memory, have just been used."""

@@ -33,7 +33,7 @@ BASE = Active(BASE_ONLY, BASE_ONLY)
 
 @dataclass(frozen=True, eq=False)
 class Step(Generic[R]):
-    """What one step of the model runs: whose rows, in which slots.
+    """What one step of the model runs: the rows of each request, and their slots.
 
     Semantics: rows `rows[request_id]` of every layer's x and y are that request's tokens; row i
     uses the adapter that was in slot `slots[i]` when the step was made, and only while it still is.
@@ -167,7 +167,7 @@ def make_step(
 ) -> Step[R]:
     """Bring these requests' adapters into slots, and map their rows to them.
 
-    Semantics: the rows of each request stand together, in the order of `requests`.
+    Semantics: the rows of each request are together, in the order of `requests`.
 
     requests  request_id -> its adapter, None = the base model
     tokens    request_id -> its rows in this step: a prompt's length, or 1, as for those left out
@@ -219,7 +219,7 @@ def _step(
     active: Mapping[int, Active],
     failed: tuple[tuple[R, LoRARequest, Exception], ...] = (),
 ) -> Step[R]:
-    """The step of these requests, whose adapters are active and whose tokens are checked."""
+    """The step of these requests; their adapters are active, their tokens checked."""
     lengths = [int(tokens.get(request_id, 1)) for request_id in requests]
     of = [BASE if lora is None else active[lora.lora_int_id] for lora in requests.values()]
     slot, generation = np.repeat(np.array(of, np.int64).reshape(-1, 2), lengths, axis=0).T.copy()

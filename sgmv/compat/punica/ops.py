@@ -249,7 +249,7 @@ def _layer(argument: str, weights: Operand, layer_idx: int) -> Stack:
 
 
 def _segments(s: Operand, n: int) -> Segments:
-    """Segments as they stand, each with a weight of its own: its number is the id."""
+    """The segments in their own order; each has its own weight, and its number is the id."""
     seq_start = as_ids(s, "s") if isinstance(s, list) else as_array("s", s)
     if seq_start.ndim != 1 or len(seq_start) == 0:
         raise ShapeError(

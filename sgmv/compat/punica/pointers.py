@@ -1,10 +1,10 @@
-"""Weights by address: those that live arrays own, and raw ones, which are probed before a call.
+"""Weights by address: those of arrays that are alive, and raw ones, which are probed before a call.
 
-Every address that a call will read is looked at first. One that `own` was told of needs no more
-than a look-up, and brings the shape to hold the call to. Any other must be aligned, and readable
-from the first byte to the last: one byte of each of its pages is written into a pipe, which the
-system refuses, without a signal, where there is nothing to read. That costs about 50 ns a page,
-every call anew: memory can go between two calls.
+Every address that a call will read is checked first. One that `own` returned is looked up, and its
+array's shape is held to the call. Any other must be aligned, and readable from the first byte to
+the last: one byte of each of its pages is written into a pipe, which the system refuses, without a
+signal, where nothing can be read. That costs about 50 ns a page, and again at every call: memory
+can be freed between two calls.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _check_owner(
 
 
 def _check_readable(argument: str, addresses: Sequence[int], nbytes: int) -> None:
-    """Raise MemoryLayoutError unless there are so many bytes to read at all of these addresses."""
+    """Refuse addresses at which fewer than nbytes can be read."""
     if not addresses or readable(addresses, nbytes):
         return
     broken = [hex(address) for address in addresses if not readable([address], nbytes)]
@@ -146,7 +146,7 @@ def _check_readable(argument: str, addresses: Sequence[int], nbytes: int) -> Non
 
 
 def readable(addresses: Sequence[int], nbytes: int) -> bool:
-    """Whether so many bytes, at least one, can be read at all of these addresses.
+    """Whether nbytes, at least one, can be read at each of these addresses.
 
     >>> array = np.ones(1000)
     >>> readable([array.ctypes.data], array.nbytes), readable([8], 1)

@@ -29,7 +29,8 @@ else:
 
 pytestmark = pytest.mark.once
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 NAMES = [page.name for page in PAGES]
@@ -261,6 +262,12 @@ def test_advice_to_run_a_module_works_without_a_clone() -> None:
 
 
 # The wheel's own page
+
+
+def test_the_wheel_has_every_folder() -> None:
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("sgmv/**/__init__.py")]
+    declared = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(declared) == sorted(".".join(each.parts) for each in folders)
 
 
 def test_the_wheels_page_has_no_dead_link() -> None:

@@ -8,7 +8,6 @@ import importlib
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -151,14 +150,6 @@ def test_functions_import_nothing_but_by_one_door() -> None:
                 each for each in ast.walk(node) if isinstance(each, ast.Import | ast.ImportFrom)
             ]
             assert not inside, f"{name}.{node.name} imports"
-
-
-def test_the_wheel_has_every_folder() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("sgmv/**/__init__.py")]
-    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(
-        ".".join(each.parts) for each in folders
-    )
 
 
 def test_shrink_and_expand_never_import_each_other() -> None:

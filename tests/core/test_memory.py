@@ -24,7 +24,7 @@ import sgmv
 from sgmv import memory, table
 from sgmv.compat import products
 from tests.conftest import JITTED
-from tests.help.planting import ROOT, Fault, imported, outcome, plant, run_python
+from tests.help.planting import ROOT, Fault, run_python, verdict
 from tests.stress import memory as lives
 
 pytestmark = pytest.mark.once
@@ -129,12 +129,12 @@ def test_pieces_are_apart_and_come_back(seed: int) -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_the_bookkeeping_is_found(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = imported(plant(tmp_path, FAULTS[name]), monkeypatch, "sgmv.memory")["sgmv.memory"]
-    use_small_chunks(module, monkeypatch)
-    assert outcome(lambda: check_random_life(module)) != "nothing"
+def test_a_fault_in_the_bookkeeping_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(modules: dict[str, ModuleType]) -> None:
+        use_small_chunks(modules["sgmv.memory"], monkeypatch)
+        check_random_life(modules["sgmv.memory"])
+
+    assert verdict(check, FAULTS[name], name="sgmv.memory") != "nothing"
 
 
 def check_follows(modules: dict[str, ModuleType], operations: Operations) -> None:
@@ -224,18 +224,14 @@ def test_a_chunk_that_leaves_is_not_filled() -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", UNBOUNDED)
-def test_a_fault_in_moving_is_found(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    modules = imported(plant(tmp_path, UNBOUNDED[name]), monkeypatch, "sgmv.stack")
-    small_chunks_for(modules, monkeypatch)
-
-    def check_all() -> None:
+def test_a_fault_in_moving_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(modules: dict[str, ModuleType]) -> None:
+        small_chunks_for(modules, monkeypatch)
         check_leaving(modules["sgmv.memory"])
         for seed in range(8):
             check_follows(modules, random_operations(seed))
 
-    assert outcome(check_all) != "nothing"
+    assert verdict(check, UNBOUNDED[name], name="sgmv.stack") != "nothing"
 
 
 def crowd(layers: int = 3) -> list[sgmv.AdapterStack]:

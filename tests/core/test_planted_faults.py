@@ -7,15 +7,14 @@ Faults in the tiles, which only the compiler can run, are in kernels/test_tiles.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from reference.workloads import corpus
 from tests.help import acceptance
-from tests.help.planting import Fault, imported, outcome, plant
+from tests.help.planting import Fault, verdict
 
 pytestmark = pytest.mark.once
 
@@ -170,10 +169,14 @@ FAULTS = {
 }
 
 
-def accept(folder: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    """Run the acceptance checks on the package of this folder."""
-    monkeypatch.setattr(acceptance, "sgmv", imported(folder, monkeypatch)["sgmv"])
-    monkeypatch.setattr(acceptance, "VECTOR_BITS", 0)  # plain Python has the loops alone
+def said(rng: np.random.Generator, *faults: Fault) -> str:
+    """What the acceptance checks say of the package with these faults."""
+    return verdict(lambda modules: accept(modules["sgmv"], rng), *SMALL_BLOCKS, *faults)
+
+
+def accept(sgmv: ModuleType, rng: np.random.Generator) -> None:
+    acceptance.sgmv = sgmv
+    acceptance.VECTOR_BITS = 0  # plain Python has the loops alone
     for case in SMALL_CASES:
         acceptance.check_case(case)
         acceptance.check_applied(case)
@@ -181,17 +184,10 @@ def accept(folder: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generat
     acceptance.check_same_bits(rng, batches=6, threads=(1, 2))
 
 
-def test_accepted_without_a_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
-) -> None:
-    accept(plant(tmp_path, *SMALL_BLOCKS), monkeypatch, rng)
+def test_accepted_without_a_fault(rng: np.random.Generator) -> None:
+    assert said(rng) == "nothing"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_rejected(
-    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
-) -> None:
-    plant(tmp_path, *SMALL_BLOCKS, FAULTS[fault])
-    assert "AssertionError" in outcome(lambda: accept(tmp_path, monkeypatch, rng))
+def test_rejected(fault: str, rng: np.random.Generator) -> None:
+    assert "AssertionError" in said(rng, FAULTS[fault])

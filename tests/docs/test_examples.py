@@ -12,7 +12,7 @@ import pytest
 
 import reference
 from tests.help import examples_page
-from tests.help.planting import ROOT
+from tests.help.planting import ROOT, replaced
 
 pytestmark = pytest.mark.once
 
@@ -61,8 +61,7 @@ def test_peft_directories_reads_what_peft_wrote(capsys: pytest.CaptureFixture[st
 def test_a_faulty_own_kernel_fails() -> None:
     """The check that passes the script refuses its copy without the scaling."""
     source = examples_page.source("own_kernel")
-    fault = source.replace("scalings[adapter_id] * ", "")
-    assert fault != source
+    fault = replaced(source, "scalings[adapter_id] * ", "")
     module: dict[str, Any] = {}
     exec(compile(fault, "own_kernel.py", "exec"), module)
     report = reference.check(module["add_lora"], max_elements=5_000)

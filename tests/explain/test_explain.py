@@ -31,7 +31,7 @@ from sgmv.popularity import POPULARITIES, popularity
 from sgmv.terminal import ESCAPE, NARROWEST, PLAIN, Terminal
 from tests.conftest import JITTED
 from tests.help import punica_page
-from tests.help.planting import Fault, imported, plant
+from tests.help.planting import Fault, verdict
 
 pytestmark = pytest.mark.once
 
@@ -620,32 +620,28 @@ FAULTS: dict[str, tuple[Fault, Callable[..., None]]] = {
 }
 
 
-def checked_in_a_copy(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., None], *faults: Fault
-) -> None:
-    """Run the check on a copy of the package: its own question, its own view."""
+def verdict_on(check: Callable[..., None], *faults: Fault) -> str:
+    """What the check says of a copy of the package: of its own question, and its own view."""
     module = "sgmv.explain.engines" if check is check_layout else "sgmv.explain.cpu"
-    modules: dict[str, Any] = imported(plant(folder, *faults), monkeypatch, module)
     ids = [4, -1, 9, 4, 9, 9, 4, -1, 4, 4]
-    question = modules["sgmv.explain.question"].Question(
-        segments=modules["sgmv"].segment(ids),
-        **dict(h_in=64, h_out=70, rank=17, max_loras=4, threads=2),
-        device=modules["sgmv.emulator"].A100,
-    )
-    check(modules[module], question, ids)
+
+    def check_copy(modules: dict[str, Any]) -> None:
+        question = modules["sgmv.explain.question"].Question(
+            segments=modules["sgmv"].segment(ids),
+            **dict(h_in=64, h_out=70, rank=17, max_loras=4, threads=2),
+            device=modules["sgmv.emulator"].A100,
+        )
+        check(modules[module], question, ids)
+
+    return verdict(check_copy, *faults, name=module)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planted_faults_are_found(name: str) -> None:
     fault, check = FAULTS[name]
-    with pytest.raises(AssertionError):
-        checked_in_a_copy(tmp_path, monkeypatch, check, fault)
+    assert verdict_on(check, fault).startswith("AssertionError")
 
 
 @pytest.mark.parametrize("check", [check_group, check_tasks, check_layout])
-def test_without_a_fault_nothing_is_found(
-    check: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checked_in_a_copy(tmp_path, monkeypatch, check)
+def test_without_a_fault_nothing_is_found(check: Callable[..., None]) -> None:
+    assert verdict_on(check) == "nothing"

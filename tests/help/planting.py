@@ -1,4 +1,8 @@
-"""Copies of the package in another folder, in which something has been changed."""
+"""Planted faults: one replacement of text each, which a check must find.
+
+`verdict` says what a check finds in a copy of the package; `replaced` plants in other texts. What
+only the compiler can run is planted in a folder, by `plant`, for a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -39,10 +45,27 @@ def plant(folder: Path, *faults: Fault) -> Path:
 def change(folder: Path, fault: Fault) -> None:
     """Make this replacement in the folder's copy."""
     path = folder.joinpath("sgmv", *fault.module.split(".")).with_suffix(".py")
-    source = path.read_text()
-    found = source.count(fault.text)
-    assert found == 1, f"{fault.text!r} stands {found} times in {fault.module}"
-    path.write_text(source.replace(fault.text, fault.instead))
+    path.write_text(replaced(path.read_text(), fault.text, fault.instead))
+
+
+def replaced(source: str, text: str, instead: str) -> str:
+    """The source with this replacement: the text must stand there, and once."""
+    found = source.count(text)
+    assert found == 1, f"{text!r} stands there {found} times"
+    return source.replace(text, instead)
+
+
+def verdict(
+    check: Callable[[dict[str, ModuleType]], object], *faults: Fault, name: str = "sgmv"
+) -> str:
+    """What the check raises on a copy of the package with these faults, or "nothing".
+
+    check   is given the copy's modules by their full names; they run as plain Python
+    name    what is imported of the copy
+    """
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        modules = imported(plant(Path(folder), *faults), patch, name)
+        return outcome(lambda: check(modules))
 
 
 def imported(
@@ -66,10 +89,15 @@ def imported(
 
 def outcome(function: Callable[[], object]) -> str:
     """What the function raises in a child process: a fault may write, or read, anywhere."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
     reading, writing = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child leaves be
+        child = os.fork()
     if child == 0:  # pragma: no cover
-        signal.alarm(60)
+        signal.setitimer(signal.ITIMER_PROF, 60)  # of the CPU, which others may keep busy
+        signal.alarm(600)
         try:
             function()
             os.write(writing, b"nothing")

@@ -242,9 +242,15 @@ def test_assembly_of_sapphire_rapids(tmp_path: Path) -> None:
 # planted faults
 
 FAULTS = {
-    "a tile of x that no product reads": ("e.load_tile(b,", "e.load_tile(COLUMNS[0],"),
-    "K blocks overwrite instead of adding": ('icmp_signed("==", k', 'icmp_signed(">=", k'),
-    "ranks are added twice": ("builder.and_(e.below(ranks, SIDE), new)", "e.below(ranks, SIDE)"),
+    "a tile of x that no product reads": Fault(
+        "kernels.amx", "e.load_tile(b,", "e.load_tile(COLUMNS[0],"
+    ),
+    "K blocks overwrite instead of adding": Fault(
+        "kernels.amx", 'icmp_signed("==", k', 'icmp_signed(">=", k'
+    ),
+    "ranks are added twice": Fault(
+        "kernels.amx", "builder.and_(e.below(ranks, SIDE), new)", "e.below(ranks, SIDE)"
+    ),
 }
 
 
@@ -253,7 +259,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_trial_finds_faults(fault: str, tmp_path: Path) -> None:
     """Before the first use, wherever that is: a warning, and the float32 tiles."""
-    folder = plant(tmp_path, Fault("kernels.amx", *FAULTS[fault]))
+    folder = plant(tmp_path, FAULTS[fault])
     program = "from sgmv import amx; print(amx.is_on())"
     done = run_python(program, folder, SGMV_AMX="emulate", NUMBA_OPT="0")  # compiles faster
     assert done.stdout.strip() == "False", done.stderr

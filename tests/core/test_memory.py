@@ -24,7 +24,7 @@ import sgmv
 from sgmv import memory, table
 from sgmv.compat import products
 from tests.conftest import JITTED
-from tests.help.planting import ROOT, Fault, run_python, verdict
+from tests.help.planting import ROOT, Fault, outcome, run_python, verdict
 from tests.stress import memory as lives
 
 pytestmark = pytest.mark.once

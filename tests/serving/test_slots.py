@@ -18,7 +18,7 @@ from reference.compare import check
 from sgmv import serving
 from sgmv.errors import ServingError, SgmvError, StaleStepError
 from sgmv.serving import AdapterSlots, LoRARequest, Scheduler
-from tests.help.planting import outcome as in_child
+from tests.help.planting import outcome
 from tests.help.served import FIXTURES, ROOM, lora, make_slots, randoms
 from tests.help.serving_model import LAYERS, drive_slots, weights
 
@@ -133,7 +133,7 @@ def test_a_child_may_use_the_slots_of_its_parent() -> None:
     thread.start()
     held.wait()
     try:
-        assert in_child(lambda: slots.activate([lora(1)])) == "nothing"
+        assert outcome(lambda: slots.activate([lora(1)])) == "nothing"
     finally:
         forked.set()
         thread.join()

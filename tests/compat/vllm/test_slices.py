@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from sgmv import errors
 from sgmv.compat import products, vllm
 from tests.help.compat_forms import check, delta, drawn, indices, product
-from tests.help.planting import Fault, imported, outcome, plant
+from tests.help.planting import Fault, verdict
 from tests.help.vllm_calls import LORAS, MIXES, check_expand, check_shrink, named, wrapper_of
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -131,9 +130,9 @@ SMALL = (
 )
 
 
-def accept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks above on the package of this folder, as plain Python."""
-    module = imported(folder, monkeypatch, "sgmv.compat.vllm")["sgmv.compat.vllm"]
+def accept(modules: dict[str, ModuleType]) -> None:
+    """The checks of each call on a copy of the package."""
+    module = modules["sgmv.compat.vllm"]
     for seed in range(3):
         rng = np.random.default_rng(seed)
         check_shrink(module, rng, (5, 33, 20), MIXES[0])
@@ -141,14 +140,11 @@ def accept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.once
-def test_accepted_without_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept(plant(tmp_path, *SMALL), monkeypatch)
+def test_accepted_without_a_fault() -> None:
+    assert verdict(accept, *SMALL, name="sgmv.compat.vllm") == "nothing"
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_rejected(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(tmp_path, *SMALL, FAULTS[fault])
-    assert "AssertionError" in outcome(lambda: accept(tmp_path, monkeypatch))
+def test_rejected(fault: str) -> None:
+    assert "AssertionError" in verdict(accept, *SMALL, FAULTS[fault], name="sgmv.compat.vllm")

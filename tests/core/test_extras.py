@@ -55,9 +55,10 @@ from sgmv.compat import vllm
 {call}
 print(*[held for name, held in found if name == 'ml_dtypes'])
 """
-TORCH = (
-    "a = torch.ones(2, 2, dtype=torch.bfloat16); vllm.bgmv_shrink(a, a[None], a, 0 * a[0].long())"
-)
+TORCH = """
+a = torch.ones(2, 2, dtype=torch.bfloat16)
+vllm.bgmv_shrink(a, a[None], a.clone(), torch.tensor([0, -1]))
+"""
 
 
 @pytest.mark.parametrize("where", ["a file", "a tensor"])
@@ -76,7 +77,8 @@ def test_ml_dtypes_is_imported_where_a_fork_waits(where: str, tmp_path: Path) ->
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         before, call = "", f"sgmv.load_peft({str(tmp_path)!r})"
     program = BFLOAT16.format(before=before, watch=WATCH, call=call)
-    assert run_python(program).stdout.split() == ["held"]
+    done = run_python(program)
+    assert done.stdout.split() == ["held"], done.stderr
 
 
 FORK = """

@@ -20,6 +20,7 @@ from tests.help.planting import run_python
 
 pytestmark = pytest.mark.once
 jitted = pytest.mark.skipif(not JITTED, reason="nothing is compiled, and nothing runs in parallel")
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="helpers sleep on a futex")
 
 CALL = """
@@ -137,7 +138,7 @@ print(call())
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@forks
 @pytest.mark.parametrize("delay", [0.02, 0.06, 0.1, 0.15, 0.2, 0.3, 0.41])
 def test_a_fork_while_another_thread_makes_its_first_call(delay: float) -> None:
     """That thread loads kernels, or compiles them: the child must not wait for its locks."""
@@ -145,6 +146,86 @@ def test_a_fork_while_another_thread_makes_its_first_call(delay: float) -> None:
         FORKS.replace("{call}", CALL), arguments=[str(delay)], timeout=110, PYTHONWARNINGS="ignore"
     )
     assert done.stdout.split() == ["0", "64000.0"], done.stdout + done.stderr
+
+
+# servers that load in one process and answer in its forks: gunicorn --preload, uWSGI
+
+SERVER = (
+    CALL
+    + """
+import os, signal, sys, threading, time
+def answers():
+    'From threads of this process, as a server with threads would ask.'
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(call())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found == [64000.0] * 3
+def fork(work):
+    child = os.fork()
+    if child:
+        return child
+    sys.exit(0 if work() else 1)  # as a worker ends: what was registered for the end runs
+def ended(child):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 'hangs'
+"""
+)
+WORKERS = """
+def worker():
+    'Answers, forks once more, and answers.'
+    return answers() and ended(fork(answers)) == 0 and answers()
+children = [fork(worker) for _ in range(4)]
+print(*[ended(child) for child in children], call())
+"""
+KILLED = """
+stop = threading.Event()
+wrong = []
+def ask():
+    while not stop.is_set():
+        if call() != 64000.0:
+            wrong.append('wrong')
+thread = threading.Thread(target=ask)
+thread.start()
+reading, writing = os.pipe()
+def busy():
+    os.write(writing, b'!')
+    while True:
+        call()
+for number in range(8):
+    child = fork(busy)  # in the midst of the thread's call, mostly
+    os.read(reading, 1)
+    time.sleep(0.003 * number)
+    os.kill(child, signal.SIGKILL)
+    print(ended(child))
+print(ended(fork(answers)))  # the one that comes instead
+stop.set()
+thread.join()
+print(wrong, answers())
+"""
+
+
+@forks
+@pytest.mark.parametrize("begin", ["sgmv.warm_up()", "call()", "answers()", ""])
+def test_workers_forked_after_a_warm_up_answer(begin: str) -> None:
+    done = run_python("\n".join([SERVER, begin, WORKERS]), timeout=110, PYTHONWARNINGS="ignore")
+    assert done.stdout.split() == ["0"] * 4 + ["64000.0"], done.stdout + done.stderr
+
+
+@forks
+def test_a_worker_that_is_killed_in_its_call_harms_no_other() -> None:
+    program = "\n".join([SERVER, "call()", KILLED])
+    done = run_python(program, timeout=110, PYTHONWARNINGS="ignore")
+    assert done.stdout.splitlines() == ["-9"] * 8 + ["0", "[] True"], done.stdout + done.stderr
 
 
 # floating-point modes

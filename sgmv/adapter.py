@@ -104,6 +104,7 @@ def load_peft(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) ->
 
     directory  local path; holds adapter_config.json and adapter_model.safetensors
     module     the layer's name in the base model, as in "model.layers.0.self_attn.q_proj"
+               without what wrappers add: torch.compile, FSDP, DDP, checkpointing
     A (r, h_in), B (h_out, r)  as on disk: float32, float16, ml_dtypes.bfloat16 or float64
 
     fan_in_fan_out says that the base layer keeps its weight as (h_in, h_out), as GPT-2's Conv1D

@@ -6,6 +6,9 @@ two tensors per adapted layer:
     base_model.model.<module>.lora_A.weight   A (r, h_in)
     base_model.model.<module>.lora_B.weight   B (h_out, r)
 
+What wrappers add to names (torch.compile, FSDP, DDP, checkpointing, a PeftModel in a PeftModel) is
+taken away; a name without the prefix, or with the adapter's own name after lora_A, is read alike.
+
 Another process may write there meanwhile: what is returned is one version of both files.
 
 Whatever would make PEFT compute something else than `y + scaling * (x @ A.T) @ B.T` is refused by
@@ -32,6 +35,9 @@ from sgmv.extras import load
 from sgmv.files import Opened, TensorFile, beginning, existing, one_version, read_text, shown
 
 _TENSOR_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PREFIXES = re.compile(r"^(?:base_model\.model\.|module\.(?!lora_))+")
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MERGE = "run it with PEFT, or merge it into the base weights where PEFT can (merge_and_unload)"
 _SHARD = (
@@ -88,7 +94,7 @@ def read_module(directory: _PathLike, module: str) -> Parts:
     """One adapted layer; the others stay on disk."""
 
     def pick(weights: _Weights) -> list[str]:
-        if module not in weights.modules:
+        if module not in tuple(weights.modules):  # it need not be hashable
             expected = f"a layer that the adapter in {shown(weights.path.parent)} changes"
             remedy = near_names(str(module), weights.modules)
             raise PeftError("module", expected, repr(module), remedy)
@@ -144,19 +150,31 @@ class _Config:
         self._alphas = self._pattern(options, "alpha_pattern")
         self._use_rslora = bool(options.get("use_rslora"))
 
-    def rank(self, module: str) -> int:
-        rank = _match(self._ranks, module, self._default_rank)
+    def rank(self, module: str, saved: str) -> int:
+        """Of a module, which its file may call otherwise: `saved`."""
+        rank = self._match("rank_pattern", self._ranks, module, saved, self._default_rank)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise self._bad_value("r, rank_pattern", "a positive integer", module, rank)
         return rank
 
-    def scaling(self, module: str) -> float:
-        alpha = _match(self._alphas, module, self._default_alpha)
+    def scaling(self, module: str, saved: str) -> float:
+        alpha = self._match("alpha_pattern", self._alphas, module, saved, self._default_alpha)
         is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         if not is_number or not abs(alpha) <= sys.float_info.max:
             raise self._bad_value("lora_alpha, alpha_pattern", "a finite number", module, alpha)
-        rank = self.rank(module)
+        rank = self.rank(module, saved)
         return float(alpha / (math.sqrt(rank) if self._use_rslora else rank))
+
+    def _match(
+        self, option: str, pattern: Mapping[str, Any], module: str, saved: str, default: Any
+    ) -> Any:
+        """Which name PEFT saw depends on which wrapper came first, its own or the other."""
+        value, other = (_match(pattern, name, default) for name in (module, saved))
+        if value is not other and value != other:
+            expected = f"one value for {module!r} and {saved!r}, as its file calls it"
+            remedy = "change the keys that match one of these names alone"
+            raise self._error(option, expected, f"{value!r} and {other!r}", remedy)
+        return value
 
     def _bad_value(self, option: str, expected: str, module: str, got: object) -> PeftError:
         return self._error(option, f"{expected} for {module!r}", repr(got), "correct the file")
@@ -223,43 +241,66 @@ class _Weights:
         except (OSError, ValueError) as error:
             raise _damaged(self.path, "a safetensors file", error, self.opened) from error
 
-    def _pair(self, names: list[str]) -> tuple[str, ...]:
-        halves: dict[str, set[str]] = {}
-        others = []
+    def _pair(self, names: list[str]) -> dict[str, dict[str, str]]:
+        """Of each module, the names of the tensors A and B."""
+        modules: dict[str, dict[str, str]] = {}
+        adapters, others = set(), []
         for name in names:
-            match = re.fullmatch(rf"{re.escape(_TENSOR_PREFIX)}(.+)\.lora_([AB])\.weight", name)
-            if match:
-                halves.setdefault(match[1], set()).add(match[2])
-            else:
+            match = _TENSOR.fullmatch(_unwrapped(name))
+            if not match:
                 others.append(name)
+                continue
+            adapters.add(match["adapter"])
+            halves = modules.setdefault(match["module"], {})
+            first = halves.setdefault(match["half"], name)
+            if first != name and len(adapters) == 1:
+                expected = f"one lora_{match['half']} of {shown(match['module'])}"
+                got = _few([first, name])
+                raise PeftError(shown(self.path), expected, got, "save one of them alone")
         if others:
             # A base weight is saved beside an embedding's adapter, and is not why that is refused.
             cause = min(others, key=lambda name: ".base_layer." in name)
             what, remedy = _what_is(cause)
             expected = f"only {_TENSOR_PREFIX}<module>.lora_A/B"
             raise PeftError(shown(self.path), expected, f"{_few(others)} ({what})", remedy)
-        for module, found in halves.items():
-            if len(found) == 1:
-                (half,) = found
+        if len(adapters) > 1:
+            got = _few(sorted(f"lora_A.{name}" if name else "lora_A" for name in adapters))
+            raise PeftError(
+                shown(self.path),
+                "one adapter's tensors",
+                f"those of several: {got}",
+                "save each with save_pretrained(..., selected_adapters=[name])",
+            )
+        for module, halves in modules.items():
+            if len(halves) == 1:
+                (half,) = halves
                 got = f"lora_{half} alone"
                 raise PeftError(
                     shown(self.path), f"lora_A and lora_B of {shown(module)}", got, "save it again"
                 )
-        if not halves:
+        if not modules:
             raise PeftError(
                 shown(self.path),
                 "LoRA tensors",
                 "none: a header without data, as is saved from an empty state dict",
                 "check target_modules, and save the PeftModel itself, with its own state dict",
             )
-        return tuple(halves)
+        return modules
+
+
+def _unwrapped(name: str) -> str:
+    """A tensor's name without PEFT's prefix and without what wrappers add."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return _PREFIXES.sub("", name)
 
 
 def _read(weights: _Weights, module: str, config: _Config) -> Parts:
-    names = [f"{_TENSOR_PREFIX}{module}.lora_{half}.weight" for half in "AB"]
+    names = [weights.modules[module][half] for half in "AB"]
+    saved = names[0].rpartition(".lora_A")[0]
+    saved = saved.partition(_TENSOR_PREFIX)[2] or saved
     (type_a, shape_a, *_), (type_b, shape_b, *_) = (weights.file.entries[name] for name in names)
     where = f"{shown(module)} in {shown(weights.path)}"
-    rank = config.rank(module)
+    rank = config.rank(module, saved)
     shapes = f"lora_A {shape_a} and lora_B {shape_b}"
     if len(shape_a) != 2 or len(shape_b) != 2 or 0 in shape_a + shape_b:
         is_shard = any(len(shape) < 2 or 0 in shape for shape in (shape_a, shape_b))
@@ -275,7 +316,7 @@ def _read(weights: _Weights, module: str, config: _Config) -> Parts:
     if type_a == "BF16":
         _need_bfloat16(where)
     A, B = (weights.tensor(name, _FLOAT_TYPES[type_a]) for name in names)
-    return A, B, config.scaling(module)
+    return A, B, config.scaling(module, saved)
 
 
 def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

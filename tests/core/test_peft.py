@@ -151,6 +151,24 @@ def halves(module: str, A: Array, B: Array) -> dict[str, Array]:
     return {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
 
 
+# Of each adapter saved from a wrapped model, one tensor's name
+WRAPPED = {
+    directory: name.replace("*", "model.layers.0")
+    for directory, name in {
+        "plain": "base_model.model.*.self_attn.q_proj.lora_A.weight",
+        "bare": "*.self_attn.q_proj.lora_A.default.weight",
+        "state-dict": "base_model.model.*.self_attn.q_proj.lora_A.default.weight",
+        "data-parallel": "module.base_model.model.*.self_attn.q_proj.lora_A.default.weight",
+        "compiled": "_orig_mod.base_model.model.*.self_attn.q_proj.lora_A.default.weight",
+        "compiled-base": "base_model.model._orig_mod.*.self_attn.q_proj.lora_A.weight",
+        "compiled-layers": "base_model.model.*._orig_mod.self_attn.q_proj.lora_A.weight",
+        "checkpointed": "base_model.model.*._checkpoint_wrapped_module.self_attn.q_proj"
+        ".lora_A.default.weight",
+        "peft-in-peft": "base_model.model.base_model.model.*.self_attn.q_proj.lora_A.weight",
+    }.items()
+}
+
+
 def refusal(directory: Path, *parts: str) -> None:
     """Loading is refused, in both ways, and the message has these parts."""
     for read in (load_peft, lambda path: Adapter.from_peft(path, Q_PROJ)):
@@ -525,11 +543,79 @@ def test_a_weights_file_of_something_else(tmp_path: Path) -> None:
     refusal(directory, "adapter_model.safetensors", "damaged")
 
 
+def named(to: Path, *names: str, **options: Any) -> Path:
+    """An adapter of these tensors' names; "?" is A in one and B in another tensor."""
+    A, B = np.ones((2, 3), np.float32), np.ones((5, 2), np.float32)
+    halves = {"A": A, "B": B}
+    tensors = {name.replace("?", half): halves[half] for name in names for half in halves}
+    write_adapter(to, {}, **options)
+    save_file(tensors, to / "adapter_model.safetensors")
+    return to
+
+
 def test_tensors_under_unknown_names(tmp_path: Path) -> None:
-    save_file(halves("up", np.ones((2, 3)), np.ones((5, 2))), tmp_path / "bare.safetensors")
-    write_adapter(tmp_path, {})
-    (tmp_path / "bare.safetensors").replace(tmp_path / "adapter_model.safetensors")
-    refusal(tmp_path, "base_model.model.<module>.lora_A/B", "'up.lora_A.weight'")
+    for name in ("up.lora_?.bits", "base_model.model.lora_?.weight", "lora_?.weight", "x.?"):
+        refusal(named(tmp_path, name), "base_model.model.<module>.lora_A/B", name.replace("?", "A"))
+
+
+@pytest.mark.parametrize("directory", sorted(WRAPPED))
+def test_names_of_wrapped_models_are_the_models(directory: str) -> None:
+    """As torch and PEFT write them: PEFT's own save of the same adapter stands beside."""
+    root = FIXTURES / "wrapped"
+    assert WRAPPED[directory] in load_file(root / directory / "adapter_model.safetensors")
+    plain, found = load_peft(root / "plain"), load_peft(root / directory)
+    assert found.keys() == plain.keys()
+    for module, adapter in found.items():
+        assert adapter.scaling == plain[module].scaling
+        np.testing.assert_array_equal(adapter.A, plain[module].A)
+        np.testing.assert_array_equal(adapter.B, plain[module].B)
+        assert Adapter.from_peft(root / directory, module).scaling == adapter.scaling
+
+
+def test_every_wrapped_fixture_is_tested() -> None:
+    assert {path.name for path in (FIXTURES / "wrapped").iterdir()} == WRAPPED.keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "up.lora_?.weight",
+        "base_model.model.up.lora_?.default.weight",
+        "module.base_model.model.up.lora_?.weight",
+        "_orig_mod.module.base_model.model.module._orig_mod.up.lora_?.weight",
+        "_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.up.lora_?.x.weight",
+        "base_model.model._checkpoint_wrapped_module.up._fsdp_wrapped_module.lora_?.weight",
+        "base_model.model.up.lora_?.default._orig_mod.weight",
+        "base_model.model.base_model.model.up.lora_?.weight",
+    ],
+)
+def test_what_wrappers_add_is_taken_away(name: str, tmp_path: Path) -> None:
+    assert list(load_peft(named(tmp_path, name))) == ["up"]
+
+
+def test_a_models_own_names_stay(tmp_path: Path) -> None:
+    names = ["module", "x.module.y", "model", "x.base_model.model.y", "my_orig_mod.x"]
+    directory = named(tmp_path, *(f"base_model.model.{name}.lora_?.weight" for name in names))
+    assert sorted(load_peft(directory)) == sorted(names)
+
+
+def test_two_tensors_of_one_layer(tmp_path: Path) -> None:
+    names = ["base_model.model.up.lora_?.weight", "base_model.model._orig_mod.up.lora_?.weight"]
+    refusal(named(tmp_path, *names), "one lora_A of up", *(n.replace("?", "A") for n in names))
+
+
+@pytest.mark.parametrize("module", ["up", "down"])
+def test_tensors_of_several_adapters(module: str, tmp_path: Path) -> None:
+    names = ["up.lora_?.default.weight", f"{module}.lora_?.fr.weight"]
+    refusal(named(tmp_path, *names), "one adapter's", "'lora_A.default', 'lora_A.fr'", "selected")
+
+
+def test_a_pattern_that_tells_wrapped_names_apart(tmp_path: Path) -> None:
+    name = f"base_model.model._orig_mod.{Q_PROJ}.lora_?.weight"
+    named(tmp_path, name, alpha_pattern={f"^{Q_PROJ}": 4}, lora_alpha=8)
+    refusal(tmp_path, "alpha_pattern", f"{Q_PROJ!r} and '_orig_mod.{Q_PROJ}'", "4 and 8")
+    named(tmp_path, name, alpha_pattern={"q_proj": 4}, lora_alpha=8)
+    assert load_peft(tmp_path)[Q_PROJ].scaling == 2
 
 
 @pytest.mark.parametrize("half", ["A", "B"])

@@ -1,5 +1,5 @@
 // Segments, and the popularities of Punica's paper (section 7). This and the files of the kernels have
-// sgmv's names and integers: tests/page/test_explorer.py holds every figure equal to Python's. Nothing in them
+// sgmv's names and integers: tests/page holds every figure equal to Python's. Nothing in them
 // knows of the page.
 "use strict";
 

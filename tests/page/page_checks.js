@@ -1,4 +1,4 @@
-// What can be measured of how the explorer looks; tests/page/test_explorer.py runs it in the page.
+// What can be measured of how the explorer looks; tests/page/test_looks.py runs it in the page.
 // Each function returns what is wrong, in words.
 "use strict";
 

@@ -21,7 +21,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,18 +28,18 @@ import numpy as np
 from sgmv import tensors
 from sgmv.adapter import Adapter
 from sgmv.backend import kernels
-from sgmv.dtypes import BITS, promote
+from sgmv.compat.peft_weights import Source, is_float, why_odd
+from sgmv.dtypes import promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
 from sgmv.ids import BASE_ONLY
 from sgmv.launch import run, workspace
 from sgmv.layouts.peft import BASE_NAME
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
-from sgmv.tensors import as_array, float_dtype
+from sgmv.tensors import float_dtype
 from sgmv.warm_up import warm_up
 from sgmv.workers import torchs_pool
 
-CORNER = 8  # how many values of the first rows of A and of B are held to tell a swap
 HOOKS, MIXED = "_enable_peft_forward_hooks", "_mixed_batch_forward"
 
 
@@ -273,7 +272,7 @@ class _Layer:
 
     def __init__(self, name: str, module: Any, batches: _Batches) -> None:
         self.name, self.module = name, module
-        self.sources: dict[str, _Source] = {}  # what the stack holds, by adapter name
+        self.sources: dict[str, Source] = {}  # what the stack holds, by adapter name
         self.odd: dict[str, str] = {}  # adapters that PEFT computes, and why
         self.stack = AdapterStack(module.in_features, module.out_features, slots=0)
         self._batches = batches
@@ -341,7 +340,7 @@ class _Layer:
         """Whether nothing about this batch is PEFT's own to compute."""
         if not self.odd.keys().isdisjoint(batch.used) or self.module.training:
             return False
-        if not x.is_cpu or not _is_float(x.dtype):
+        if not x.is_cpu or not is_float(x.dtype):
             return False
         torch = tensors.torch()
         if not torch.is_grad_enabled():
@@ -378,15 +377,15 @@ class _Layer:
         return A._parameters.get("weight"), B._parameters.get("weight"), scaling
 
     def _load(self, names: Sequence[str]) -> None:
-        made: dict[str, _Source] = {}
+        made: dict[str, Source] = {}
         for name in names:
             self.sources.pop(name, None)
             self.odd.pop(name, None)
             if now := self._now(name):
-                if why := _why_odd(self.module, name):
+                if why := why_odd(self.module, name):
                     self.odd[name] = why
                 else:
-                    made[name] = _Source(*now)
+                    made[name] = Source(*now)
         # Base only in the stack: what the layer lacks, and what PEFT computes.
         loaded: dict[int, Adapter | None] = {self._batches.id(name): None for name in names}
         loaded |= {self._batches.id(name): source.adapter for name, source in made.items()}
@@ -411,55 +410,7 @@ class _Layer:
     def types(self) -> tuple[np.dtype[Any], ...]:
         """The float types of x, weights and y, as the base layer's own type foretells them."""
         weight = getattr(self.module.get_base_layer(), "weight", None)
-        if weight is None or not weight.is_cpu or not _is_float(weight.dtype):
+        if weight is None or not weight.is_cpu or not is_float(weight.dtype):
             return ()
         dtype = float_dtype("weight", weight.dtype)
         return dtype, self.stack.dtype, dtype
-
-
-class _Source:
-    """The tensors that a slot was copied from, and what tells that they have changed since.
-
-    Which tensors they are, their addresses and torch's count of their changes tell all but writes
-    through `.data`, which torch does not count. PEFT's hotswap makes those, of whole tensors: a few
-    values tell them. The adapter's arrays hold the memory, so that no address comes back.
-    """
-
-    def __init__(self, A: Any, B: Any, scaling: float) -> None:
-        self._tensors = A, B
-        self.adapter = Adapter(as_array("lora_A", A), as_array("lora_B", B), scaling)
-        self._corners = self.adapter.A[0, :CORNER], self.adapter.B[0, :CORNER]
-        self._seen = self._look()
-
-    def _look(self) -> tuple[object, ...]:
-        (A, B), (a, b) = self._tensors, self._corners
-        return A.data_ptr(), B.data_ptr(), A._version, B._version, a.tobytes(), b.tobytes()
-
-    def stands(self, A: Any, B: Any, scaling: float) -> bool:
-        """Whether these are the tensors, and as they were."""
-        same = A is self._tensors[0] and B is self._tensors[1]
-        return same and scaling == self.adapter.scaling and self._look() == self._seen
-
-
-def _why_odd(module: Any, name: str) -> str:
-    """Why an adapter of a layer is more than A, B and scaling on the CPU; "" if it is not."""
-    torch = tensors.torch()
-    if name in module.lora_variant:
-        return type(module.lora_variant[name]).__name__
-    for half in (module.lora_A[name], module.lora_B[name]):
-        if type(half) is not torch.nn.Linear or type(half.weight) is not torch.nn.Parameter:
-            return f"its half is a {type(half).__name__} of a {type(half.weight).__name__}"
-        if half.bias is not None:
-            return "lora_bias adds a bias to B"
-        if not half.weight.is_cpu:
-            return f"its weights are on {half.weight.device}"
-        if not _is_float(half.weight.dtype):
-            return f"its weights are {half.weight.dtype}"
-        if half.weight.is_inference():
-            return "its weights were made under inference_mode, where torch counts no changes"
-    return ""
-
-
-@cache
-def _is_float(dtype: object) -> bool:
-    return tensors.name_of(dtype) in BITS

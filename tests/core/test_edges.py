@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,9 @@ COMMANDS = {
     "explain": ["explain", "--all", "--ids", "0,1", "--h-in", "64", "--h-out", "64"],
     "simulate": ["simulate", "--requests", "5", "--slots", "1"],
     "info": ["info"],
+    "warm-up": ["warm-up"],
+    "explorer": ["explorer", "--no-open"],
+    "cache": ["cache"],
 }
 
 
@@ -195,8 +199,14 @@ def flags(command: str) -> list[str]:
     ("command", "flag"), [(command, flag) for command in COMMANDS for flag in flags(command)]
 )
 def test_any_number_in_any_flag(
-    command: str, flag: str, capsys: pytest.CaptureFixture[str]
+    command: str,
+    flag: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the explorer is written there
+    monkeypatch.setattr("sgmv.cache.folder", lambda: tmp_path)
     wrong = []
     for text in NUMBERS:
         arguments = [*COMMANDS[command], flag, text]

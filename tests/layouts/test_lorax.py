@@ -1,0 +1,117 @@
+"""LoRAX's layout against a plain form of its rule, and faults planted in it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+
+from sgmv import errors, layouts
+from tests.help.layouts import (
+    RANKS,
+    STACK,
+    Planted,
+    PlantedFault,
+    Refusals,
+    batches,
+    dtypes,
+    equal,
+    every_fault_of,
+    expected_and_got,
+    found_and_named,
+    ids_lists,
+    launch,
+    merged,
+    put,
+    refused,
+    swap,
+)
+
+
+@batches
+@given(ids_lists)
+def test_lorax_merges_neighbours_and_launches_each_rank(ids: list[int]) -> None:
+    plain = merged(ids)
+    layout = layouts.lorax(ids, STACK)
+    equal(
+        layout,
+        adapter_indices=[i + 1 for i in ids],
+        adapter_segments=[*(start for start, _, _ in plain), len(ids)],
+        segment_indices=tuple(value + 1 for _, _, value in plain),
+    )
+    launches: dict[int, list[tuple[int, int]]] = {}
+    for start, length, value in plain:
+        if value != -1:
+            padded = max(16, (RANKS[value] + 15) // 16 * 16)
+            launches.setdefault(padded, []).append((start, start + length))
+    got = {
+        rank: list(zip(launch.s_start.tolist(), launch.s_end.tolist(), strict=True))
+        for rank, launch in layout.rank_data.items()
+    }
+    assert got == launches
+    assert all(dtypes(launch)["s_end"] == "int32" for launch in layout.rank_data.values())
+    assert layout.adapter_ids().tolist() == ids
+    by_mapping = layouts.lorax(ids, RANKS)
+    assert str(by_mapping) == str(layout)
+
+
+def test_lorax_launches_nothing_for_an_id_without_weights() -> None:
+    assert list(layouts.lorax([5, 3], {3: 40}).rank_data[48].s_start) == [1]
+    assert layouts.lorax([-1], 8).rank_data == {}
+
+
+REFUSALS: Refusals = {
+    "LoRAX of an unknown id": (
+        lambda: layouts.lorax([6], STACK),
+        errors.UnknownAdapterError,
+        ["adapter_ids: ", "loaded adapters", "[6]"],
+    ),
+    "a rank below 0": (
+        lambda: layouts.lorax([3], {3: -8}),
+        errors.ValueRangeError,
+        ["ranks: ", "at least 0", "-8"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_with_a_clear_message(name: str) -> None:
+    refused(*REFUSALS[name])
+
+
+PLANTED: Planted = {
+    "lorax": [
+        ("adapter_segments", "unsorted", swap(2, 3)),
+        ("adapter_segments", "gap", put(0, 1)),
+        ("adapter_segments", "end", put(6, 7)),
+        ("adapter_segments", "int32 wrap", put(6, 8 - 2**32)),
+        ("segment_indices", "shape", lambda s: s[1:]),
+        ("segment_indices", "base misplaced", put(1, -1)),
+        ("adapter_indices", "base misplaced", put(2, -1)),
+        ("segment_indices", "no weights", put(0, 77)),
+        ("segment_indices", "counts", put(0, 4)),
+        ("adapter_indices", "stale", lambda a: a[:-1]),
+        ("rank_data[16].s_start", "unsorted", launch(s_start=swap(0, 1), s_end=swap(0, 1))),
+        ("rank_data[16].s_start", "overlap", launch(s_end=put(0, 4))),
+        ("rank_data[16].s_start", "gap", launch(s_end=put(0, 1))),
+        ("rank_data[16].s_start", "end", launch(s_end=put(3, 9))),
+        ("rank_data[16].s_start", "base misplaced", launch(s_start=put(0, 2), s_end=put(0, 3))),
+        ("rank_data[16].s_end", "shape", launch(s_end=lambda s: s[1:])),
+        ("rank_data[16].s_start", "int32 wrap", launch(s_start=put(0, -(2**31)))),
+    ],
+    "lorax raw": [
+        ("s_start", "overlap", {"s_end": put(0, 4)}),
+        ("s_start", "unsorted", {"s_start": swap(0, 1), "s_end": swap(0, 1)}),
+        ("s_start", "end", {"s_end": put(1, 9)}),
+        ("s_end", "int32 wrap", put(1, 7 - 2**32)),
+    ],
+}
+
+
+@every_fault_of(PLANTED)
+def test_a_planted_fault_is_found_and_named(planted: PlantedFault) -> None:
+    found_and_named(*planted)
+
+
+@every_fault_of(PLANTED)
+def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -> None:
+    expected_and_got(*planted)

@@ -62,10 +62,18 @@ def as_array(argument: str, operand: object) -> Array:
         raise MemoryLayoutError(
             argument, "a tensor on the CPU", f"one on {tensor.device}", "pass tensor.cpu()"
         )
-    if tensor.dtype != package.bfloat16:
-        return tensor.numpy()  # type: ignore[no-any-return]  # torch is untyped here
-    array: Array = tensor.view(package.int16).numpy()
-    return array.view(float_dtype(argument, tensor.dtype))
+    brain = tensor.dtype == package.bfloat16
+    try:
+        array: Array = (tensor.view(package.int16) if brain else tensor).numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, quantized, conjugated on paper, float8
+        raise DtypeError(
+            argument,
+            "a dense tensor of a type that numpy has",
+            f"{tensor.dtype} that is none ({error})",
+            "convert it first, for example with .to_dense(), .dequantize(), .resolve_conj(), "
+            ".resolve_neg() or .float()",
+        ) from error
+    return array.view(float_dtype(argument, tensor.dtype)) if brain else array
 
 
 def like(array: Array, operand: object) -> Any:

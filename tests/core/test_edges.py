@@ -148,6 +148,83 @@ def test_a_call_that_breaks_is_seen(
         test_any_value_anywhere_is_refused_by_name_or_right("one")
 
 
+def as_tensors(value: Any) -> Any:
+    """The same with a torch tensor over each array's memory."""
+    torch = pytest.importorskip("torch")
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(as_tensors(one) for one in value)
+    return value
+
+
+def strange(value: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Tensors in an array's place that numpy has no like of, or that a call should not take."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.from_numpy(value)
+    for name in ("bool", "uint8", "int32", "float16", "bfloat16", "float64", "complex64"):
+        yield name, tensor.to(getattr(torch, name))
+    yield "float8", tensor.float().to(torch.float8_e4m3fn)
+    yield "on another device", tensor.to("meta")
+    yield "sparse", tensor.to_sparse()
+    yield "quantized", torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
+    yield "with a gradient", tensor.float().requires_grad_()
+    yield "of a complex one", torch.complex(tensor.float(), tensor.float()).conj().imag
+    yield "conjugated", tensor.to(torch.complex64).conj()
+    yield "a scalar", torch.tensor(3)
+    yield "nothing", torch.empty(0)
+    yield "broadcast", tensor[:1].expand(tensor.shape)
+    yield "backwards", tensor.flip(0)
+    yield "of many axes", tensor.reshape((1,) * 20 + tuple(tensor.shape))
+    yield "a parameter", torch.nn.Parameter(tensor.float(), requires_grad=False)
+    yield "nested", torch.nested.nested_tensor([tensor.float(), tensor.float()])
+
+
+def engines_arrays() -> Iterator[tuple[str, str]]:
+    """Arguments of arrays that an engine passes as tensors: where a call takes them."""
+    for name, make in CALLS.items():
+        call, arguments = make()
+        module = inspect.unwrap(getattr(call, "__func__", call)).__module__
+        if module.startswith("sgmv.compat") and not isinstance(call, type):
+            yield from (
+                (name, argument)
+                for argument, value in arguments.items()
+                if isinstance(value, np.ndarray)
+            )
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in engines_arrays()}))
+def test_tensors_give_what_arrays_give(name: str) -> None:
+    call, arguments = CALLS[name]()
+    call(**arguments)
+    again, others = CALLS[name]()
+    tensors = {k: as_tensors(value) for k, value in others.items()}
+    again(**tensors)
+    for argument, value in others.items():
+        assert argument.endswith("_ptr") or surface.state(value) == surface.state(
+            arguments[argument]
+        ), argument
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|quantize|Sparse)")  # torch's, of what it has made
+@pytest.mark.parametrize(("name", "argument"), list(engines_arrays()))
+def test_any_tensor_is_refused_by_name_or_right(name: str, argument: str) -> None:
+    wrong: list[str] = []
+    _, valid = CALLS[name]()
+    for told, tensor in strange(valid[argument]):
+        call, arguments = CALLS[name]()
+        tensors = {k: as_tensors(value) for k, value in arguments.items()} | {argument: tensor}
+        before = repr(left(call, arguments, argument))
+        try:
+            call(**tensors)
+        except sgmv.SgmvError as error:
+            if repr(left(call, arguments, argument)) != before:
+                wrong.append(f"{told}: changed before {error}")
+        except BaseException as error:
+            wrong.append(f"{told}: {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} of {name}, {argument}:\n" + "\n".join(wrong)
+
+
 HUGE = 2**127 + 1  # an id made of a hash
 
 

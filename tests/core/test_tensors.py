@@ -65,6 +65,15 @@ def test_a_tensor_elsewhere_is_refused() -> None:
         as_array("x", torch.ones(3, device="meta"))
 
 
+def test_a_tensor_that_numpy_cannot_show_is_refused() -> None:
+    """Sparse, or conjugated on paper: there is no memory with these numbers in it."""
+    torch = pytest.importorskip("torch")
+    half = torch.ones(2, 2, dtype=torch.bfloat16)
+    for tensor in (half.to_sparse(), half.float().to_sparse(), half.to(torch.complex64).conj()):
+        with pytest.raises(DtypeError, match=r"^x: expected a dense .*; .*\.to_dense\(\)"):
+            as_array("x", tensor)
+
+
 def test_bfloat16_of_torch_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # type: ignore[arg-type]  # not installed
     with pytest.raises(DtypeError, match=r"^missing: .*got torch\.bfloat16; pip install ml_dtypes"):

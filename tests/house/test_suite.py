@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 
 def test_slow_tests_that_were_left_out_are_counted() -> None:
     """By the processes of pytest-xdist, for the one that reports."""
-    arguments = ["-q", "-n", "2", "-m", "not compiles", "tests/kernels/test_jit_cache.py"]
+    arguments = ["-q", "-n", "2", "-m", "not compiles", "tests/kernels/test_jit.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, "-k", "written or next"],
         cwd=ROOT,

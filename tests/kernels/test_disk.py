@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import multiprocessing
 import os
-import re
 import resource
 import signal
 import threading
@@ -317,22 +315,3 @@ def test_a_log_line_is_given_once_for_each_kind(
         for problem in ("one", "one", "two", "one"):
             disk.log_once(problem, tmp_path, OSError(os.strerror(28)))
     assert len(caplog.records) == 2
-
-
-@jitted
-def test_the_command_tells_and_empties_the_folder(tmp_path: Path) -> None:
-    """Only what sgmv keeps there; a process that runs keeps what it has loaded."""
-    program = (
-        "import sys\nfrom sgmv.__main__ import main\nfrom sgmv import cache\n"
-        "main(['cache'])\nimport sgmv\nsgmv.segment([1, 1])\nmain(['cache'])\n"
-        "(cache.folder() / 'other.txt').touch()\nmain(['cache', '--clear'])\nmain(['cache'])\n"
-        "sgmv.segment([2, 2])\nprint([path.suffix for path in cache.folder().iterdir()])"
-    )
-    done = run_python(program, NUMBA_CACHE_DIR=str(tmp_path))
-    empty, filled, cleared, again, left = done.stdout.splitlines()
-    assert str(tmp_path) in empty
-    assert empty.endswith(": 0 files, 0.0 MB")
-    assert re.search(r": [1-9]\d* files, \d+\.\d MB$", filled)
-    assert re.match(r"[1-9]\d* files removed from ", cleared)
-    assert again == empty
-    assert sorted(ast.literal_eval(left)) == [".lock", ".txt"]

@@ -1,4 +1,4 @@
-"""Adapter and AdapterStack: slots, true ranks, loading, unloading, replacing."""
+"""AdapterStack: slots, true ranks, loading, unloading, replacing."""
 
 from __future__ import annotations
 
@@ -34,15 +34,6 @@ def served(stack: sgmv.AdapterStack, adapter_id: int) -> float:
     y = np.zeros((1, H_OUT), np.float64)
     sgmv.add_lora(y, np.ones((1, H_IN), np.float32), stack, [adapter_id])
     return float(y[0, 0])
-
-
-def test_an_adapter_holds_the_very_arrays() -> None:
-    A, B = np.ones((2, 6), np.float16), np.ones((5, 2), np.float32)
-    made = sgmv.Adapter(A, B, np.float32(2))
-    assert made.A is A
-    assert made.B is B
-    assert (made.r, made.h_in, made.h_out, made.dtype, made.scaling) == (2, 6, 5, np.float32, 2.0)
-    assert repr(made) == "Adapter(r=2, h_in=6, h_out=5, float32, scaling=2.0)"
 
 
 def test_a_stack_holds_copies() -> None:

@@ -14,6 +14,7 @@ import sgmv
 from sgmv import errors, layouts
 from sgmv.layouts.check import EXAMINERS
 from sgmv.layouts.finding import REMEDY, Fault
+from tests.help.layout_faults import FLASHINFER, LORAX, PEFT, PUNICA, SGLANG, VLLM
 from tests.help.layouts import (
     IDS,
     MAKERS,
@@ -33,14 +34,6 @@ from tests.help.layouts import (
     raw,
     refused,
     to,
-)
-from tests.layouts import (
-    test_flashinfer,
-    test_lorax,
-    test_peft,
-    test_punica,
-    test_sglang,
-    test_vllm,
 )
 
 every_layout = pytest.mark.parametrize("maker", MAKERS)
@@ -199,8 +192,7 @@ def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -
     expected_and_got(*planted)
 
 
-ENGINES = (test_flashinfer, test_lorax, test_peft, test_punica, test_sglang, test_vllm)
-EVERY_PLANTED = {**PLANTED, **{k: v for engine in ENGINES for k, v in engine.PLANTED.items()}}
+EVERY_PLANTED = PLANTED | FLASHINFER | LORAX | PEFT | PUNICA | SGLANG | VLLM
 
 
 def test_every_fault_has_a_remedy_and_is_planted() -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 
 from sgmv import errors, layouts
+from tests.help.layout_faults import FLASHINFER
 from tests.help.layouts import (
     STACK,
-    Planted,
     PlantedFault,
     Refusals,
     batches,
@@ -21,9 +21,7 @@ from tests.help.layouts import (
     in_order,
     merged,
     of_slots,
-    put,
     refused,
-    swap,
 )
 
 
@@ -61,31 +59,11 @@ def test_refused_with_a_clear_message(name: str) -> None:
     refused(*REFUSALS[name])
 
 
-PLANTED: Planted = {
-    "flashinfer": [
-        ("seg_indptr", "unsorted", swap(1, 2)),
-        ("seg_indptr", "gap", put(0, 1)),
-        ("seg_indptr", "end", put(3, 5)),
-        ("seg_lens", "overlap", put(0, 4)),
-        ("seg_lens", "gap", put(0, 2)),
-        ("seg_lens", "int32 wrap", put(0, -1)),
-        ("seg_lens", "shape", lambda s: s[1:]),
-        ("weight_indices", "base misplaced", put(0, -1)),
-        ("weight_indices", "no weights", put(0, 6)),
-        ("weight_indices", "stale", swap(0, 1)),
-        ("rows", "stale", lambda r: r[:-1]),
-    ],
-    "flashinfer raw": [
-        ("seg_lens", "stale", put(2, 1)),
-    ],
-}
-
-
-@every_fault_of(PLANTED)
+@every_fault_of(FLASHINFER)
 def test_a_planted_fault_is_found_and_named(planted: PlantedFault) -> None:
     found_and_named(*planted)
 
 
-@every_fault_of(PLANTED)
+@every_fault_of(FLASHINFER)
 def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -> None:
     expected_and_got(*planted)

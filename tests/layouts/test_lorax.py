@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 
 from sgmv import errors, layouts
+from tests.help.layout_faults import LORAX
 from tests.help.layouts import (
     RANKS,
     STACK,
-    Planted,
     PlantedFault,
     Refusals,
     batches,
@@ -19,11 +19,8 @@ from tests.help.layouts import (
     expected_and_got,
     found_and_named,
     ids_lists,
-    launch,
     merged,
-    put,
     refused,
-    swap,
 )
 
 
@@ -78,40 +75,11 @@ def test_refused_with_a_clear_message(name: str) -> None:
     refused(*REFUSALS[name])
 
 
-PLANTED: Planted = {
-    "lorax": [
-        ("adapter_segments", "unsorted", swap(2, 3)),
-        ("adapter_segments", "gap", put(0, 1)),
-        ("adapter_segments", "end", put(6, 7)),
-        ("adapter_segments", "int32 wrap", put(6, 8 - 2**32)),
-        ("segment_indices", "shape", lambda s: s[1:]),
-        ("segment_indices", "base misplaced", put(1, -1)),
-        ("adapter_indices", "base misplaced", put(2, -1)),
-        ("segment_indices", "no weights", put(0, 77)),
-        ("segment_indices", "counts", put(0, 4)),
-        ("adapter_indices", "stale", lambda a: a[:-1]),
-        ("rank_data[16].s_start", "unsorted", launch(s_start=swap(0, 1), s_end=swap(0, 1))),
-        ("rank_data[16].s_start", "overlap", launch(s_end=put(0, 4))),
-        ("rank_data[16].s_start", "gap", launch(s_end=put(0, 1))),
-        ("rank_data[16].s_start", "end", launch(s_end=put(3, 9))),
-        ("rank_data[16].s_start", "base misplaced", launch(s_start=put(0, 2), s_end=put(0, 3))),
-        ("rank_data[16].s_end", "shape", launch(s_end=lambda s: s[1:])),
-        ("rank_data[16].s_start", "int32 wrap", launch(s_start=put(0, -(2**31)))),
-    ],
-    "lorax raw": [
-        ("s_start", "overlap", {"s_end": put(0, 4)}),
-        ("s_start", "unsorted", {"s_start": swap(0, 1), "s_end": swap(0, 1)}),
-        ("s_start", "end", {"s_end": put(1, 9)}),
-        ("s_end", "int32 wrap", put(1, 7 - 2**32)),
-    ],
-}
-
-
-@every_fault_of(PLANTED)
+@every_fault_of(LORAX)
 def test_a_planted_fault_is_found_and_named(planted: PlantedFault) -> None:
     found_and_named(*planted)
 
 
-@every_fault_of(PLANTED)
+@every_fault_of(LORAX)
 def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -> None:
     expected_and_got(*planted)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 
 from sgmv import errors, layouts
+from tests.help.layout_faults import PEFT
 from tests.help.layouts import (
     NAMES,
-    Planted,
     PlantedFault,
     Refusals,
     batches,
@@ -16,9 +16,7 @@ from tests.help.layouts import (
     expected_and_got,
     found_and_named,
     ids_lists,
-    put,
     refused,
-    swap,
 )
 
 
@@ -61,21 +59,11 @@ def test_refused_with_a_clear_message(name: str) -> None:
     refused(*REFUSALS[name])
 
 
-PLANTED: Planted = {
-    "peft": [
-        ("adapter_names", "no weights", put(0, "no-such-tenant")),
-        ("adapter_names", "base misplaced", put(2, None)),
-        ("adapter_names", "stale", swap(0, 3)),
-        ("adapter_names", "stale", lambda a: a[1:]),
-    ],
-}
-
-
-@every_fault_of(PLANTED)
+@every_fault_of(PEFT)
 def test_a_planted_fault_is_found_and_named(planted: PlantedFault) -> None:
     found_and_named(*planted)
 
 
-@every_fault_of(PLANTED)
+@every_fault_of(PEFT)
 def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -> None:
     expected_and_got(*planted)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import reference
 import sgmv
 from sgmv import errors, layouts
+from tests.help.layout_faults import PUNICA
 from tests.help.layouts import (
     H_IN,
     H_OUT,
@@ -21,7 +22,6 @@ from tests.help.layouts import (
     RIGHT,
     SCALINGS,
     STACK,
-    Planted,
     PlantedFault,
     Refusals,
     adapter,
@@ -36,7 +36,6 @@ from tests.help.layouts import (
     ids_lists,
     put,
     refused,
-    swap,
     to,
 )
 
@@ -189,46 +188,11 @@ def test_refused_with_a_clear_message(name: str) -> None:
     refused(*REFUSALS[name])
 
 
-PLANTED: Planted = {
-    "punica": [
-        ("s", "unsorted", swap(1, 2)),
-        ("s", "gap", put(0, 1)),
-        ("s", "end", put(3, 5)),
-        ("s", "int32 wrap", put(3, 2**31 + 6)),
-        ("s", "int32 wrap", put(3, 6 - 2**32)),
-        ("s", "shape", lambda s: []),
-        ("wa_ptr", "shape", lambda p: p[:-1]),
-        ("wa_ptr", "no weights", put(1, 0)),
-        ("wb_ptr", "no weights", put(1, 0)),
-        ("wb_ptr", "no weights", put(1, 64)),
-        ("wa_ptr", "no weights", put(1, 64)),
-        ("wa_ptr", "stale", swap(0, 1)),
-        ("rows", "stale", put(0, 8)),
-        ("rows", "overlap", put(0, 6)),
-        ("rows", "stale", lambda r: r[:-1]),
-    ],
-    "punica raw": [
-        ("s", "end", put(3, 5)),
-        ("s", "gap", to([2])),
-    ],
-    "lens": [
-        ("indptr", "unsorted", to([0, 6, 5])),
-        ("indptr", "gap", to([1, 3, 5])),
-        ("indptr", "end", to([0, 3, 4])),
-        ("indptr", "int32 wrap", to([0, 3, 5 - 2**32])),
-        ("indptr", "counts", to([0, 2, 5])),
-        ("indptr", "shape", {"prefills": to([5])}),
-        ("decode", "stale", to(4)),
-        ("doff", "counts", {"indptr": to(None)}),
-    ],
-}
-
-
-@every_fault_of(PLANTED)
+@every_fault_of(PUNICA)
 def test_a_planted_fault_is_found_and_named(planted: PlantedFault) -> None:
     found_and_named(*planted)
 
 
-@every_fault_of(PLANTED)
+@every_fault_of(PUNICA)
 def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -> None:
     expected_and_got(*planted)

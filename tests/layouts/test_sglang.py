@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgmv import errors, layouts
+from tests.help.layout_faults import SGLANG
 from tests.help.layouts import (
     RANKS,
     SCALINGS,
     SLOT_OF,
     STACK,
-    Planted,
     PlantedFault,
     Refusals,
     batches,
@@ -26,10 +26,7 @@ from tests.help.layouts import (
     in_order,
     merged,
     of_slots,
-    put,
     refused,
-    swap,
-    to,
 )
 
 
@@ -146,40 +143,11 @@ def test_refused_with_a_clear_message(name: str) -> None:
     refused(*REFUSALS[name])
 
 
-PLANTED: Planted = {
-    "csgmv": [
-        ("weight_indices", "unsorted", swap(0, 1)),
-        ("weight_indices", "base misplaced", put(3, -1)),
-        ("weight_indices", "no weights", put(3, 8)),
-        ("weight_indices", "int32 wrap", put(3, -9)),
-        ("weight_indices", "shape", lambda w: w[1:]),
-        ("seg_indptr", "unsorted", swap(1, 2)),
-        ("seg_indptr", "gap", put(0, 1)),
-        ("seg_indptr", "end", put(4, 7)),
-        ("seg_indptr", "int32 wrap", put(4, 8 - 2**32)),
-        ("max_len", "counts", to(2)),
-        ("permutation", "overlap", put(0, 1)),
-        ("permutation", "gap", put(0, 1)),
-        ("permutation", "stale", lambda p: [*p, 8]),
-        ("weight_indices", "stale", {"permutation": swap(0, 7)}),
-    ],
-    "triton": [
-        ("seg_lens", "overlap", put(0, 2)),
-        ("seg_lens", "gap", put(0, 0)),
-        ("seg_lens", "stale", {"seg_lens": put(7, 2), "seg_indptr": put(8, 9)}),
-        ("seg_indptr", "unsorted", swap(1, 2)),
-        ("weight_indices", "base misplaced", put(2, -1)),
-        ("weight_indices", "no weights", put(0, 8)),
-        ("weight_indices", "stale", swap(0, 3)),
-    ],
-}
-
-
-@every_fault_of(PLANTED)
+@every_fault_of(SGLANG)
 def test_a_planted_fault_is_found_and_named(planted: PlantedFault) -> None:
     found_and_named(*planted)
 
 
-@every_fault_of(PLANTED)
+@every_fault_of(SGLANG)
 def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -> None:
     expected_and_got(*planted)

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgmv import errors, layouts
+from tests.help.layout_faults import VLLM
 from tests.help.layouts import (
     IDS,
     RIGHT,
     STACK,
-    Planted,
     PlantedFault,
     Refusals,
     batches,
@@ -28,10 +28,7 @@ from tests.help.layouts import (
     in_order,
     merged,
     of_slots,
-    put,
     refused,
-    swap,
-    to,
 )
 
 
@@ -140,77 +137,11 @@ def test_refused_with_a_clear_message(name: str) -> None:
     refused(*REFUSALS[name])
 
 
-PLANTED: Planted = {
-    "vllm_v0": [
-        ("b_seq_start_loc", "unsorted", swap(1, 2)),
-        ("b_seq_start_loc", "overlap", {"seq_len_tensor": put(0, 3)}),
-        ("b_seq_start_loc", "gap", {"seq_len_tensor": put(0, 1)}),
-        ("b_seq_start_loc", "gap", put(0, 1)),
-        ("b_seq_start_loc", "end", {"seq_len_tensor": put(5, 2)}),
-        ("seq_len_tensor", "int32 wrap", put(5, -1)),
-        ("lora_indices_tensor", "no weights", put(0, 6)),
-        ("lora_indices_tensor", "int32 wrap", put(0, -(2**31))),
-        ("lora_indices_tensor", "stale", swap(0, 2)),
-        ("token_nums", "stale", to(7)),
-        ("max_seq_length", "counts", to(3)),
-        ("no_lora", "counts", to(True)),
-        ("seq_len_tensor", "shape", lambda s: s[1:]),
-    ],
-    "vllm_v0 sorted": [
-        ("lora_indices_tensor", "base misplaced", swap(0, 1)),
-        ("lora_indices_tensor", "unsorted", swap(2, 3)),
-        ("rows", "overlap", put(0, 7)),
-        ("rows", "gap", put(0, 7)),
-        ("rows", "stale", put(0, 8)),
-    ],
-    "vllm_v1": [
-        ("token_indices_sorted_by_lora_ids", "unsorted", swap(1, 2)),
-        ("token_indices_sorted_by_lora_ids", "unsorted", swap(0, 1)),
-        ("token_indices_sorted_by_lora_ids", "overlap", put(0, 7)),
-        ("token_indices_sorted_by_lora_ids", "gap", put(0, 7)),
-        ("token_indices_sorted_by_lora_ids", "stale", put(7, 11)),
-        ("token_indices_sorted_by_lora_ids", "shape", lambda r: r[1:]),
-        ("token_lora_mapping", "stale", lambda m: m[1:]),
-        ("token_lora_mapping", "int32 wrap", put(0, -(2**31))),
-        ("token_lora_mapping", "no weights", put(0, 6)),
-        ("token_lora_mapping", "no weights", put(0, 7)),
-        (
-            "active_lora_ids",
-            "active ids",
-            {"active_lora_ids": swap(1, 2), "num_tokens_per_lora": swap(1, 2)},
-        ),
-        ("active_lora_ids", "active ids", put(4, 6)),
-        ("active_lora_ids", "active ids", put(3, 6)),
-        ("active_lora_ids", "base misplaced", swap(0, 1)),
-        ("num_tokens_per_lora", "shape", {"active_lora_ids": lambda a: a[:-1]}),
-        (
-            "num_tokens_per_lora",
-            "counts",
-            {"num_tokens_per_lora": swap(0, 1), "lora_token_start_loc": put(1, 3)},
-        ),
-        ("num_tokens_per_lora", "counts", put(5, 1)),
-        ("num_tokens_per_lora", "int32 wrap", put(0, -1)),
-        ("lora_token_start_loc", "unsorted", swap(1, 2)),
-        ("lora_token_start_loc", "overlap", put(1, 1)),
-        ("lora_token_start_loc", "gap", put(1, 3)),
-        ("lora_token_start_loc", "end", put(4, 7)),
-        ("lora_token_start_loc", "counts", put(5, 8)),
-        ("lora_token_start_loc", "int32 wrap", put(4, 8 - 2**32)),
-        ("lora_token_start_loc", "shape", lambda s: s[:-1]),
-        ("num_active_loras_cpu", "counts", to([3])),
-        ("num_active_loras_cpu", "shape", to([])),
-        ("no_lora_flag_cpu", "stale", to([True])),
-        ("num_tokens_per_lora", "counts", {"no_lora_flag_cpu": to([True])}),
-        ("no_lora_flag_cpu", "base misplaced", {"token_lora_mapping": lambda m: [-1] * 8}),
-    ],
-}
-
-
-@every_fault_of(PLANTED)
+@every_fault_of(VLLM)
 def test_a_planted_fault_is_found_and_named(planted: PlantedFault) -> None:
     found_and_named(*planted)
 
 
-@every_fault_of(PLANTED)
+@every_fault_of(VLLM)
 def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -> None:
     expected_and_got(*planted)

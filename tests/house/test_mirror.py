@@ -19,7 +19,6 @@ FOLDERS = {"": "core", "explorer": "page"}
 ELSEWHERE = {
     "__main__.py": ("core/test_console.py", "the command is tried with its console"),
     "checks.py": ("core/test_errors.py", "every refusal is in one table"),
-    "forms.py": ("core/test_peft.py", "what is there instead is told by the reader"),
     "ids.py": ("core/test_segment.py", "ids are read where they are sorted"),
     "interpreter.py": ("core/test_threads.py", "a subinterpreter is refused at import"),
     "launch.py": ("core/test_workers.py", "a launch is seen by the threads that join it"),
@@ -46,7 +45,6 @@ ELSEWHERE = {
 MOST_LINES = 600
 TOO_LONG = {
     "compat/test_peft.py": "until it is split",
-    "core/test_peft.py": "until it is split",
     "core/test_workers.py": "until it is split",
     "help/surface.py": "one table of every public call",
 }

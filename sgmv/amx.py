@@ -17,22 +17,9 @@ import numpy as np
 
 from sgmv.kernels import amx
 from sgmv.kernels.amx_instructions import CPU, EMULATION
-from sgmv.kernels.call import (
-    BLOCK_COUNT,
-    BLOCKS,
-    FIELDS,
-    H_IN,
-    ROWS,
-    SHRINK,
-    SHRINK_CUTS,
-    V_STRIDE,
-    WA,
-    X_STRIDE,
-    V,
-    X,
-)
 from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
-from sgmv.kernels.pool import EVERY_TASK, take_part
+from sgmv.kernels.records import BLOCK, CALL, TABLE
+from sgmv.kernels.tasks import EVERY_TASK, take_part
 from sgmv.settings import AMX
 
 # Linux's arch_prctl, and its request for tile registers in the threads of this process.
@@ -97,12 +84,16 @@ def _is_right() -> bool:
     rng = np.random.default_rng(0)
     wide = [rng.standard_normal((m, h_in), np.float32).view(np.uint32) for m in (n, r)]
     x, wa = ((bits >> 16).astype(np.int16) for bits in wide)
-    v, rows, block = np.full((n, r), np.nan, np.float32), np.arange(n), np.array([0, r, 0, n])
-    slots = np.array([wa.ctypes.data])
-    call = np.zeros(FIELDS, np.int64)
-    call[[X, V, ROWS, WA, BLOCKS]] = [a.ctypes.data for a in (x, v, rows, slots, block)]
-    call[[X_STRIDE, V_STRIDE, H_IN]] = x.strides[0], v.strides[0], h_in
-    call[[BLOCK_COUNT, SHRINK_CUTS, SHRINK]] = 1, 1, shrink_kernel()
+    v, rows, block = np.full((n, r), np.nan, np.float32), np.arange(n), np.zeros(1, BLOCK)
+    slots, table, call = np.array([wa.ctypes.data]), np.zeros(1, TABLE), np.zeros(1, CALL)
+    block["r"], block["last"] = r, n
+    table["h_in"], table["wa"], table["slices"] = h_in, slots.ctypes.data, 1
+    call["x"], call["x_stride"], call["v"], call["v_stride"] = (
+        number for array in (x, v) for number in (array.ctypes.data, array.strides[0])
+    )
+    call["x_rows"], call["table"] = rows.ctypes.data, table.ctypes.data
+    call["blocks"], call["block_count"] = block.ctypes.data, len(block)
+    call["shrink"], call["shrink_cuts"] = shrink_kernel(), 1
     take_part(int(call.ctypes.data), EVERY_TASK)
     x64, wa64 = ((bits & 0xFFFF0000).view(np.float32).astype(np.float64) for bits in wide)
     bound = h_in * 2.0**-23 * (np.abs(x64) @ np.abs(wa64).T)

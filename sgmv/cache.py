@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sgmv.errors import SgmvError
+from sgmv.kernels.call import start
 from sgmv.kernels.disk import SUFFIX
 from sgmv.kernels.jit import JITTED
-from sgmv.kernels.start import start
 
 
 def folder() -> Path | None:

@@ -7,7 +7,7 @@ import numpy as np
 from sgmv.backend import kernels
 from sgmv.checks import check_v, check_y
 from sgmv.dtypes import Array, sum_dtype
-from sgmv.launch import launch
+from sgmv.launch import run_expand
 from sgmv.segment import Segments, check_segments
 from sgmv.stack import AdapterStack, check_stack
 
@@ -46,5 +46,5 @@ def expand(
     _slot, rank = table.find(segments.adapter_ids)
     check_v(v, segments.n, int(rank.max(initial=0)))
     v = np.ascontiguousarray(v, sum_dtype(v.dtype, stack.dtype, y.dtype))
-    launch(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, None, y, v)
+    run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)
     return y

@@ -22,7 +22,6 @@ from sgmv.backend import choose
 from sgmv.dtypes import BITS
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
-from sgmv.kernels.pool import SYSCALL
 from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
 from sgmv.terminal import Terminal
 
@@ -78,7 +77,7 @@ def info() -> Info:
     tiled = "tiles" in chosen.values()
     shrink = ", ".join(f"{rows}x{ranks}" for rows, ranks in RANKS.items())
     expand = ", ".join(f"{rows}x{LANES * vectors}" for rows, vectors in COLUMN_VECTORS.items())
-    sleep = "a futex" if workers.pool.fields[SYSCALL] else "a semaphore"
+    sleep = "a futex" if workers.pool.fields[0].syscall else "a semaphore"
     return Info(
         cpu=f"{_cpu_name()}, {workers.cores()} cores",
         features=" ".join(name for name in TOLD if found.get(name)) or "none that tiles could use",

@@ -1,7 +1,12 @@
-"""One call, its arguments checked: memory, plan, threads, until the last task is done.
+"""One call, its arguments checked: memory, threads, and compiled code until the last task is done.
 
-A call needs little memory beside its operands: the plan's integers, some 120 bytes a row, and v.
-It takes them from a workspace, which the next call reuses.
+    run_both         x -> v -> y    `add_lora`; v is the workspace's
+    run_both_at      the same of rows at addresses, for callers that have no arrays
+    run_shrink       x -> v
+    run_expand       v -> y
+
+When one returns, or raises, no thread works on the operands any more. Each raises what is wrong
+with the ids before anything is written.
 """
 
 from __future__ import annotations
@@ -10,15 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from sgmv import workers
+from sgmv import workers, workspace
 from sgmv.backend import Kernels
 from sgmv.dtypes import Array, as_bits
 from sgmv.ids import Integers
-from sgmv.kernels.call import FIELDS, SCRATCH, V_STRIDE, V, X, Y
+from sgmv.kernels import call
 from sgmv.kernels.jit import JITTED
-from sgmv.kernels.plan import scratch_size
-from sgmv.kernels.pool import abandon, shut_gate
-from sgmv.kernels.start import MORE, REFUSED, address, place, resume, start
 from sgmv.segment import Segments, segment
 from sgmv.table import SlotTable
 
@@ -26,91 +28,68 @@ from sgmv.table import SlotTable
 WORTH_SHARING_NS = 20_000
 
 
-class Workspace:
-    """The memory of one call at a time, reused by the next."""
-
-    def __init__(self) -> None:
-        memory = np.zeros(FIELDS + 8, np.int64)
-        start = -memory.ctypes.data // 8 % 8  # to the next cache line
-        self.call = memory[start : start + FIELDS]
-        self.address = int(self.call.ctypes.data)
-        self.rows = self.v_bytes = self.v_address = 0
-
-    def plan_rows(self, n: int) -> None:
-        """Have room for the plan of n rows."""
-        if n > self.rows:
-            self.scratch = np.empty(scratch_size(n), np.int64)
-            self.call[SCRATCH], self.rows = address(self.scratch), n
-
-    def place(self, x: int, x_row_bytes: int, y: int, y_row_bytes: int) -> None:
-        """Have x and y at these addresses, their rows so far apart."""
-        self.call[X], self.call[X + 1] = x, x_row_bytes
-        self.call[Y], self.call[Y + 1] = y, y_row_bytes
-
-    def place_v(self, n: int, row_bytes: int) -> None:
-        """Have v (n, row_bytes) here."""
-        if n * row_bytes > self.v_bytes:
-            self.v = np.empty(n * row_bytes // 4, np.float32)
-            self.v_bytes, self.v_address = n * row_bytes, address(self.v)
-        self.call[V], self.call[V_STRIDE] = self.v_address, row_bytes
-
-
-_idle: list[Workspace] = []  # as many as calls have run at once
-
-
-def launch(
-    kernels: Kernels,
-    table: SlotTable,
-    batch: Segments | Integers,
-    x: Array | None,
-    y: Array | None,
-    v: Array | None = None,
+def run_both(
+    kernels: Kernels, table: SlotTable, batch: Segments | Integers, x: Array, y: Array
 ) -> None:
-    """Run the call's tasks on all threads: shrink writes v, expand reads it and adds to y.
-
-    Semantics: when it returns, or raises, no thread works on the operands any more. Raises what is
-    wrong with the ids before anything is written.
-
-    kernels  of shrink, of expand, or of both
-    batch    Segments, or the ids themselves: int64 and contiguous
-    x, y     checked for this batch, any strides
-    v        (n, r) contiguous; a workspace's, if left out
-    """
-    pool = workers.pool_of(x if y is None else y)
-    dense: Any = y
-    if x is not None:
-        x = as_bits(x if _is_dense(x) else np.ascontiguousarray(x))
-    if y is not None:
-        dense = y if _is_dense(y) else np.ascontiguousarray(y)
-    space = workspace()
-    if v is None:
-        space.place_v(len(dense), table.width * kernels.v_itemsize)
-        place(space.address, x, X, as_bits(dense), Y)
-    elif x is None:
-        place(space.address, v, V, as_bits(dense), Y)
-    else:
-        place(space.address, x, X, v, V)
-    run(space, pool, kernels, table, batch)
+    """Shrink and expand: add the delta of every row of x to its row of y. Any strides."""
+    space, row = workspace.take(), table.width * kernels.v_itemsize
+    x, dense = _dense(x), _dense(y)  # copies are kept alive until the call is over
+    v = space.v_of(len(y) * row)
+    call.place_x_and_y(space.address, as_bits(x), as_bits(dense), v, row)
+    _run(space, workers.pool_of(y), kernels, table, batch)
     if dense is not y:
         _write_back(y, dense, table, batch)
 
 
-def run(
-    space: Workspace,
+def run_both_at(
+    kernels: Kernels,
+    table: SlotTable,
+    segments: Segments,
+    pool: workers.Pool,
+    x: tuple[int, int],
+    y: tuple[int, int],
+) -> None:
+    """`run_both` of rows given as an address and the bytes from row to row.
+
+    The caller keeps their memory alive, and says which pool helps.
+    """
+    space, row = workspace.take(), table.width * kernels.v_itemsize
+    call.place_at(space.address, *x, *y, space.v_of(segments.n * row), row)
+    _run(space, pool, kernels, table, segments)
+
+
+def run_shrink(
+    kernels: Kernels, table: SlotTable, batch: Segments | Integers, x: Array, v: Array
+) -> None:
+    """Write v (n, r), contiguous, of x: each row of an adapter, up to its rank."""
+    space, dense = workspace.take(), _dense(x)
+    call.place_x_and_v(space.address, as_bits(dense), v)
+    _run(space, workers.pool_of(x), kernels, table, batch)
+
+
+def run_expand(
+    kernels: Kernels, table: SlotTable, batch: Segments | Integers, v: Array, y: Array
+) -> None:
+    """Add the delta of every row of v (n, r), contiguous, to its row of y."""
+    space, dense = workspace.take(), _dense(y)
+    call.place_v_and_y(space.address, v, as_bits(dense))
+    _run(space, workers.pool_of(y), kernels, table, batch)
+    if dense is not y:
+        _write_back(y, dense, table, batch)
+
+
+def _run(
+    space: workspace.Workspace,
     pool: workers.Pool,
     kernels: Kernels,
     table: SlotTable,
     batch: Segments | Integers,
 ) -> None:
-    """`launch`, once the operands have their places in the workspace.
-
-    The caller keeps their memory alive. `pool` helps, unless another caller has it; the workspace
-    is for another call then.
-    """
+    """The call whose operands are in place. `pool` helps, unless another caller has it."""
     if isinstance(batch, Segments):
         n, segments, ids = batch.most, batch.address, 0
     else:
-        n, segments, ids = len(batch), 0, address(batch)
+        n, segments, ids = len(batch), 0, call.address_of(batch)
     threads = workers.get_num_threads()
     held = threads > 1 and JITTED and pool.lock.acquire(False)
     gate = pool.address if held else 0
@@ -118,24 +97,27 @@ def run(
         if held:
             pool.prepare(threads - 1)
         space.plan_rows(n)
-        whose = space.address, gate, kernels.shrink, kernels.expand
-        outcome = start(*whose, table.address, segments, ids, n, threads, WORTH_SHARING_NS)
-        while outcome == MORE:  # between two bytecodes Python hears signals
-            outcome = resume(space.address, gate)
+        whose = space.address, gate, kernels.shrink, kernels.expand, table.address
+        outcome = call.start(*whose, segments, ids, n, threads, WORTH_SHARING_NS)
+        while outcome == call.MORE:  # between two bytecodes Python hears signals
+            if held:
+                pool.ring()
+            outcome = call.resume(space.address, gate)
     except BaseException:
-        _give_up(space, gate)
+        _give_up(space.address, gate)
         raise
     finally:
         if held:
             pool.lock.release()
-        _idle.append(space)
-    if outcome == REFUSED:
+        workspace.give_back(space)
+    if outcome == call.REFUSED:
         table.find((batch if isinstance(batch, Segments) else segment(batch)).adapter_ids)
 
 
-def _is_dense(array: Array) -> bool:
-    """Whether the elements of each row stand next to each other."""
-    return array.flags.c_contiguous or array.shape[1] <= 1 or array.strides[1] == array.itemsize
+def _dense(array: Array) -> Array:
+    """The array, or a copy, whose rows each have their elements side by side."""
+    dense = array.flags.c_contiguous or array.shape[1] <= 1 or array.strides[1] == array.itemsize
+    return array if dense else np.ascontiguousarray(array)
 
 
 def _write_back(y: Any, dense: Any, table: SlotTable, batch: Segments | Integers) -> None:
@@ -146,21 +128,11 @@ def _write_back(y: Any, dense: Any, table: SlotTable, batch: Segments | Integers
     y[changed] = dense[changed]
 
 
-def workspace() -> Workspace:
-    """One for a call; `run` hands it back."""
-    try:
-        return _idle.pop()
-    except IndexError:
-        return Workspace()
-
-
-def _give_up(space: Workspace, gate: int) -> None:
+def _give_up(address: int, gate: int) -> None:
     """Leave the rest undone, and wait for the helpers inside."""
     while True:
         try:
-            abandon(space.address)
-            if gate:
-                shut_gate(gate)
+            call.abandon(address, gate)
             return
         except KeyboardInterrupt:  # helpers may still write: be done with them first
             continue

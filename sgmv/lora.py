@@ -23,7 +23,7 @@ from sgmv.checks import check_matrix, check_scaling, check_x, check_y
 from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.ids import BASE_ONLY, as_ids
-from sgmv.launch import launch
+from sgmv.launch import run_both
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack, check_stack
 
@@ -67,7 +67,7 @@ def add_lora(
     n = batch.n if isinstance(batch, Segments) else len(batch)
     check_x(x, n, stack.h_in)
     check_y(y, n, stack.h_out, "x", x)
-    launch(kernels(backend, x.dtype, stack.dtype, y.dtype), stack.table, batch, x, y)
+    run_both(kernels(backend, x.dtype, stack.dtype, y.dtype), stack.table, batch, x, y)
     return y
 
 

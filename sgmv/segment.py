@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import mul
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from sgmv.errors import (
 )
 from sgmv.ids import BASE_ONLY, Integers, as_ids, as_integers
 from sgmv.kernels.plan import most_digits, sort
+from sgmv.kernels.records import SEGMENTS
 
 SHOWN_AT_EACH_END = 6
 
@@ -164,14 +166,18 @@ class Segments:
         return Segments, (self.rows, self.seq_start, self.adapter_ids)
 
     @cached_property
-    def _fields(self) -> Integers:
-        arrays = (self.rows, self.seq_start, self.adapter_ids)
-        return np.array([self.S, *(array.ctypes.data for array in arrays)])
+    def _record(self) -> npt.NDArray[Any]:
+        """The segments as compiled code takes them."""
+        found = np.zeros(1, SEGMENTS)
+        found["count"], found["rows"] = self.S, self.rows.ctypes.data
+        found["seq_start"] = self.seq_start.ctypes.data
+        found["adapter_ids"] = self.adapter_ids.ctypes.data
+        return found
 
     @cached_property
     def address(self) -> int:
-        """Where compiled code finds S and the three arrays, in the order of kernels/call.py."""
-        return int(self._fields.ctypes.data)
+        """The address of `_record`."""
+        return int(self._record.ctypes.data)
 
     @cached_property
     def most(self) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from sgmv.backend import kernels
 from sgmv.checks import check_x
 from sgmv.dtypes import Array, sum_dtype
-from sgmv.launch import launch
+from sgmv.launch import run_shrink
 from sgmv.segment import Segments, check_segments
 from sgmv.stack import AdapterStack, check_stack
 
@@ -41,5 +41,5 @@ def shrink(
     check_segments(segments)
     check_x(x, segments.n, stack.h_in)
     v = np.zeros((segments.n, stack.max_rank), sum_dtype(x.dtype, stack.dtype))
-    launch(kernels(backend, x.dtype, stack.dtype, None), stack.table, segments, x, None, v)
+    run_shrink(kernels(backend, x.dtype, stack.dtype, None), stack.table, segments, x, v)
     return v

@@ -22,9 +22,9 @@ import numpy.typing as npt
 from sgmv.dtypes import Array
 from sgmv.errors import UnknownAdapterError, some
 from sgmv.ids import Integers
-from sgmv.kernels.call import PANEL, WIDE_PANEL
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import UNKNOWN, find
+from sgmv.kernels.records import PANEL, TABLE, WIDE_PANEL
 from sgmv.memory import aligned
 
 
@@ -95,7 +95,7 @@ class SlotTable:
     ranks: Integers  # (slots,)
     scalings: npt.NDArray[np.float64]  # (slots,)
     weights: tuple[Stored | None, ...]  # (slots,) keeps what the addresses point to alive
-    # A stack's wb is packed, and it has one slice; see kernels/call.py, and compat/ for others.
+    # A stack's wb is packed, and it has one slice; see kernels/records.py, and compat/ for others.
     wb_strides: tuple[int, int] = (0, 0)
     slices: int = 1
 
@@ -105,18 +105,22 @@ class SlotTable:
         return int(self.ranks.max(initial=0)) * self.slices
 
     @cached_property
-    def fields(self) -> Integers:
-        """The table as compiled code takes it, in the order of kernels/call.py."""
-        arrays = (self.wa_address, self.wb_address, self.scalings, self.ids, self.slots, self.ranks)
-        counts = [self.h_in, self.h_out, len(self.ids), len(self.ranks)]
-        addresses = [array.ctypes.data for array in arrays]
-        columns = columns_of(self.dtype)
-        return np.array([*counts, *addresses, columns, *self.wb_strides, self.slices])
+    def record(self) -> npt.NDArray[Any]:
+        """The table as compiled code takes it."""
+        found = np.zeros(1, TABLE)
+        found["h_in"], found["h_out"] = self.h_in, self.h_out
+        found["loaded"], found["slots"] = len(self.ids), len(self.ranks)
+        found["ids"], found["slot_of"] = self.ids.ctypes.data, self.slots.ctypes.data
+        found["wa"], found["wb"] = self.wa_address.ctypes.data, self.wb_address.ctypes.data
+        found["ranks"], found["scalings"] = self.ranks.ctypes.data, self.scalings.ctypes.data
+        found["slices"], found["panel_columns"] = self.slices, columns_of(self.dtype)
+        found["wb_rank_stride"], found["wb_column_stride"] = self.wb_strides
+        return found
 
     @cached_property
     def address(self) -> int:
-        """The address of `fields`."""
-        return int(self.fields.ctypes.data)
+        """The address of `record`."""
+        return int(self.record.ctypes.data)
 
     @classmethod
     def empty(cls, h_in: int, h_out: int, slots: int, dtype: np.dtype[Any]) -> SlotTable:

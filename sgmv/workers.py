@@ -25,30 +25,17 @@ from sgmv.checks import check_count
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.disk import logger
 from sgmv.kernels.jit import entry
-from sgmv.kernels.pool import (
-    CLOSED,
-    CPU_WORDS,
-    CPUS,
-    GETTID,
-    HELPERS,
-    KEPT_CLEAR,
-    MASK,
-    MEMBER,
-    POOL_FIELDS,
-    SYSCALL,
-    TEAM,
-    THREAD_IDS,
-    close_gate,
-    help_out,
-    life,
-    member,
-)
+from sgmv.kernels.pool import CLOSED, close_gate, help_out, life, member
+from sgmv.kernels.records import CPU_WORDS, POOL, on_cache_lines
 from sgmv.settings import NUM_THREADS
 from sgmv.threads import NativeThread, are_patched
 
-# The numbers of Linux's futex, getcpu, sched_setaffinity and gettid. Elsewhere helpers sleep on a
-# Python semaphore, which woke them 10 us later here, and needs the GIL.
-SYSTEM_CALLS = {"x86_64": (202, 309, 203, 186), "aarch64": (98, 168, 122, 178)}
+# The numbers of Linux's system calls. Elsewhere helpers sleep on a Python semaphore, which woke
+# them 10 us later here, and needs the GIL.
+SYSTEM_CALLS = {
+    "x86_64": {"futex": 202, "getcpu": 309, "setaffinity": 203, "gettid": 186},
+    "aarch64": {"futex": 98, "getcpu": 168, "setaffinity": 122, "gettid": 178},
+}
 
 
 MOST_THREADS = 64 * CPU_WORDS  # as many as keep_clear has bits of cores for
@@ -119,16 +106,15 @@ class Pool:
         self.closed = False
         self.asleep = 0
         self.bell = threading.Semaphore(0)
-        memory = np.zeros(POOL_FIELDS + 8, np.int64)
-        start = -memory.ctypes.data // 8 % 8  # to the next cache line
-        self.fields = memory[start : start + POOL_FIELDS]
-        self.fields[SYSCALL : GETTID + 1] = _system_calls()
+        self.fields = on_cache_lines(POOL)
+        for name, number in _system_calls().items():
+            self.fields[name] = number
         self.cpus, self.mask = np.zeros((2, CPU_WORDS), np.int64)
-        self.fields[CPUS], self.fields[MASK] = self.cpus.ctypes.data, self.mask.ctypes.data
+        self.fields["cpus"], self.fields["mask"] = self.cpus.ctypes.data, self.mask.ctypes.data
         self.address = int(self.fields.ctypes.data)
 
     def prepare(self, helpers: int) -> None:
-        """Have at least so many helpers, or as many as the system gives, and ring the bell."""
+        """Have at least so many helpers, or as many as the system gives."""
         while len(self.helpers) < helpers and not self.closed:
             try:
                 helper = self._helper(len(self.helpers))
@@ -136,7 +122,10 @@ class Pool:
                 return
             self.helpers.append(helper)
             self._know_helpers()
-        while self.asleep > 0:  # only where there is no futex
+
+    def ring(self) -> None:
+        """Wake the helpers that sleep, where there is no futex to do so."""
+        while self.asleep > 0:
             self.asleep -= 1
             self.bell.release()
 
@@ -153,7 +142,7 @@ class Pool:
 
     def _helper(self, index: int) -> threading.Thread | NativeThread:
         """A thread that has begun to help; raises RuntimeError where there is none to be had."""
-        if self.fields[SYSCALL]:
+        if self.fields[0].syscall:
             native = NativeThread(_life(), np.array([self.address, index, 0]))
             native.start()
             return native
@@ -167,10 +156,10 @@ class Pool:
 
     def _know_helpers(self) -> None:
         """Note who they are, and on which cores they may run, as they did not yet."""
-        if self.fields[SYSCALL]:
+        if self.fields[0].syscall:
             self.thread_ids = np.array([helper.native_id for helper in self.helpers], np.int64)
-            self.fields[THREAD_IDS] = self.thread_ids.ctypes.data
-            self.fields[HELPERS], self.fields[KEPT_CLEAR] = len(self.helpers), -1
+            self.fields["thread_ids"] = self.thread_ids.ctypes.data
+            self.fields["helpers"], self.fields["kept_clear"] = len(self.helpers), -1
             allowed = sum(1 << cpu for cpu in os.sched_getaffinity(0) if cpu < 64 * CPU_WORDS)
             self.cpus[:] = np.frombuffer(allowed.to_bytes(8 * CPU_WORDS, "little"), np.int64)
 
@@ -194,16 +183,16 @@ def _log_alone() -> None:
     )
 
 
-def _system_calls() -> tuple[int, ...]:
-    """Address of libc's syscall(2), and SYSTEM_CALLS; zeros where there is no such thing."""
+def _system_calls() -> dict[str, int]:
+    """SYSTEM_CALLS, and the address of libc's syscall(2); nothing where there is no such thing."""
     numbers = SYSTEM_CALLS.get(platform.machine())
     if not sys.platform.startswith("linux") or numbers is None:
-        return (0,) * 5
+        return {}
     try:
         syscall = ctypes.CDLL(None).syscall
     except (OSError, AttributeError):
-        return (0,) * 5
-    return ctypes.cast(syscall, ctypes.c_void_p).value or 0, *numbers
+        return {}
+    return {"syscall": ctypes.cast(syscall, ctypes.c_void_p).value or 0, **numbers}
 
 
 class Team(Pool):
@@ -214,7 +203,7 @@ class Team(Pool):
 
     def __init__(self, parallel: int) -> None:
         super().__init__()
-        self.fields[TEAM], self.fields[MEMBER] = parallel, entry(member, integers=1)
+        self.fields["team"], self.fields["member"] = parallel, entry(member, integers=1)
 
     def prepare(self, helpers: int) -> None:
         """They come by themselves."""
@@ -228,7 +217,7 @@ def warm_up() -> None:
     """Compile what helpers run, on a gate that is closed; and what torch's run, if it is loaded."""
     closed = Pool()
     close_gate(closed.address)
-    if closed.fields[SYSCALL]:
+    if closed.fields[0].syscall:
         _life()
     else:
         help_out(closed.address, 0, 0)

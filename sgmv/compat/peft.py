@@ -32,7 +32,7 @@ from sgmv.compat.peft_weights import Source, is_float, why_odd
 from sgmv.dtypes import promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
 from sgmv.ids import BASE_ONLY
-from sgmv.launch import run, workspace
+from sgmv.launch import run_both_at
 from sgmv.layouts.peft import BASE_NAME
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
@@ -331,10 +331,8 @@ class _Layer:
                 "have the base layer return a new tensor",
             )  # fmt: skip
         table, its = stack.table, kernels(None, x_dtype, stack.dtype, y_dtype)
-        space = workspace()
-        space.place_v(segments.n, table.width * its.v_itemsize)
-        space.place(x_at, x_row_bytes, y_at, y_row_bytes)
-        run(space, torchs_pool(), its, table, segments)
+        x_rows, y_rows = (x_at, x_row_bytes), (y_at, y_row_bytes)
+        run_both_at(its, table, segments, torchs_pool(), x_rows, y_rows)
 
     def _serves(self, batch: _Batch, x: Any) -> bool:
         """Whether nothing about this batch is PEFT's own to compute."""

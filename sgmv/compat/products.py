@@ -32,7 +32,7 @@ from sgmv.errors import (
 )
 from sgmv.ids import BASE_ONLY, Integers, as_ids
 from sgmv.kernels.jit import VECTOR_BITS
-from sgmv.launch import launch
+from sgmv.launch import run_expand, run_shrink
 from sgmv.segment import Segments, segment
 from sgmv.table import SlotTable
 from sgmv.tensors import as_array, to_float32
@@ -181,7 +181,7 @@ def shrink(
     backend = None
     if len(slices) > 1:  # AMX's shrink knows one slice
         backend = "tiles" if VECTOR_BITS and dtype != FLOAT64 else "loops"
-    launch(kernels(backend, x.dtype, weights.dtype, None, dtype), table, segments, x, None, v)
+    run_shrink(kernels(backend, x.dtype, weights.dtype, None, dtype), table, segments, x, v)
     return v
 
 
@@ -189,9 +189,8 @@ def expand(y: Array, v: Array, weights: Weights, segments: Segments) -> None:
     """Add v @ w.T to y, v in sorted order, over the columns that y and the weights both have."""
     h_out = min(y.shape[1], weights.outputs)
     table = _remembering(_expand_table, weights)(weights, h_out)
-    launch(
-        kernels(None, None, weights.dtype, y.dtype, v.dtype), table, segments, None, y[:, :h_out], v
-    )
+    its = kernels(None, None, weights.dtype, y.dtype, v.dtype)
+    run_expand(its, table, segments, v, y[:, :h_out])
 
 
 def _remembering(table: Any, *slices: Weights) -> Callable[..., SlotTable]:

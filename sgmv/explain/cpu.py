@@ -10,10 +10,11 @@ import numpy as np
 from sgmv import launch
 from sgmv.explain.question import Facts, Question
 from sgmv.ids import BASE_ONLY, NO_SLOT
-from sgmv.kernels.call import RANK_UNIT, cut_of
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import cost, cuts, most_blocks, row_blocks
+from sgmv.kernels.records import BLOCK, RANK_UNIT
+from sgmv.kernels.tasks import cut
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
 from sgmv.table import columns_of
 from sgmv.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated, plural
@@ -87,7 +88,7 @@ def tasks(question: Question) -> Facts:
     has_adapter = segments.adapter_ids != BASE_ONLY
     slot = np.where(has_adapter, np.cumsum(has_adapter) - 1, NO_SLOT)
     rank = np.where(has_adapter, question.rank, 0)
-    room = np.empty((most_blocks(segments.most), 4), np.int64)
+    room = np.empty(most_blocks(segments.most), BLOCK)
     blocks = room[: row_blocks(segments.seq_start, slot, rank, threads, room)]
     cost_ns, _ = cost(blocks, question.h_in + question.h_out)
     shared = cost_ns >= launch.WORTH_SHARING_NS
@@ -124,7 +125,7 @@ def tasks(question: Question) -> Facts:
 
 def _parts(count: int, extent: int, unit: int) -> list[list[int]]:
     """The ranks, or columns, `low:high` of each part of a cut block."""
-    return [[int(end) for end in cut_of(part, count, extent, unit)] for part in range(count)]
+    return [[int(end) for end in cut(part, count, extent, unit)] for part in range(count)]
 
 
 def _tile_rows(m: int) -> list[int]:

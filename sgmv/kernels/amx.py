@@ -32,29 +32,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from sgmv.kernels.amx_instructions import NUMBERS, PAIRS, SIDE, START, STATE_BYTES, WORDS
-from sgmv.kernels.atomics import add_atomic
-from sgmv.kernels.call import (
-    BLOCK_COUNT,
-    FIELDS,
-    H_IN,
-    INTEGER,
-    RANK_UNIT,
-    ROWS,
-    SHRINK_CUTS,
-    SHRINK_DONE,
-    SHRINK_NEXT,
-    V_STRIDE,
-    WA,
-    X_STRIDE,
-    V,
-    X,
-    block_of,
-    claim,
-    cut_of,
-    item,
-)
 from sgmv.kernels.emit import I8, I16, numbers
-from sgmv.kernels.jit import INT64, entry, jit, vector
+from sgmv.kernels.jit import INT64, entry, jit, record, vector
+from sgmv.kernels.records import CALL, TABLE
+from sgmv.kernels.tasks import NONE, claim_shrink, finish_shrink, item
 
 CHAINS = 4  # tiles 0 to 3 hold sums,
 WEIGHTS, COLUMNS = (4, 5), (6, 7)  # these the operands, in turn
@@ -187,9 +168,9 @@ def _tile_products(typingctx, unit, call, memory, columns, wa, first, last, low,
     def codegen(context, builder, signature, args):
         call, memory, columns, wa, first, last, low, high = args[1:]
         e = WORDS[unit](builder, memory)
-        x, x_stride, v, v_stride, rows, h_in = (
-            e.integer(e.add(call, 8 * field)) for field in (X, X_STRIDE, V, V_STRIDE, ROWS, H_IN)
-        )
+        x, x_stride, v, v_stride = e.fields(CALL, call, "x", "x_stride", "v", "v_stride")
+        rows, table = e.fields(CALL, call, "x_rows", "table")
+        [h_in] = e.fields(TABLE, table, "h_in")
         w_stride = e.multiply(h_in, 2)
         ranks = e.at_most(SIDE, builder.sub(high, low))
         top = builder.sub(high, ranks)
@@ -245,21 +226,21 @@ def shrink_kernel(unit: Any) -> int:
     """
 
     def amx_shrink(address, limit):
-        call = vector(address, FIELDS, INTEGER)
+        table = record(TABLE, record(CALL, address).table)
         memory = _task_memory()
         for _ in range(limit):
-            task = claim(address, SHRINK_NEXT)
-            if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+            task = claim_shrink(address)
+            if task.number == NONE:
                 return
-            slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
-            low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
+            low, high = task.low, task.high
             if low < high:  # a configuration of no rank is refused
                 columns = 1
-                while columns < min(last - first, SIDE):
+                while columns < min(task.last - task.first, SIDE):
                     columns *= 2
                 _write_configuration(memory, min(high - low, SIDE), columns)
-                wa = item(call[WA], slot)
-                _tile_products(unit, address, memory, columns, wa, first, last, low, high)
-            add_atomic(address + 8 * SHRINK_DONE, 1)
+                rows = task.first, task.last
+                wa = item(table.wa, task.slot)
+                _tile_products(unit, address, memory, columns, wa, *rows, low, high)
+            finish_shrink(address)
 
     return entry(amx_shrink)

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import types
 
 from sgmv.kernels.jit import INT64, VECTOR_BITS
+from sgmv.kernels.records import offset
 
 LANES = 8 if VECTOR_BITS == 256 else 16
 
@@ -77,6 +78,10 @@ class Emit:
     def integer(self, address):
         """The int64 at this address."""
         return self.builder.load(self._pointer(address, INT64), align=8)
+
+    def fields(self, kind, address, *names):
+        """These fields of the record of this kind at the address."""
+        return [self.integer(self.add(address, offset(kind, name))) for name in names]
 
     def below(self, count, width=LANES):
         """A mask: the lanes whose number is below the int64 `count`."""

@@ -2,7 +2,8 @@
 
 `jit`      every kernel's decorator
 `where`    the address of an array's first element, an int64 like every integer here
-`vector`   the numbers behind an address; `size_of` one of them
+`vector`   the numbers at an address; `size_of` one of them
+`record`   the record at an address, `records` several: structured numpy types, fields by name
 `entry`    a function of integers, compiled now, as an address that C could call; `enter` calls a
            kernel's. A kernel is compiled once for each mix of float types; who runs its tasks needs
            to know nothing of types
@@ -187,9 +188,20 @@ def size_of(like: Any) -> Any:
 
 
 def vector(address: int, size: int, like: Any) -> Any:
-    """The `size` numbers of `like`'s type that stand contiguously at `address`."""
+    """The `size` numbers of `like`'s type that are stored contiguously at `address`."""
     buffer = (ctypes.c_char * (int(size) * like.itemsize)).from_address(int(address))
     return np.frombuffer(buffer, like.dtype, int(size))
+
+
+def records(kind: Any, address: int, count: int) -> Any:
+    """The `count` records of this kind that are stored contiguously at `address`."""
+    buffer = (ctypes.c_char * (int(count) * kind.itemsize)).from_address(int(address))
+    return np.frombuffer(buffer, kind, int(count))
+
+
+def record(kind: Any, address: int) -> Any:
+    """The record of this kind at `address`; its fields are read and written there."""
+    return records(kind, address, 1)[0]
 
 
 INT64 = ir.IntType(64)
@@ -200,7 +212,8 @@ def _pointer(typingctx, address, like):
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like)(types.int64, like), codegen
+    pointed = like.dtype if isinstance(like, types.DType) else like
+    return types.CPointer(pointed)(types.int64, like), codegen
 
 
 @intrinsic
@@ -232,3 +245,13 @@ def _size_of_jitted(like):
 @overload(vector)
 def _vector_jitted(address, size, like):
     return lambda address, size, like: numba.carray(_pointer(address, like), size)
+
+
+@overload(records)
+def _records_jitted(kind, address, count):
+    return lambda kind, address, count: numba.carray(_pointer(address, kind), count)
+
+
+@overload(record)
+def _record_jitted(kind, address):
+    return lambda kind, address: numba.carray(_pointer(address, kind), 1)[0]

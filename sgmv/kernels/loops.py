@@ -30,39 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.kernels.atomics import add_atomic
-from sgmv.kernels.call import (
-    BLOCK_COUNT,
-    COLUMNS,
-    EXPAND_CUTS,
-    EXPAND_NEXT,
-    FIELDS,
-    FLOAT64,
-    H_IN,
-    H_OUT,
-    INTEGER,
-    RANK_UNIT,
-    ROWS,
-    SCALINGS,
-    SHRINK_CUTS,
-    SHRINK_DONE,
-    SHRINK_NEXT,
-    SLICES,
-    V_STRIDE,
-    WA,
-    X_STRIDE,
-    Y_STRIDE,
-    V,
-    X,
-    Y,
-    block_of,
-    claim,
-    cut_of,
-    item,
-)
 from sgmv.kernels.floats import decode, encode
-from sgmv.kernels.jit import ANY_ORDER, entry, jit, size_of, vector
+from sgmv.kernels.jit import ANY_ORDER, entry, jit, record, size_of, vector
 from sgmv.kernels.panels import panel_at, plain_rank, scratch
+from sgmv.kernels.records import CALL, FLOAT64, TABLE
+from sgmv.kernels.tasks import NONE, claim_expand, claim_shrink, finish_shrink, item
 
 K_BLOCK = 1024  # four rows of wa and one of x stay in L1: 5 * 1024 * 4 B = 20 KiB
 
@@ -83,31 +55,31 @@ def shrink_kernel(x_like: Any, w_like: Any, v_like: Any) -> int:
     """The kernel v[p] = x[rows[p]] @ wa.T: up to `limit` tasks of the call at an address."""
 
     def loops_shrink(address, limit):
-        call = vector(address, FIELDS, INTEGER)
+        call = record(CALL, address)
+        table = record(TABLE, call.table)
+        row = table.h_in * size_of(w_like)
         for _ in range(limit):
-            task = claim(address, SHRINK_NEXT)
-            if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+            task = claim_shrink(address)
+            if task.number == NONE:
                 return
-            slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
-            low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
-            row = call[H_IN] * size_of(w_like)
-            for k in range(0, call[H_IN], K_BLOCK):
-                width = min(K_BLOCK, call[H_IN] - k)
-                for s in range(call[SLICES]):
-                    wa = item(call[WA], slot * call[SLICES] + s) + k * size_of(w_like)
-                    v_0 = call[V] + s * r * size_of(v_like)
-                    for j in range(low, high, 4):
+            for k in range(0, table.h_in, K_BLOCK):
+                width = min(K_BLOCK, table.h_in - k)
+                for s in range(table.slices):
+                    wa = item(table.wa, task.slot * table.slices + s) + k * size_of(w_like)
+                    v_0 = call.v + s * task.r * size_of(v_like)
+                    for j in range(task.low, task.high, 4):
                         # Past the last rank the last one is read again, and its sum is dropped.
+                        last = task.high - 1
                         a0 = vector(wa + j * row, width, w_like)
-                        a1 = vector(wa + min(j + 1, high - 1) * row, width, w_like)
-                        a2 = vector(wa + min(j + 2, high - 1) * row, width, w_like)
-                        a3 = vector(wa + min(j + 3, high - 1) * row, width, w_like)
-                        for p in range(first, last):
-                            x = call[X] + item(call[ROWS], p) * call[X_STRIDE] + k * size_of(x_like)
-                            v = vector(v_0 + p * call[V_STRIDE], high, v_like)
+                        a1 = vector(wa + min(j + 1, last) * row, width, w_like)
+                        a2 = vector(wa + min(j + 2, last) * row, width, w_like)
+                        a3 = vector(wa + min(j + 3, last) * row, width, w_like)
+                        for p in range(task.first, task.last):
+                            x = call.x + item(call.x_rows, p) * call.x_stride + k * size_of(x_like)
+                            v = vector(v_0 + p * call.v_stride, task.high, v_like)
                             sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
                             add_sums(v[j:], sums, k == 0)
-            add_atomic(address + 8 * SHRINK_DONE, 1)
+            finish_shrink(address)
 
     return entry(loops_shrink)
 
@@ -188,27 +160,27 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
     """The kernel y[rows[p]] += scaling * v[p] @ wb: up to `limit` tasks, panel by panel."""
 
     def loops_expand(address, limit):
-        call = vector(address, FIELDS, INTEGER)
-        columns = call[COLUMNS]
+        call = record(CALL, address)
+        table = record(TABLE, call.table)
+        columns = table.panel_columns
         four = np.zeros(4 * columns, type(v_like))
-        room = scratch(plain_rank(call), min(columns, call[H_OUT]), w_like)
+        room = scratch(plain_rank(address), min(columns, table.h_out), w_like)
         for _ in range(limit):
-            task = claim(address, EXPAND_NEXT)
-            if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
+            task = claim_expand(address)
+            if task.number == NONE:
                 return
-            slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
-            low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], columns)
-            scaling = type(v_like)(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
-            for c in range(low, high, columns):
-                width = min(columns, high - c)
-                wb = panel_at(call, slot, r, c, width, room, w_like)
+            scaling = type(v_like)(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
+            for c in range(task.low, task.high, columns):
+                width = min(columns, task.high - c)
+                wb = panel_at(table, task.slot, task.r, c, width, room, w_like)
                 sums = four[: 4 * width].reshape((4, width))
-                for p in range(first, last, 4):
-                    count = min(4, last - p)
+                for p in range(task.first, task.last, 4):
+                    count = min(4, task.last - p)
                     multiply(sums, call, p, count, wb, v_like)
                     for i in range(count):
-                        y = call[Y] + item(call[ROWS], p + i) * call[Y_STRIDE] + c * size_of(y_like)
-                        store(vector(y, width, y_like), scaling, sums[i], y_like)
+                        row = call.y + item(call.y_rows, p + i) * call.y_stride
+                        y = vector(row + c * size_of(y_like), width, y_like)
+                        store(y, scaling, sums[i], y_like)
 
     return entry(loops_expand)
 
@@ -217,8 +189,8 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
 def multiply(sums, call, p, count, wb, v_like):
     """sums[:count] = v[p:p + count] @ wb, up to four rows."""
     r = wb.shape[0]
-    pitch = call[V_STRIDE] // size_of(v_like)
-    v = vector(call[V] + p * call[V_STRIDE], count * pitch, v_like).reshape((count, pitch))
+    pitch = call.v_stride // size_of(v_like)
+    v = vector(call.v + p * call.v_stride, count * pitch, v_like).reshape((count, pitch))
     sums[:] = 0
     in_fours = r // 4 * 4 if count == 4 else 0
     for j in range(0, in_fours, 4):

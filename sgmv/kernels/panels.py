@@ -17,27 +17,21 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sgmv.kernels.call import (
-    BLOCK_COUNT,
-    PANEL,
-    WB,
-    WB_COLUMN,
-    WB_RANK,
-    block_of,
-    item,
-)
 from sgmv.kernels.emit import LANES, STORED, Emit, lanes, size
-from sgmv.kernels.jit import INT64, jit, size_of, vector, where
+from sgmv.kernels.jit import INT64, jit, record, records, size_of, vector, where
+from sgmv.kernels.records import BLOCK, CALL, PANEL, TABLE
+from sgmv.kernels.tasks import item
 
 SPILL = LANES * PANEL  # a square may have ranks that do not exist, below the last panel
 
 
 @jit()
-def plain_rank(call):
+def plain_rank(address):
     """The rank of weights that stand plainly, one for all of a call's; 0 where they are packed."""
-    if call[WB_COLUMN] == 0 or call[BLOCK_COUNT] == 0:
+    call = record(CALL, address)
+    if record(TABLE, call.table).wb_column_stride == 0 or call.block_count == 0:
         return 0
-    return block_of(call, 0, 1)[1]
+    return records(BLOCK, call.blocks, 1)[0].r
 
 
 @jit()
@@ -47,13 +41,14 @@ def scratch(rank, columns, w_like):
 
 
 @jit()
-def panel_at(call, slot, r, c, width, room, w_like):
+def panel_at(table, slot, r, c, width, room, w_like):
     """The panel (r, width) that begins at column c; in this room, if wb is not packed."""
-    wb = item(call[WB], slot)
-    if call[WB_COLUMN] == 0:
+    wb = item(table.wb, slot)
+    if table.wb_column_stride == 0:
         return vector(wb + c * r * size_of(w_like), r * width, w_like).reshape((r, width))
     panel = room[: r * width].reshape((r, width))
-    gather(panel, wb + c * call[WB_COLUMN], call[WB_RANK], call[WB_COLUMN], w_like)
+    strides = table.wb_rank_stride, table.wb_column_stride
+    gather(panel, wb + c * table.wb_column_stride, *strides, w_like)
     return panel
 
 
@@ -66,22 +61,23 @@ def gather(panel, w, rank_stride, column_stride, w_like):
 
 
 @jit()
-def panels(call, slot, r, low, high, room, w_like):
+def panels(table, slot, r, low, high, room, w_like):
     """Where the adapter's panels would begin if those of columns low:high stood among them all."""
-    wb = item(call[WB], slot)
-    if call[WB_COLUMN] == 0:
+    wb = item(table.wb, slot)
+    rank_stride, column_stride = table.wb_rank_stride, table.wb_column_stride
+    if column_stride == 0:
         return wb
     whole = low + (high - low) // PANEL * PANEL
-    if call[WB_COLUMN] == size_of(w_like):
+    if column_stride == size_of(w_like):
         for j in range(r):  # a row at a time: rows may be pages apart
-            row = wb + j * call[WB_RANK] + low * size_of(w_like)
+            row = wb + j * rank_stride + low * size_of(w_like)
             deal(w_like, row, whole - low, r, where(room[j * PANEL :]))
     else:
         for c in range(low, whole, PANEL):
-            start = wb + c * call[WB_COLUMN]
-            transpose(w_like, start, call[WB_COLUMN], r, where(room[(c - low) * r :]))
+            start = wb + c * column_stride
+            transpose(w_like, start, column_stride, r, where(room[(c - low) * r :]))
     rest = room[(whole - low) * r : (high - low) * r].reshape((r, high - whole))
-    gather(rest, wb + whole * call[WB_COLUMN], call[WB_RANK], call[WB_COLUMN], w_like)
+    gather(rest, wb + whole * column_stride, rank_stride, column_stride, w_like)
     return where(room) - low * r * size_of(w_like)
 
 

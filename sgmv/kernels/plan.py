@@ -1,7 +1,9 @@
-"""The plan of a call: ids -> segments -> slots -> row blocks. Integers only, in compiled code.
+"""The plan of a call: ids -> segments -> slots -> row blocks -> tasks, all in integers.
 
-    segment  ->  row blocks of at most ROWS_PER_BLOCK rows
-             ->  each cut along ranks (shrink) or columns (expand), if there are too few blocks
+    adapter_ids  ->  segments, by a stable sort; Segments made once skip this step
+                 ->  the slot and rank of each segment's adapter
+                 ->  row blocks of at most ROWS_PER_BLOCK rows
+                 ->  each cut along ranks (shrink) or columns (expand), if there are too few blocks
 
 How a batch is cut never changes a result: cuts fall between the kernels' own units, and rows do
 not meet in any sum (see kernels/loops.py, kernels/tiles.py).
@@ -9,28 +11,12 @@ not meet in any sum (see kernels/loops.py, kernels/tiles.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sgmv.kernels.call import (
-    BLOCKS,
-    IDS,
-    INTEGER,
-    LOADED,
-    RANKS,
-    ROWS,
-    SCRATCH,
-    SEGMENT_IDS,
-    SEGMENT_ROWS,
-    SEGMENTS_FIELDS,
-    SEQ_START,
-    SLOT_OF,
-    SLOTS,
-    THREADS,
-    S,
-)
-from sgmv.kernels.jit import jit, vector
+from sgmv.kernels.jit import jit, record, records, vector, where
+from sgmv.kernels.records import BLOCK, CALL, INTEGER, RANK_UNIT, SEGMENTS, TABLE
 
 BASE_ONLY = -1
 NO_SLOT = -1
@@ -125,7 +111,7 @@ def most_blocks(n: int) -> int:
 
 @jit()
 def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) -> int:
-    """Cut every segment into row blocks `(slot, r, first, last)`; returns how many there are.
+    """Cut every segment into row blocks, records of BLOCK; returns how many there are.
 
     seq_start (S+1,), slot (S,), rank (S,) of each segment; one of rank 0, or empty, gets no block.
     """
@@ -146,9 +132,10 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) 
         m = seq_start[s + 1] - start
         pieces = max(m // most, -(-m // ROWS_PER_BLOCK))
         for i in range(pieces):
-            blocks[count, 0], blocks[count, 1] = slot[s], rank[s]
-            blocks[count, 2] = start + m * i // pieces
-            blocks[count, 3] = start + m * (i + 1) // pieces
+            block = blocks[count]
+            block.slot, block.r = slot[s], rank[s]
+            block.first = start + m * i // pieces
+            block.last = start + m * (i + 1) // pieces
             count += 1
     return count
 
@@ -169,45 +156,98 @@ def cost(blocks: Any, widths: int) -> Any:
     """
     products, weights, rank = 0, 0, 0
     for b in range(blocks.shape[0]):
-        m, r = blocks[b, 3] - blocks[b, 2], blocks[b, 1]
-        products += m * r * widths
-        weights += r * widths
-        rank = max(rank, r)
+        block = blocks[b]
+        products += (block.last - block.first) * block.r * widths
+        weights += block.r * widths
+        rank = max(rank, block.r)
     return products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS, rank
 
 
-def scratch_size(n: int) -> int:
-    """The integers that the plan of n rows needs."""
-    return int(6 * n + 1 + 4 * most_blocks(n) + most_digits(n))
+class Views(NamedTuple):
+    """A plan's arrays, side by side in its memory."""
+
+    slot: Any  # (n,) of each segment
+    rank: Any  # (n,)
+    rows: Any  # (n,) the segments themselves, where they are made here
+    seq_start: Any  # (n + 1,)
+    segment_ids: Any  # (n,)
+    target: Any  # (n,) scratch of the sort
+    digits: Any  # (most_digits(n),)
+    blocks: Any  # (most_blocks(n),)
 
 
 @jit()
-def plan(fields: Any, layer: Any, segments: int, ids: int, n: int) -> Any:
-    """Find the batch's segments, their slots and row blocks; returns how many, -1 if it cannot."""
-    scratch = vector(fields[SCRATCH], 5 * n, INTEGER)
-    slot, rank = scratch[:n], scratch[n : 2 * n]
-    rest = fields[SCRATCH] + 5 * n * 8
+def views(scratch: int, n: int) -> Any:
+    """The arrays of a plan of n rows, in the memory at `scratch`."""
+    slot = vector(scratch, n, INTEGER)
+    rank = vector(end_of(slot), n, INTEGER)
+    rows = vector(end_of(rank), n, INTEGER)
+    seq_start = vector(end_of(rows), n + 1, INTEGER)
+    segment_ids = vector(end_of(seq_start), n, INTEGER)
+    target = vector(end_of(segment_ids), n, INTEGER)
+    digits = vector(end_of(target), most_digits(n), INTEGER)
+    blocks = records(BLOCK, end_of(digits), most_blocks(n))
+    return Views(slot, rank, rows, seq_start, segment_ids, target, digits, blocks)
+
+
+@jit()
+def end_of(array: Any) -> Any:
+    """The address behind the array's last element."""
+    return where(array) + array.nbytes
+
+
+@jit()
+def scratch_size(n: int) -> Any:
+    """The bytes that the plan of n rows needs."""
+    start = 64  # an address like any other: nothing is read there
+    return end_of(views(start, n).blocks) - start
+
+
+@jit()
+def plan(address: int, segments: int, ids: int, n: int) -> Any:
+    """Write the call's row blocks; False if an id is not known.
+
+    segments, ids  the address of SEGMENTS, and 0; or 0, and that of n adapter ids
+    """
+    call = record(CALL, address)
+    table = record(TABLE, call.table)
+    found = views(call.scratch, n)
+    rows, seq_start, segment_ids = found.rows, found.seq_start, found.segment_ids
     if segments != 0:
-        made = vector(segments, SEGMENTS_FIELDS, INTEGER)
-        count = made[S]
-        fields[ROWS] = made[SEGMENT_ROWS]
-        seq_start = vector(made[SEQ_START], count + 1, INTEGER)
-        segment_ids = vector(made[SEGMENT_IDS], count, INTEGER)
+        made = record(SEGMENTS, segments)
+        count = made.count
+        rows = vector(made.rows, n, INTEGER)
+        seq_start = vector(made.seq_start, count + 1, INTEGER)
+        segment_ids = vector(made.adapter_ids, count, INTEGER)
     else:
-        fields[ROWS] = fields[SCRATCH] + 2 * n * 8
-        seq_start = vector(rest, n + 1, INTEGER)
-        segment_ids = scratch[3 * n : 4 * n]
-        digits = vector(rest + 8 * (n + 1), most_digits(n), INTEGER)
-        rows, target = scratch[2 * n : 3 * n], scratch[4 * n :]
-        count = sort(vector(ids, n, INTEGER), rows, seq_start, segment_ids, target, digits)
+        given = vector(ids, n, INTEGER)
+        count = sort(given, rows, seq_start, segment_ids, found.target, found.digits)
         if count > 0 and segment_ids[0] < BASE_ONLY:
-            return -1
-    rest += 8 * (n + 1 + most_digits(n))
-    fields[BLOCKS] = rest
-    known = vector(layer[IDS], layer[LOADED], INTEGER)
-    slots = vector(layer[SLOT_OF], layer[LOADED], INTEGER)
-    ranks = vector(layer[RANKS], layer[SLOTS], INTEGER)
-    if find(known, slots, ranks, segment_ids[:count], slot, rank) > 0:
-        return -1
-    blocks = vector(rest, 4 * most_blocks(n), INTEGER).reshape((most_blocks(n), 4))
-    return row_blocks(seq_start, slot[:count], rank[:count], fields[THREADS], blocks)
+            return False
+    call.x_rows = call.y_rows = where(rows)
+    known = vector(table.ids, table.loaded, INTEGER)
+    slot_of = vector(table.slot_of, table.loaded, INTEGER)
+    ranks = vector(table.ranks, table.slots, INTEGER)
+    if find(known, slot_of, ranks, segment_ids[:count], found.slot, found.rank) > 0:
+        return False
+    slot, rank = found.slot[:count], found.rank[:count]
+    call.blocks = where(found.blocks)
+    call.block_count = row_blocks(seq_start, slot, rank, call.threads, found.blocks)
+    return True
+
+
+@jit()
+def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
+    """Cut the blocks into tasks; returns what all of them cost one core, in nanoseconds.
+
+    Where that is less than is worth sharing, one thread gets the blocks whole.
+    """
+    call = record(CALL, address)
+    table = record(TABLE, call.table)
+    widths = table.h_in * table.slices if call.shrink != 0 else 0
+    widths += table.h_out if call.expand != 0 else 0
+    cost_ns, rank = cost(records(BLOCK, call.blocks, call.block_count), widths)
+    threads = call.threads if cost_ns >= worth_sharing_ns else 1
+    call.shrink_cuts = cuts(call.block_count, -(-rank // RANK_UNIT), threads)
+    call.expand_cuts = cuts(call.block_count, -(-table.h_out // table.panel_columns), threads)
+    return cost_ns

@@ -45,39 +45,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sgmv.kernels.atomics import add_atomic
-from sgmv.kernels.call import (
-    BLOCK_COUNT,
-    EXPAND_CUTS,
-    EXPAND_NEXT,
-    FIELDS,
-    FLOAT64,
-    H_IN,
-    H_OUT,
-    INTEGER,
-    PANEL,
-    RANK_UNIT,
-    ROWS,
-    SCALINGS,
-    SHRINK_CUTS,
-    SHRINK_DONE,
-    SHRINK_NEXT,
-    SLICES,
-    V_STRIDE,
-    WA,
-    X_STRIDE,
-    Y_STRIDE,
-    V,
-    X,
-    Y,
-    block_of,
-    claim,
-    cut_of,
-    item,
-)
 from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
-from sgmv.kernels.jit import INT64, entry, jit, size_of, vector
+from sgmv.kernels.jit import INT64, entry, jit, record, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
+from sgmv.kernels.records import CALL, FLOAT64, PANEL, TABLE
+from sgmv.kernels.tasks import NONE, claim_expand, claim_shrink, finish_shrink, item
 
 # Registers: 32 of 512 bits, or 16 of 256, and a tile's sums take three quarters of them.
 WIDE = LANES == 16
@@ -138,9 +110,9 @@ def shrink_tiles(typingctx, x_like, w_like, call, p, count, wa, low, high, k, wi
     def codegen(context, builder, signature, args):
         e = Emit(builder)
         call, p, count, wa, low, high, k, width = args[2:]
-        x, x_stride, v, v_stride, rows, h_in = (
-            e.integer(e.add(call, 8 * field)) for field in (X, X_STRIDE, V, V_STRIDE, ROWS, H_IN)
-        )
+        x, x_stride, v, v_stride = e.fields(CALL, call, "x", "x_stride", "v", "v_stride")
+        rows, table = e.fields(CALL, call, "x_rows", "table")
+        [h_in] = e.fields(TABLE, table, "h_in")
         x = e.add(x, e.multiply(k, size(x_like)))
         w = e.add(wa, e.multiply(k, size(w_like)))
         w_stride = e.multiply(h_in, size(w_like))
@@ -219,9 +191,8 @@ def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low,
     def codegen(context, builder, signature, args):
         e = Emit(builder)
         call, p, count, wb, r, scaling, low, high = args[2:]
-        y, y_stride, v, v_stride, rows = (
-            e.integer(e.add(call, 8 * field)) for field in (Y, Y_STRIDE, V, V_STRIDE, ROWS)
-        )
+        y, y_stride, v, v_stride = e.fields(CALL, call, "y", "y_stride", "v", "v_stride")
+        [rows] = e.fields(CALL, call, "y_rows")
         rows = e.add(rows, e.multiply(p, 8))
         v = e.add(v, e.multiply(v_stride, p))
         scale = e.everywhere(scaling)
@@ -266,27 +237,25 @@ def shrink_kernel(x_like: Any, w_like: Any) -> int:
     """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block."""
 
     def tiles_shrink(address, limit):
-        call = vector(address, FIELDS, INTEGER)
+        table = record(TABLE, record(CALL, address).table)
+        row = table.h_in * size_of(w_like)
         for _ in range(limit):
-            task = claim(address, SHRINK_NEXT)
-            if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+            task = claim_shrink(address)
+            if task.number == NONE:
                 return
-            slot, r, first, last = block_of(call, task, call[SHRINK_CUTS])
-            low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)
-            row = call[H_IN] * size_of(w_like)
-            groups = -(-(last - first) // MOST_ROWS)
-            for k in range(0, call[H_IN], K_BLOCK):
-                width = min(K_BLOCK, call[H_IN] - k)
-                p = first
+            groups = -(-(task.last - task.first) // MOST_ROWS)
+            for k in range(0, table.h_in, K_BLOCK):
+                width = min(K_BLOCK, table.h_in - k)
+                p = task.first
                 for g in range(groups):
-                    count = (last - p) // (groups - g)
-                    for s in range(call[SLICES]):  # x is read once, and stays in L1 for the others
-                        j = s * r  # in v; wa is told as if its ranks began there
-                        wa = item(call[WA], slot * call[SLICES] + s) - j * row
-                        cut = j + low, j + high
+                    count = (task.last - p) // (groups - g)
+                    for s in range(table.slices):  # x is read once, and stays in L1 for the others
+                        j = s * task.r  # in v; wa is told as if its ranks began there
+                        wa = item(table.wa, task.slot * table.slices + s) - j * row
+                        cut = j + task.low, j + task.high
                         shrink_tiles(x_like, w_like, address, p, count, wa, *cut, k, width)
                     p += count
-            add_atomic(address + 8 * SHRINK_DONE, 1)
+            finish_shrink(address)
 
     return entry(tiles_shrink)
 
@@ -301,25 +270,23 @@ def expand_kernel(w_like: Any, y_like: Any) -> int:
     """The kernel y += scaling * v @ wb: up to `limit` tasks of the call, row block by row block."""
 
     def tiles_expand(address, limit):
-        call = vector(address, FIELDS, INTEGER)
-        rank = plain_rank(call)
+        table = record(TABLE, record(CALL, address).table)
+        rank = plain_rank(address)
         room = scratch(rank, chunk_of(rank, w_like), w_like)
         for _ in range(limit):
-            task = claim(address, EXPAND_NEXT)
-            if task >= call[BLOCK_COUNT] * call[EXPAND_CUTS]:
+            task = claim_expand(address)
+            if task.number == NONE:
                 return
-            slot, r, first, last = block_of(call, task, call[EXPAND_CUTS])
-            low, high = cut_of(task, call[EXPAND_CUTS], call[H_OUT], PANEL)
-            scaling = np.float32(vector(call[SCALINGS] + 8 * slot, 1, FLOAT64)[0])
-            groups = -(-(last - first) // MOST_ROWS)
-            chunk = chunk_of(r, w_like)
-            for c in range(low, high, chunk):
-                end = min(c + chunk, high)
-                wb = panels(call, slot, r, c, end, room, w_like)
-                p = first
+            scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
+            groups = -(-(task.last - task.first) // MOST_ROWS)
+            chunk = chunk_of(task.r, w_like)
+            for c in range(task.low, task.high, chunk):
+                end = min(c + chunk, task.high)
+                wb = panels(table, task.slot, task.r, c, end, room, w_like)
+                p = task.first
                 for g in range(groups):
-                    count = (last - p) // (groups - g)
-                    expand_tiles(w_like, y_like, address, p, count, wb, r, scaling, c, end)
+                    count = (task.last - p) // (groups - g)
+                    expand_tiles(w_like, y_like, address, p, count, wb, task.r, scaling, c, end)
                     p += count
 
     return entry(tiles_expand)

@@ -459,7 +459,7 @@ KEPT = {  # what lasts as long as the process, and why it cannot grow
     "sgmv.dtypes.bits_of": "four float types",
     "sgmv.kernels.disk._logged": "kinds of problem, which the code names",
     "sgmv.kernels.jit._entries": "compiled functions, of mixes of float types",
-    "sgmv.launch._idle": "as many as calls have run at once, each of the size of a call",
+    "sgmv.workspace._idle": "as many as calls have run at once, each of the size of a call",
     "sgmv.memory._chunks": "of chunks that are alive",
     "sgmv.serving.slots._all": "of slots that are alive",
     "sgmv.stack._stacks": "of stacks that are alive",

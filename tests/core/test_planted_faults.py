@@ -31,8 +31,8 @@ SMALL_CASES = [
 # Small blocks everywhere, so that a case of 40 columns and 20 rows has several.
 SMALL_BLOCKS = (
     Fault("kernels.loops", "K_BLOCK = 1024", "K_BLOCK = 16"),
-    Fault("kernels.call", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
-    Fault("kernels.call", "RANK_UNIT = 8", "RANK_UNIT = 4"),
+    Fault("kernels.records", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
+    Fault("kernels.records", "RANK_UNIT = 8", "RANK_UNIT = 4"),
     Fault("kernels.plan", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
     Fault("kernels.plan", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
     Fault("launch", "WORTH_SHARING_NS = 20_000", "WORTH_SHARING_NS = 0"),
@@ -43,8 +43,8 @@ FAULTS = {
     # shrink
     "the last K block is dropped": Fault(
         "kernels.loops",
-        "range(0, call[H_IN], K_BLOCK)",
-        "range(0, call[H_IN] - call[H_IN] % K_BLOCK, K_BLOCK)",
+        "range(0, table.h_in, K_BLOCK)",
+        "range(0, table.h_in - table.h_in % K_BLOCK, K_BLOCK)",
     ),
     "K blocks overwrite instead of adding": Fault(
         "kernels.loops", "v[0] += sums[0]", "v[0] = sums[0]"
@@ -52,18 +52,16 @@ FAULTS = {
     "the third rank of four is lost": Fault("kernels.loops", "v[2] += sums[2]", "v[2] += sums[1]"),
     "v is not cleared": Fault("kernels.loops", "v[:4] = 0", "pass"),
     "x is read in sorted order": Fault(
-        "kernels.loops", "item(call[ROWS], p) * call[X_STRIDE]", "p * call[X_STRIDE]"
+        "kernels.loops", "item(call.x_rows, p) * call.x_stride", "p * call.x_stride"
     ),
     "the last row of a task is dropped in shrink": Fault(
         "kernels.loops",
-        "for p in range(first, last):\n",
-        "for p in range(first, max(first + 1, last - 1)):\n",
+        "for p in range(task.first, task.last):\n",
+        "for p in range(task.first, max(task.first + 1, task.last - 1)):\n",
     ),
-    "ranks past the end are read": Fault(
-        "kernels.loops", "min(j + 1, high - 1) * row", "(high - 1) * row"
-    ),
+    "ranks past the end are read": Fault("kernels.loops", "min(j + 1, last) * row", "last * row"),
     "every cut of the ranks is the first": Fault(
-        "kernels.loops", "v[j:], sums", "v[j - low :], sums"
+        "kernels.loops", "v[j:], sums", "v[j - task.low :], sums"
     ),
     # expand
     "y is overwritten": Fault(
@@ -71,10 +69,10 @@ FAULTS = {
     ),
     "the scaling is dropped": Fault("kernels.loops", "+ scaling * sums[c]", "+ sums[c]"),
     "the first slot's scaling for all": Fault(
-        "kernels.loops", "call[SCALINGS] + 8 * slot", "call[SCALINGS]"
+        "kernels.loops", "table.scalings + 8 * task.slot", "table.scalings"
     ),
     "y is written in sorted order": Fault(
-        "kernels.loops", "item(call[ROWS], p + i) * call[Y_STRIDE]", "(p + i) * call[Y_STRIDE]"
+        "kernels.loops", "item(call.y_rows, p + i) * call.y_stride", "(p + i) * call.y_stride"
     ),
     "sums carry over to the next rows": Fault("kernels.loops", "sums[:] = 0", "pass"),
     "the ranks of a full four are added twice": Fault(
@@ -84,7 +82,9 @@ FAULTS = {
         "kernels.loops", "v[i, in_fours:r], wb[in_fours:]", "v[i, in_fours:r], wb"
     ),
     "the columns' last panel is read as a whole one": Fault(
-        "kernels.loops", "width = min(columns, high - c)", "width = min(columns, high - low)"
+        "kernels.loops",
+        "width = min(columns, task.high - c)",
+        "width = min(columns, task.high - task.low)",
     ),
     "subnormal halves are flushed": Fault(
         "kernels.floats", "half = np.uint32(shifted - ONE_HALF)", "half = np.uint32(0)"
@@ -103,34 +103,36 @@ FAULTS = {
     ),
     "high digits of the ids are not sorted": Fault("kernels.plan", "shift < 64", "shift < 4"),
     "the plan's memory is too near the blocks": Fault(
-        "kernels.plan", "rest += 8 * (n + 1 + most_digits(n))", "rest += 8 * (n - 1)"
+        "kernels.plan",
+        "blocks = records(BLOCK, end_of(digits),",
+        "blocks = records(BLOCK, end_of(rows),",
     ),
     # tasks
     "row blocks overlap": Fault(
         "kernels.plan",
-        "blocks[count, 2] = start + m * i // pieces",
-        "blocks[count, 2] = max(seq_start[0], start + m * i // pieces - 1)",
+        "block.first = start + m * i // pieces",
+        "block.first = max(seq_start[0], start + m * i // pieces - 1)",
     ),
     "a segment's last row has no task": Fault(
         "kernels.plan",
-        "blocks[count, 3] = start + m * (i + 1) // pieces",
-        "blocks[count, 3] = start + max(1, m * (i + 1) // pieces - 1)",
+        "block.last = start + m * (i + 1) // pieces",
+        "block.last = start + max(1, m * (i + 1) // pieces - 1)",
     ),
     "rank 0 is scheduled": Fault(
         "kernels.plan", "if rank[s] == 0:\n            continue", "if False:\n            continue"
     ),
     "the columns' last block is cut off": Fault(
-        "kernels.call",
+        "kernels.tasks",
         "min(units * (part + 1) // cuts * unit, extent)",
         "min(units * (part + 1) // cuts * unit, extent - (cuts > 1))",
     ),
     "every cut begins where the block does": Fault(
-        "kernels.call", "return units * part // cuts * unit,", "return 0,"
+        "kernels.tasks", "return units * part // cuts * unit,", "return 0,"
     ),
     "ranks are not cut by the rank of their own block": Fault(
-        "kernels.loops",
-        "low, high = cut_of(task, call[SHRINK_CUTS], r, RANK_UNIT)",
-        "low, high = cut_of(task, call[SHRINK_CUTS], r // 8 * 8 or r, RANK_UNIT)",
+        "kernels.tasks",
+        "call.shrink_cuts, block.r, RANK_UNIT)",
+        "call.shrink_cuts, block.r // 8 * 8 or block.r, RANK_UNIT)",
     ),
     "every id is served by the first slot": Fault(
         "kernels.plan",
@@ -160,11 +162,11 @@ FAULTS = {
     # same row, same bits
     "a row's order of summation depends on its company": Fault(
         "kernels.loops",
-        "for k in range(0, call[H_IN], K_BLOCK):\n"
-        "                width = min(K_BLOCK, call[H_IN] - k)",
-        "K = K_BLOCK + (last - first) % 3\n"
-        "            for k in range(0, call[H_IN], K):\n"
-        "                width = min(K, call[H_IN] - k)",
+        "for k in range(0, table.h_in, K_BLOCK):\n"
+        "                width = min(K_BLOCK, table.h_in - k)",
+        "K = K_BLOCK + (task.last - task.first) % 3\n"
+        "            for k in range(0, table.h_in, K):\n"
+        "                width = min(K, table.h_in - k)",
     ),
 }
 

@@ -12,9 +12,9 @@ import pytest
 
 import sgmv
 from reference.workloads import Workload, integer, popularity, real
-from sgmv import launch
+from sgmv import workspace
 from sgmv.kernels import emit, loops, tiles
-from sgmv.kernels.call import PANEL, RANK_UNIT, WIDE_PANEL
+from sgmv.kernels.records import PANEL, RANK_UNIT, WIDE_PANEL
 from tests.conftest import JITTED
 from tests.help.acceptance import (
     assert_same_bits,
@@ -138,7 +138,7 @@ def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -
     for backend in backends_of(case):
         y = case.y.copy()
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "_idle", [])  # no workspace that an earlier call has filled
+            patch.setattr(workspace, "_idle", [])  # no workspace that an earlier call has filled
             patch.setattr(np, "empty", poisoned)
             sgmv.add_lora(y, case.x, stack, case.adapter_ids, backend=backend)
         check(case, y, backend)

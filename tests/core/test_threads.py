@@ -48,7 +48,7 @@ def test_where_there_is_no_futex_either_a_call_runs_alone_and_says_so_once() -> 
     program = (
         CALL
         + "import _thread\nfrom sgmv import workers\n"
-        + "workers.pool.fields[workers.SYSCALL] = 0\n"
+        + "workers.pool.fields['syscall'] = 0\n"
         + "_thread.start_new_thread = lambda *arguments: None\n"
         + "print(call(), call(), len(workers.pool.helpers))"
     )

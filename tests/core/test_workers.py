@@ -26,20 +26,12 @@ from reference.workloads import popularity, real
 from sgmv import launch, tensors, workers
 from sgmv.backend import Kernels
 from sgmv.errors import SgmvError
-from sgmv.kernels import plan, start
+from sgmv.kernels import call, plan
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause
-from sgmv.kernels.call import (
-    BLOCK_COUNT,
-    FIELDS,
-    INTEGER,
-    SHRINK_CUTS,
-    SHRINK_DONE,
-    SHRINK_NEXT,
-    V,
-    claim,
-)
-from sgmv.kernels.jit import JITTED, entry, jit, vector
-from sgmv.kernels.pool import GATE, INSIDE, SHUT, SLEEPERS, SYSCALL
+from sgmv.kernels.jit import JITTED, entry, jit, record, vector
+from sgmv.kernels.pool import SHUT
+from sgmv.kernels.records import CALL, INTEGER
+from sgmv.kernels.tasks import NONE, claim_shrink, finish_shrink
 from sgmv.launch import WORTH_SHARING_NS
 from sgmv.tensors import as_array
 from sgmv.threads import NativeThread
@@ -70,8 +62,7 @@ SECOND = 100_000_000  # turns of a loop that only looks at memory: a second, or 
 
 @jit()
 def meet(address: int, limit: int) -> None:
-    call = vector(address, FIELDS, INTEGER)
-    seen = call[V]
+    seen = record(CALL, address).v
     counts = vector(seen, TASKS, INTEGER)
     add_atomic(seen + 8 * ENTERED, 1)
     turns = 0
@@ -79,15 +70,15 @@ def meet(address: int, limit: int) -> None:
         pause()
         turns += 1
     for _ in range(limit):
-        task = claim(address, SHRINK_NEXT)
-        if task >= call[BLOCK_COUNT] * call[SHRINK_CUTS]:
+        task = claim_shrink(address)
+        if task.number == NONE:
             return
         add_atomic(seen + 8 * BEGUN, 1)
         turns = 0
         while turns < counts[TURNS] and load_atomic(seen + 8 * TURNS) > 0:
             turns += 1
-        add_atomic(seen + 8 * (TASKS + task), 1)
-        add_atomic(address + 8 * SHRINK_DONE, 1)
+        add_atomic(seen + 8 * (TASKS + task.number), 1)
+        finish_shrink(address)
 
 
 def kernel(address: int, limit: int) -> None:
@@ -118,7 +109,7 @@ class Meeting:
         self.v[0, [EXPECTED, PATIENCE, TURNS]] = expected, patience, turns
 
     def call(self) -> None:
-        launch.launch(self.kernels, self.stack.table, self.ids, self.v, None, self.v)
+        launch.run_shrink(self.kernels, self.stack.table, self.ids, self.v, self.v)
 
     def check_all_come(self) -> None:
         self.call()
@@ -168,8 +159,8 @@ def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     else:
         fresh = workers.Pool()
     if request.param == "bell":
-        fresh.fields[SYSCALL] = 0
-    elif fresh.fields[SYSCALL] == 0:
+        fresh.fields["syscall"] = 0
+    elif fresh.fields["syscall"][0] == 0:
         pytest.skip("this system has no futex")
     monkeypatch.setattr(workers, "pool", fresh)
     yield fresh
@@ -178,7 +169,7 @@ def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def sleepers(pool: workers.Pool) -> int:
-    return int(pool.fields[SLEEPERS]) + pool.asleep
+    return int(pool.fields[0].sleepers) + pool.asleep
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -217,7 +208,6 @@ def test_threads_up_and_down_between_calls(kernels: Kernels, pool: workers.Pool)
 
 @jitted
 @on_a_bell
-@pytest.mark.xfail(strict=True, reason="the bell rings before the gate opens: helpers doze off")
 def test_the_bell_wakes_helpers_to_an_open_gate(
     kernels: Kernels, pool: workers.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +216,7 @@ def test_the_bell_wakes_helpers_to_an_open_gate(
     release = pool.bell.release
 
     def ring(n: int = 1) -> None:
-        gates.append(int(pool.fields[GATE]))
+        gates.append(int(pool.fields[0].gate))
         release(n)
 
     monkeypatch.setattr(pool.bell, "release", ring)
@@ -254,12 +244,12 @@ def test_small_work_wakes_nobody(
     small = np.ones((1, 8), "f"), np.ones((2, 8), "f"), np.ones((8, 2), "f")
     for _ in range(3):
         Meeting(kernels, rows=200, expected=2).check_all_come()
-        wait_until(lambda: pool.fields[SLEEPERS] == 1)
+        wait_until(lambda: pool.fields[0].sleepers == 1)
         sgmv.lora_delta(*small, 1.0)
         # A helper that was woken would spin at the gate first.
         end = time.monotonic() + 0.05
         while time.monotonic() < end:
-            assert pool.fields[SLEEPERS] == 1
+            assert pool.fields[0].sleepers == 1
 
 
 @jitted
@@ -424,8 +414,8 @@ def interrupted_call(meeting: Meeting, pool: workers.Pool) -> None:
 
 def check_nobody_works(meeting: Meeting, pool: workers.Pool) -> None:
     """No task runs any more, and none was left half done."""
-    assert pool.fields[INSIDE] == 0
-    assert pool.fields[GATE] == SHUT
+    assert pool.fields[0].inside == 0
+    assert pool.fields[0].gate == SHUT
     before = meeting.v.copy()
     time.sleep(0.05)
     np.testing.assert_array_equal(meeting.v, before)
@@ -462,7 +452,7 @@ def test_a_failure_is_raised_after_all_have_stopped(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "resume", fail)
+        patch.setattr(call, "resume", fail)
         with pytest.raises(MemoryError):
             meeting.call()
     assert meeting.begun < 520
@@ -499,7 +489,7 @@ def test_ctrl_c_ends_a_program_that_runs_kernels() -> None:
 def test_long_work_is_cut_into_batches_that_hear_signals(kernels: Kernels) -> None:
     """The kernel is entered anew about every BETWEEN_SIGNALS_NS of estimated work."""
     sgmv.set_num_threads(1)
-    products = 10 * start.BETWEEN_SIGNALS_NS * plan.PRODUCTS_PER_NS
+    products = 10 * call.BETWEEN_SIGNALS_NS * plan.PRODUCTS_PER_NS
     meeting = Meeting(kernels, rows=products // (512 * 2048))
     meeting.call()
     meeting.check_done_once()
@@ -554,7 +544,6 @@ def seconds_to_exit(program: str) -> float:
 HELPERS = """
 import numpy as np, sgmv, sys, threading, time
 from sgmv import workers
-from sgmv.kernels.pool import SLEEPERS, SYSCALL
 sgmv.set_num_threads(3)
 x = np.ones((200, 1000), 'f')
 def call(): return sgmv.lora_delta(x, x[:64], np.ones((1000, 64), 'f'), 1.0)
@@ -562,7 +551,9 @@ def call(): return sgmv.lora_delta(x, x[:64], np.ones((1000, 64), 'f'), 1.0)
 ENDS = {
     "no call": "",
     "helpers spin": "call()",
-    "helpers sleep": "call()\nwhile workers.pool.fields[SLEEPERS] + workers.pool.asleep < 2: pass",
+    "helpers sleep": (
+        "call()\nwhile workers.pool.fields[0].sleepers + workers.pool.asleep < 2: pass"
+    ),
     "a thread calls": (
         "def forever():\n    while True: call()\n"
         "call()\nthreading.Thread(target=forever, daemon=True).start()\ntime.sleep(0.05)"
@@ -575,7 +566,7 @@ ENDS = {
 @pytest.mark.parametrize("futex", ["futex", "bell"])
 @pytest.mark.parametrize("end", ENDS)
 def test_the_interpreter_ends_promptly_and_silently(end: str, futex: str) -> None:
-    bell = "" if futex == "futex" else "workers.pool.fields[SYSCALL] = 0\n"
+    bell = "" if futex == "futex" else "workers.pool.fields['syscall'] = 0\n"
     # What an interpreter with these imports takes, plus the time of a loaded machine.
     assert seconds_to_exit(HELPERS + bell + ENDS[end]) < 5
 

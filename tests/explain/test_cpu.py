@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sgmv
+from sgmv import workspace
 from sgmv.explain import cpu
-from sgmv.kernels.call import BLOCK_COUNT, BLOCKS, EXPAND_CUTS, INTEGER, SHRINK_CUTS
-from sgmv.kernels.jit import vector
+from sgmv.kernels.jit import records
+from sgmv.kernels.records import BLOCK
 from tests.conftest import JITTED
 from tests.help.explained import ask, check_group, check_tasks, few, ids_lists
 
@@ -28,19 +29,18 @@ def test_group_tells_every_row_once(ids: list[int]) -> None:
 
 def plan_of_a_call(ids: list[int], rank: int, h_out: int, threads: int) -> dict[str, Any]:
     """The row blocks and cuts that a real call has left in its workspace."""
-    launch = sys.modules["sgmv.launch"]
     used = sorted({i for i in ids if i != -1})
     A, B = np.zeros((rank, 8), "f"), np.zeros((h_out, rank), "f")
     stack = sgmv.AdapterStack.from_adapters(dict.fromkeys(used, (A, B)), h_in=8, h_out=h_out)
     sgmv.set_num_threads(threads)
     y = np.zeros((len(ids), h_out), "f")
     sgmv.add_lora(y, np.zeros((len(ids), 8), "f"), stack, np.array(ids, np.int64))
-    call = launch._idle[-1].call
-    blocks = vector(int(call[BLOCKS]), int(call[BLOCK_COUNT]) * 4, INTEGER).reshape(-1, 4)
+    [call] = workspace._idle[-1].call
+    blocks = records(BLOCK, call.blocks, call.block_count)
     return {
         "blocks": [(used[slot], first, last) for slot, _, first, last in blocks.tolist()],
-        "shrink_cuts": call[SHRINK_CUTS],
-        "expand_cuts": call[EXPAND_CUTS],
+        "shrink_cuts": call.shrink_cuts,
+        "expand_cuts": call.expand_cuts,
     }
 
 

@@ -24,8 +24,8 @@ from sgmv import backend, launch, table
 from sgmv.checks import check_matrix
 from sgmv.errors import SgmvError
 from sgmv.kernels import emit, tiles
-from sgmv.kernels.call import PANEL
 from sgmv.kernels.jit import JITTED, VECTOR_BITS
+from sgmv.kernels.records import PANEL
 from tests.help import acceptance
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of
 from tests.help.planting import outcome, replaced
@@ -134,8 +134,8 @@ def two_launches(
     """Shrink, then expand, with this very v between them."""
     kinds = [check_matrix(side, a).dtype for side, a in (("x", x), ("y", y))]
     kinds.insert(1, stack.dtype)
-    launch.launch(backend.kernels(name, *kinds[:2], None), stack.table, batch, x, None, v)
-    launch.launch(backend.kernels(name, None, *kinds[1:]), stack.table, batch, None, y, v)
+    launch.run_shrink(backend.kernels(name, *kinds[:2], None), stack.table, batch, x, v)
+    launch.run_expand(backend.kernels(name, None, *kinds[1:]), stack.table, batch, v, y)
 
 
 def check_guards(mixes: Iterable[tuple[str, ...]], edges: Iterable[tuple[int, int]]) -> None:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgmv.ids import NO_SLOT
-from sgmv.kernels.call import PANEL, RANK_UNIT, cut_of
 from sgmv.kernels.plan import (
     PRODUCTS_PER_NS,
     ROWS_PER_BLOCK,
@@ -21,6 +20,8 @@ from sgmv.kernels.plan import (
     most_blocks,
     row_blocks,
 )
+from sgmv.kernels.records import BLOCK, PANEL, RANK_UNIT
+from sgmv.kernels.tasks import cut
 
 GUARD = -99
 
@@ -29,9 +30,11 @@ def blocks_of(segments: list[tuple[int, int]], threads: int) -> np.ndarray:
     """The row blocks of segments (rows, rank), whose slots are 10, 11, 12, ..."""
     seq_start = np.cumsum([0, *(m for m, _ in segments)])
     rank = np.array([r for _, r in segments], np.int64)
-    room = np.full((most_blocks(int(seq_start[-1])) + 1, 4), GUARD)
+    room = np.zeros(most_blocks(int(seq_start[-1])) + 1, BLOCK)
+    for field in BLOCK.names:
+        room[field] = GUARD
     count = row_blocks(seq_start, np.arange(len(segments)) + 10, rank, threads, room)
-    assert (room[count:] == GUARD).all()
+    assert all((room[count:][field] == GUARD).all() for field in BLOCK.names)
     assert count < len(room)
     return room[:count]
 
@@ -46,7 +49,7 @@ def test_blocks_hold_every_row_of_a_rank_once(
 ) -> None:
     seq_start = np.cumsum([0, *(m for m, _ in segments)])
     done = np.zeros(seq_start[-1], int)
-    for slot, r, first, last in blocks_of(segments, threads):
+    for slot, r, first, last in blocks_of(segments, threads).tolist():
         s = slot - 10
         assert r == segments[s][1] > 0
         assert seq_start[s] <= first < last <= seq_start[s + 1]
@@ -66,14 +69,13 @@ def test_cuts_hold_every_rank_and_column_once(blocks: int, unit: int, threads: i
     """The blocks' ranks may differ: cuts are as many as the widest block takes."""
     for extent, widest in ((1, 1), (5, 17), (64, 64), (65, 65), (130, 140), (4096, 4096)):
         parts = cuts(blocks, -(-widest // unit), threads)
-        for block in range(blocks):
-            done = np.zeros(extent, int)
-            for part in range(parts):
-                low, high = cut_of(block * parts + part, parts, extent, unit)
-                assert low % unit == 0
-                assert high % unit == 0 or high == extent or low >= high
-                done[low:high] += 1
-            assert (done == 1).all()
+        done = np.zeros(extent, int)
+        for part in range(parts):
+            low, high = cut(part, parts, extent, unit)
+            assert low % unit == 0
+            assert high % unit == 0 or high == extent or low >= high
+            done[low:high] += 1
+        assert (done == 1).all()
 
 
 @pytest.mark.parametrize("threads", [2, 4])
@@ -93,7 +95,7 @@ def test_many_rows_need_no_cuts(threads: int) -> None:
 
 def test_one_thread_gets_whole_segments() -> None:
     blocks = blocks_of([(40, 64), (9, 3)], 1)
-    np.testing.assert_array_equal(blocks, [[10, 64, 0, 40], [11, 3, 40, 49]])
+    assert blocks.tolist() == [(10, 64, 0, 40), (11, 3, 40, 49)]
     assert cuts(2, 8, 1) == 1
 
 
@@ -110,7 +112,7 @@ def test_the_cost_is_that_of_the_segments(
     blocks = blocks_of(segments, threads)
     cost_ns, rank = cost(blocks, widths)
     products = widths * sum(m * r for m, r in segments)
-    weights = widths * sum(r for _, r, _, _ in blocks)
+    weights = widths * sum(r for _, r, _, _ in blocks.tolist())
     assert cost_ns == products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS
     assert rank == max((r for _, r in segments), default=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -67,18 +68,23 @@ def test_several_slices_are_one_shrink(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that x is read once."""
-    launches: list[Any] = []
-    launch = products.launch
+    launches: list[str] = []
 
-    def counted(kernels: Any, *operands: Any) -> None:
-        launches.append((kernels.shrink != 0, kernels.expand != 0))
-        launch(kernels, *operands)
+    def counted(name: str) -> Callable[..., None]:
+        run = getattr(products, name)
 
-    monkeypatch.setattr(products, "launch", counted)
+        def counting(*operands: Any) -> None:
+            launches.append(name)
+            run(*operands)
+
+        return counting
+
+    for name in ("run_shrink", "run_expand"):
+        monkeypatch.setattr(products, name, counted(name))
     A, x = drawn(rng, (LORAS, 1, 4, 9), "f"), drawn(rng, (3, 9), "f")
     B, y = drawn(rng, (LORAS, 1, 7, 4), "f"), np.zeros((3, 21), "f")
     wrapper_of([0, 1, 2]).add_lora_linear(y, x, (A, A, A), (B, B, B), 1.0, (7, 7, 7))
-    assert launches == [(True, False)] + [(False, True)] * 3
+    assert launches == ["run_shrink"] + ["run_expand"] * 3
 
 
 def test_a_slice_that_does_not_fit_is_refused_before_the_others(rng: np.random.Generator) -> None:
@@ -115,7 +121,7 @@ FAULTS = {
         "strides = weights.outputs * size, size",
     ),
     "panels are gathered from column 0": Fault(
-        "kernels.panels", "gather(panel, wb + c * call[WB_COLUMN],", "gather(panel, wb,"
+        "kernels.panels", "gather(panel, wb + c * table.wb_column_stride,", "gather(panel, wb,"
     ),
     "what stood there is added, too": Fault(
         "compat.vllm.slices", "if not add_inputs:", "if add_inputs is None:"
@@ -125,7 +131,7 @@ FAULTS = {
     ),
 }
 SMALL = (
-    Fault("kernels.call", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
+    Fault("kernels.records", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
     Fault("kernels.loops", "K_BLOCK = 1024", "K_BLOCK = 16"),
 )
 

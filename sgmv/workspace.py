@@ -1,0 +1,50 @@
+"""The memory that a call needs beside its operands, and the next call reuses: record, plan, v.
+
+The plan's integers are some 120 bytes a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sgmv.kernels.call import address_of
+from sgmv.kernels.plan import scratch_size
+from sgmv.kernels.records import CALL, on_cache_lines
+
+
+class Workspace:
+    """The memory of one call at a time."""
+
+    def __init__(self) -> None:
+        self.call = on_cache_lines(CALL)
+        self.address = int(self.call.ctypes.data)
+        self._rows = self._v_bytes = self._v_address = 0
+
+    def plan_rows(self, n: int) -> None:
+        """Have room for the plan of n rows."""
+        if n > self._rows:
+            self._scratch = np.empty(scratch_size(n), np.uint8)
+            self.call["scratch"], self._rows = address_of(self._scratch), n
+
+    def v_of(self, size: int) -> int:
+        """The address of room for a v of so many bytes."""
+        if size > self._v_bytes:
+            self._v = np.empty(size // 4, np.float32)
+            self._v_bytes, self._v_address = size, address_of(self._v)
+        return self._v_address
+
+
+_idle: list[Workspace] = []  # as many as calls have run at once
+
+
+def take() -> Workspace:
+    """A workspace for one call."""
+    try:
+        return _idle.pop()
+    except IndexError:
+        return Workspace()
+
+
+def give_back(space: Workspace) -> None:
+    """The call is over, and no thread works in the workspace any more."""
+    _idle.append(space)

@@ -46,7 +46,7 @@ from benchmarks.record import (
 from benchmarks.timing import Budget, Deadline
 from reference.workloads import POPULARITIES
 from sgmv.console import Parser, at_least, number
-from sgmv.workers import cores
+from sgmv.cpu import cores
 
 OUTPUT = Path("bench-out")
 RED = 1

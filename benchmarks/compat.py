@@ -47,8 +47,8 @@ from reference import bounds, by_row, compare
 from reference.workloads import POPULARITIES
 from sgmv.compat import vllm
 from sgmv.console import Parser, at_least
+from sgmv.cpu import cores
 from sgmv.tensors import as_array
-from sgmv.workers import cores
 
 SCHEMA = 1
 PREFIX = "compat-"

@@ -32,7 +32,7 @@ from benchmarks.run import time_quietly, times_record
 from benchmarks.timing import Budget, Variant
 from reference import bounds, by_row, compare
 from sgmv.console import Parser, at_least
-from sgmv.workers import cores
+from sgmv.cpu import cores
 
 SCHEMA = 1
 PREFIX = "growth-"

@@ -41,8 +41,8 @@ from benchmarks.record import (
 from benchmarks.run import quietly, times_record
 from benchmarks.timing import summary
 from sgmv.console import Parser, at_least
+from sgmv.cpu import cores
 from sgmv.tensors import as_array
-from sgmv.workers import cores
 
 SCHEMA = 1
 PREFIX = "layer-"

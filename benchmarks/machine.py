@@ -14,7 +14,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from sgmv.workers import cores
+from sgmv.cpu import cores
 
 # The instruction sets that decide how fast such kernels can be.
 FLAGS = (

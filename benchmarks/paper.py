@@ -33,7 +33,7 @@ from benchmarks.record import Head, Times, is_quiet, record_head, significant, v
 from reference.workloads import POPULARITIES
 from sgmv import emulator
 from sgmv.console import Parser, at_least
-from sgmv.workers import cores
+from sgmv.cpu import cores
 
 SCHEMA = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.batch import Batch, consecutive
-from sgmv.workers import cores
+from sgmv.cpu import cores
 
 ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE = 101, 111, 112  # cblas.h
 INTEL_THREADS, GNU_THREADS, LP64 = 0, 3, 0  # mkl_service.h; LP64: integers of 32 bits

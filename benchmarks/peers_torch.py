@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.batch import Batch
 from benchmarks.peers_numpy import gather_refuses
-from sgmv.workers import cores
+from sgmv.cpu import cores
 
 Run = Callable[[NDArray[Any], NDArray[Any], Batch], None]
 

@@ -60,8 +60,8 @@ from benchmarks.timing import Budget, Variant, alternate, summary, turns
 from reference import bounds, by_row, compare
 from sgmv.compat.peft import accelerate
 from sgmv.console import Parser, at_least
+from sgmv.cpu import cores
 from sgmv.tensors import as_array
-from sgmv.workers import cores
 
 SCHEMA = 3
 PREFIX = "peft-"

@@ -6,24 +6,19 @@ SGMV_AMX=emulate computes the same bits without AMX, slowly, for tests.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import warnings
 from functools import cache
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 
+from sgmv import cpu
+from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels import amx
 from sgmv.kernels.amx_instructions import CPU, EMULATION
-from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
 from sgmv.kernels.records import BLOCK, CALL, TABLE
 from sgmv.kernels.tasks import EVERY_TASK, take_part
 from sgmv.settings import AMX
-
-# Linux's arch_prctl, and its request for tile registers in the threads of this process.
-ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18
 
 
 @cache
@@ -40,7 +35,7 @@ def is_on() -> bool:
 def told() -> str:
     """In words, for `info`: whether it is on, and if not, how it can be, or why not."""
     if unit() is None:
-        if not _has_amx():
+        if not cpu.has_amx():
             return "none in this CPU"
         if AMX.read() != "1":
             return "off; SGMV_AMX=1 in the environment turns it on"
@@ -57,20 +52,7 @@ def unit() -> Any:
         return None
     if asked == "emulate":
         return EMULATION
-    return CPU if _has_amx() and _is_permitted() else None
-
-
-def _has_amx() -> bool:
-    has = llvmlite.binding.get_host_cpu_features() if X86 else {}
-    return bool(has.get("amx-tile") and has.get("amx-bf16"))
-
-
-def _is_permitted() -> bool:
-    """Ask the system for tile registers; it says no where it does not know them."""
-    if not sys.platform.startswith("linux"):
-        return False
-    request = (ctypes.c_long(number) for number in (ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA))
-    return int(ctypes.CDLL(None).syscall(*request)) == 0
+    return CPU if cpu.has_amx() and cpu.permits_amx() else None
 
 
 def shrink_kernel() -> int:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sgmv import amx
+from sgmv.cpu import VECTOR_BITS
 from sgmv.dtypes import BITS, FLOAT64, sum_dtype
 from sgmv.errors import ValueRangeError
 from sgmv.kernels import loops, tiles
-from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.settings import BACKEND
 
 BACKENDS = ("amx", "tiles", "loops")

@@ -6,10 +6,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from sgmv.cpu import JITTED
 from sgmv.errors import SgmvError
 from sgmv.kernels.call import start
 from sgmv.kernels.disk import SUFFIX
-from sgmv.kernels.jit import JITTED
 
 
 def folder() -> Path | None:

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
-from pathlib import Path
 
 import llvmlite.binding
 import numba
 import numpy as np
 
-from sgmv import amx, cache, workers
+from sgmv import amx, cache, cpu, workers
 from sgmv.backend import choose
+from sgmv.cpu import VECTOR_BITS
 from sgmv.dtypes import BITS
 from sgmv.kernels.emit import LANES
-from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.tiles import COLUMN_VECTORS, RANKS
 from sgmv.terminal import Terminal
 
-CPUINFO = Path("/proc/cpuinfo")
 NAMES = " " * 14  # the width of their column
-TOLD = (
-    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
-    *("amx-tile", "amx-bf16"),
-)
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,6 @@ def info() -> Info:
     >>> sorted(info().backend) == ["bfloat16", "float16", "float32", "float64"]
     True
     """
-    found = llvmlite.binding.get_host_cpu_features()
     chosen = {
         dtype: choose(None, np.dtype("f8" if dtype == "float64" else "f4"), dtype == "bfloat16")
         for dtype in BITS
@@ -79,8 +70,8 @@ def info() -> Info:
     expand = ", ".join(f"{rows}x{LANES * vectors}" for rows, vectors in COLUMN_VECTORS.items())
     sleep = "a futex" if workers.pool.fields[0].syscall else "a semaphore"
     return Info(
-        cpu=f"{_cpu_name()}, {workers.cores()} cores",
-        features=" ".join(name for name in TOLD if found.get(name)) or "none that tiles could use",
+        cpu=f"{cpu.name()}, {cpu.cores()} cores",
+        features=cpu.told(),
         vectors=f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops",
         amx=amx.told(),
         backend=chosen,
@@ -91,22 +82,6 @@ def info() -> Info:
         versions=f"Python {platform.python_version()}, numba {numba.__version__}, "
         f"llvmlite {llvmlite.__version__}, numpy {np.__version__}",
     )
-
-
-def _cpu_name() -> str:
-    """As the operating system has it: LLVM's guess is the nearest CPU that LLVM knows."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    except OSError:  # not Linux
-        pass
-    if sys.platform == "darwin":
-        asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        if name := done.stdout.strip():
-            return name
-    return platform.processor() or platform.machine()
 
 
 def command(parser: ArgumentParser) -> Callable[[Namespace], str]:

@@ -17,10 +17,10 @@ import numpy as np
 
 from sgmv import workers, workspace
 from sgmv.backend import Kernels
+from sgmv.cpu import JITTED
 from sgmv.dtypes import Array, as_bits
 from sgmv.ids import Integers
 from sgmv.kernels import call
-from sgmv.kernels.jit import JITTED
 from sgmv.segment import Segments, segment
 from sgmv.table import SlotTable
 

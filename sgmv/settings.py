@@ -42,5 +42,5 @@ VECTOR_BITS = Setting(
     "`0`, `256`, `512`",
     "the CPU's",
     "The width of the vectors that tiles are compiled for; `0`: the plain loops alone.",
-)  # read by kernels/, which imports nothing from outside
+)  # read by kernels/cpu.py, which imports nothing from outside
 SETTINGS = (NUM_THREADS, BACKEND, AMX, VECTOR_BITS)

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sgmv.cpu import VECTOR_BITS
 from sgmv.dtypes import Array
 from sgmv.errors import UnknownAdapterError, some
 from sgmv.ids import Integers
-from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import UNKNOWN, find
 from sgmv.kernels.records import PANEL, TABLE, WIDE_PANEL
 from sgmv.memory import aligned

@@ -22,6 +22,7 @@ import numpy as np
 
 from sgmv import tensors
 from sgmv.checks import check_count
+from sgmv.cpu import cores
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.disk import logger
 from sgmv.kernels.jit import entry
@@ -39,13 +40,6 @@ SYSTEM_CALLS = {
 
 
 MOST_THREADS = 64 * CPU_WORDS  # as many as keep_clear has bits of cores for
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _initial_threads() -> int:

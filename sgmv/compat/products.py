@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sgmv.backend import kernels
 from sgmv.checks import check_dtype, check_matrix, check_y
+from sgmv.cpu import VECTOR_BITS
 from sgmv.dtypes import FLOAT64, Array, sum_dtype
 from sgmv.errors import (
     DtypeError,
@@ -31,7 +32,6 @@ from sgmv.errors import (
     some,
 )
 from sgmv.ids import BASE_ONLY, Integers, as_ids
-from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.launch import run_expand, run_shrink
 from sgmv.segment import Segments, segment
 from sgmv.table import SlotTable

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from sgmv import launch
+from sgmv.cpu import VECTOR_BITS
 from sgmv.explain.question import Facts, Question
 from sgmv.ids import BASE_ONLY, NO_SLOT
 from sgmv.kernels.emit import LANES
-from sgmv.kernels.jit import VECTOR_BITS
 from sgmv.kernels.plan import cost, cuts, most_blocks, row_blocks
 from sgmv.kernels.records import BLOCK, RANK_UNIT
 from sgmv.kernels.tasks import cut

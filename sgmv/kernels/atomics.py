@@ -12,7 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from sgmv.kernels.jit import INT64, X86
+from sgmv.kernels.cpu import X86
+from sgmv.kernels.jit import INT64
 
 _atomic = threading.Lock()
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from sgmv.kernels.jit import INT64, VECTOR_BITS
+from sgmv.kernels.cpu import VECTOR_BITS
+from sgmv.kernels.jit import INT64
 from sgmv.kernels.records import offset
 
 LANES = 8 if VECTOR_BITS == 256 else 16

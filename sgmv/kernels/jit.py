@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ from numba.core import event
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload
 
+from sgmv.kernels.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels.disk import KernelCache, logger
 
 # `contract` allows fused multiply-add. No nnan or ninf: NaN and inf must pass through.
@@ -39,24 +39,6 @@ IN_ORDER = frozenset({"contract"})
 # `reassoc` lets a sum run in vector lanes. It fixes the order per compiled loop, not per source
 # line, so only a loop that computes every element of its output may use it (see loops.py).
 ANY_ORDER = frozenset({"contract", "reassoc"})
-
-JITTED = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]  # set at import
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-
-
-def _vector_bits() -> int:
-    """Width of this CPU's vectors: 512, 256, or 0 where there are none that tiles could use."""
-    forced = os.environ.get("SGMV_VECTOR_BITS")
-    if forced in ("0", "256", "512"):
-        return int(forced)
-    has = llvmlite.binding.get_host_cpu_features() if JITTED and X86 else {}
-    if not (has.get("avx2") and has.get("fma") and has.get("f16c")):
-        return 0
-    wide = all(has.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
-    return 512 if wide else 256
-
-
-VECTOR_BITS = _vector_bits()
 
 
 def _digest_of_kernels() -> str:

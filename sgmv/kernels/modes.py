@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from sgmv.kernels.jit import X86
+from sgmv.kernels.cpu import X86
 
 ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 I32, I64 = ir.IntType(32), ir.IntType(64)

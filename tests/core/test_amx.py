@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
 
 import sgmv
 from reference.workloads import real
-from sgmv import amx, backend
+from sgmv import amx, backend, cpu
+from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.errors import SgmvError
 from sgmv.kernels.amx_instructions import CPU, EMULATION
-from sgmv.kernels.jit import JITTED, VECTOR_BITS
 from tests.help import acceptance
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -42,13 +40,13 @@ def test_bfloat16_alone_has_tile_products() -> None:
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the environment, by a CPU or a system without it, or by a trial that went wrong."""
     features = {"amx-tile": True, "amx-bf16": True}
-    monkeypatch.setattr(amx.llvmlite.binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(cpu, "features", lambda: features)
     for asked, permitted, expected in (
         ("0", True, None), ("", True, None), ("1", True, CPU), ("1", False, None),
         ("emulate", False, EMULATION),
     ):  # fmt: skip
         monkeypatch.setenv("SGMV_AMX", asked)
-        monkeypatch.setattr(amx, "_is_permitted", lambda permitted=permitted: permitted)
+        monkeypatch.setattr(cpu, "permits_amx", lambda permitted=permitted: permitted)
         assert type(amx.unit()) is type(expected)
         if expected is None:
             permission = "off; it needs the vector tiles, and Linux's permission"
@@ -68,9 +66,3 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.choose(None, np.dtype(np.float32), bfloat16=True) == "tiles"
     with pytest.raises(SgmvError, match="tiles or loops where AMX is not on"):
         backend.choose("amx", np.dtype(np.float32), bfloat16=True)
-
-
-@pytest.mark.once
-def test_the_system_permits_only_what_the_cpu_has() -> None:
-    flags = Path("/proc/cpuinfo")
-    assert not amx._is_permitted() or "amx_tile" in flags.read_text()

@@ -8,8 +8,8 @@ import pytest
 import sgmv
 from reference.workloads import real
 from sgmv import backend
+from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.errors import SgmvError
-from sgmv.kernels.jit import JITTED, VECTOR_BITS
 from tests.help.acceptance import stack_of
 from tests.help.planting import run_python
 

@@ -5,21 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import sgmv
+from sgmv.cpu import VECTOR_BITS
 from tests.conftest import JITTED
 
 pytestmark = pytest.mark.once
-
-
-jit = sys.modules["sgmv.kernels.jit"]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,25 +43,13 @@ def test_info_tells_threads_and_backends() -> None:
 
 @pytest.mark.compiles
 @pytest.mark.skipif(not JITTED, reason="no tiles without the jit")
-@pytest.mark.skipif(jit.VECTOR_BITS == 0, reason="this CPU has no vectors that tiles could use")
+@pytest.mark.skipif(VECTOR_BITS == 0, reason="this CPU has no vectors that tiles could use")
 def test_info_tells_the_forced_width() -> None:
     assert "256 bits, 8 float32" in command("info", SGMV_VECTOR_BITS="256").stdout
     none = command("info", SGMV_VECTOR_BITS="0").stdout
     assert "none: plain loops" in none
     assert "float32 loops" in none
     assert "float32 loops" in command("info", SGMV_BACKEND="loops").stdout
-
-
-def test_the_cpus_name_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not LLVM's, which is the nearest CPU that LLVM knows."""
-    found = sys.modules["sgmv.info"].CPUINFO
-    if found.exists() and "model name" in found.read_text():
-        [name, *_] = re.findall(r"^model name\s*: (.+)$", found.read_text(), re.MULTILINE)
-        assert sgmv.info().cpu.startswith(f"{name.strip()}, ")
-    monkeypatch.setattr(sys.modules["sgmv.info"], "CPUINFO", Path("no-such-file"))
-    monkeypatch.setattr(platform, "processor", lambda: "")
-    if sys.platform == "linux":
-        assert sgmv.info().cpu.startswith(f"{platform.machine()}, ")
 
 
 def test_info_for_programs() -> None:

@@ -25,10 +25,11 @@ import sgmv
 from reference.workloads import popularity, real
 from sgmv import launch, tensors, workers
 from sgmv.backend import Kernels
+from sgmv.cpu import JITTED, cores
 from sgmv.errors import SgmvError
 from sgmv.kernels import call, plan
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause
-from sgmv.kernels.jit import JITTED, entry, jit, record, vector
+from sgmv.kernels.jit import entry, jit, record, vector
 from sgmv.kernels.pool import SHUT
 from sgmv.kernels.records import CALL, INTEGER
 from sgmv.kernels.tasks import NONE, claim_shrink, finish_shrink
@@ -254,7 +255,7 @@ def test_small_work_wakes_nobody(
 
 @jitted
 @on_a_futex
-@pytest.mark.skipif(workers.cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
 def test_sleeping_helpers_are_woken_off_the_callers_core(
     kernels: Kernels, pool: workers.Pool
 ) -> None:

@@ -17,7 +17,7 @@ import sgmv
 from reference.workloads import Workload, corpus
 from sgmv import amx
 from sgmv.backend import BACKENDS
-from sgmv.kernels.jit import VECTOR_BITS
+from sgmv.cpu import VECTOR_BITS
 
 
 def backends(*dtypes: Any) -> list[str]:

@@ -22,9 +22,9 @@ import sgmv
 from reference.workloads import Workload, integer, real
 from sgmv import backend, launch, table
 from sgmv.checks import check_matrix
+from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.errors import SgmvError
 from sgmv.kernels import emit, tiles
-from sgmv.kernels.jit import JITTED, VECTOR_BITS
 from sgmv.kernels.records import PANEL
 from tests.help import acceptance
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of

@@ -25,7 +25,7 @@ ARROWS = {
     "kernels": set(),
     "core": {"kernels"},
     "layouts": {"core"},
-    "compat": {"core", "kernels", "layouts"},
+    "compat": {"core", "layouts"},
     "serving": {"core"},
     "emulator": {"core", "layouts"},
     "explorer": {"core", "emulator", "layouts"},
@@ -39,14 +39,14 @@ TOO_MANY = {f"kernels.tiles.{half}_tiles" for half in ("shrink", "expand")}
 TOO_MANY |= {f"kernels.tiles._{half}_tile" for half in ("shrink", "expand")}
 TOO_MANY |= {"compat.vllm.ops.sgmv_expand_slice"}
 BANNER = re.compile(r"^\s*(?:#|//|/\*).*([-=*#~_─━═])\1{3}", re.MULTILINE)
-# Who may know numba and llvmlite; info tells their versions, and amx asks for the CPU's features.
+# Who may know numba and llvmlite; info tells their versions.
 COMPILERS = {
     f"kernels.{name}"
-    for name in ("jit", "atomics", "disk", "emit", "floats", "modes", "panels", "tiles")
+    for name in ("cpu", "jit", "atomics", "disk", "emit", "floats", "modes", "panels", "tiles")
 }
 COMPILERS |= {"kernels.amx", "kernels.amx_instructions"}
 # Besides sgmv's own settings: what the terminal is, and whether there is a screen.
-ENVIRONMENT = {"settings", "kernels.jit", "console", "terminal", "explorer.write"}
+ENVIRONMENT = {"settings", "kernels.cpu", "console", "terminal", "explorer.write"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
 
 
@@ -189,7 +189,7 @@ def test_numba_flags_stand_in_one_place() -> None:
     allowed |= {"numba.core", *(f"numba.core.{name}" for name in inside)}
     for name, path in sources("sgmv").items():
         used = {m for m in imports(path) if m.split(".")[0] in ("numba", "llvmlite")}
-        assert not used or name in {*COMPILERS, "amx", "info"}, f"{name} imports {used}"
+        assert not used or name in {*COMPILERS, "info"}, f"{name} imports {used}"
         assert used <= allowed, f"{name} imports {used - allowed}"
         if name == "kernels.jit":
             continue
@@ -211,7 +211,7 @@ def test_environment_variables_are_read_in_one_place() -> None:
         text = path.read_text()
         named |= set(re.findall(r"\bSGMV_[A-Z_]+\b", text))
         assert ("os.environ" in text) <= (name in ENVIRONMENT), name
-        assert len(re.findall(r"os\.environ.*SGMV_", text)) == (name == "kernels.jit"), name
+        assert len(re.findall(r"os\.environ.*SGMV_", text)) == (name == "kernels.cpu"), name
     assert named == {setting.name for setting in SETTINGS}
 
 

@@ -15,7 +15,8 @@ import pytest
 
 import sgmv
 from reference.workloads import integer, popularity, real
-from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
+from sgmv.cpu import JITTED, VECTOR_BITS
+from sgmv.kernels.cpu import X86
 from tests.help import acceptance, tile_checks
 from tests.help.acceptance import assert_same_bits, check_case, check_rows_keep_their_bits, stack_of
 from tests.help.planting import Fault, plant, run_python

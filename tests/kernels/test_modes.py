@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import sgmv
-from sgmv.kernels.jit import X86, jit
+from sgmv.kernels.cpu import X86
+from sgmv.kernels.jit import jit
 from sgmv.kernels.modes import ARM64, DEFAULT, set_mode
 from tests.conftest import JITTED
 from tests.help.acceptance import backends

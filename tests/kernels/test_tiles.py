@@ -21,7 +21,8 @@ import sgmv
 from benchmarks import instructions
 from reference import compare
 from reference.workloads import integer, real
-from sgmv.kernels.jit import JITTED, VECTOR_BITS, X86
+from sgmv.cpu import JITTED, VECTOR_BITS
+from sgmv.kernels.cpu import X86
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of, type_mixes
 from tests.help.planting import Fault, run_python
 from tests.help.tile_checks import (

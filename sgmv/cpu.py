@@ -1,0 +1,67 @@
+"""The CPU: its name, its cores, what it has, and what of that the system allows."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from sgmv.kernels import cpu
+from sgmv.kernels.cpu import features
+
+JITTED = cpu.JITTED  # False where kernels run as plain Python
+VECTOR_BITS = cpu.VECTOR_BITS  # 512, 256, or 0 where tiles have no vectors
+CPUINFO = Path("/proc/cpuinfo")
+TOLD = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
+    *("amx-tile", "amx-bf16"),
+)
+# Linux's arch_prctl, and its request for tile registers in the threads of this process.
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18
+
+
+def name() -> str:
+    """As the operating system has it: LLVM's guess is the nearest CPU that LLVM knows."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    except OSError:  # not Linux
+        pass
+    if sys.platform == "darwin":
+        asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if name := done.stdout.strip():
+            return name
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def told() -> str:
+    """Of what tiles could use, what it has."""
+    has = features()
+    return " ".join(name for name in TOLD if has.get(name)) or "none that tiles could use"
+
+
+def has_amx() -> bool:
+    """Whether it has tile products of bfloat16."""
+    has = features()
+    return bool(has.get("amx-tile") and has.get("amx-bf16"))
+
+
+def permits_amx() -> bool:
+    """Ask the system for tile registers; it says no where it does not know them."""
+    if not sys.platform.startswith("linux"):
+        return False
+    request = (ctypes.c_long(number) for number in (ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA))
+    return int(ctypes.CDLL(None).syscall(*request)) == 0

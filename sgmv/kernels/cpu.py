@@ -1,0 +1,32 @@
+"""What compiled code is made for: whether any is, and the vectors of this CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import llvmlite.binding
+import numba
+
+JITTED = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]  # set at import
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def features() -> dict[str, bool]:
+    """What this CPU has, by LLVM's names; nothing where it is not an x86."""
+    return dict(llvmlite.binding.get_host_cpu_features()) if X86 else {}
+
+
+def _vector_bits() -> int:
+    """Width of this CPU's vectors: 512, 256, or 0 where there are none that tiles could use."""
+    forced = os.environ.get("SGMV_VECTOR_BITS")
+    if forced in ("0", "256", "512"):
+        return int(forced)
+    has = features() if JITTED else {}
+    if not (has.get("avx2") and has.get("fma") and has.get("f16c")):
+        return 0
+    wide = all(has.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
+    return 512 if wide else 256
+
+
+VECTOR_BITS = _vector_bits()

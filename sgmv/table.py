@@ -12,7 +12,7 @@ keeps the weights it started with, and the next call sees the new ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -124,9 +124,10 @@ class SlotTable:
 
     @classmethod
     def empty(cls, h_in: int, h_out: int, slots: int, dtype: np.dtype[Any]) -> SlotTable:
+        """A table of slots without weights."""
         none = np.empty(0, np.int64)
-        address, ranks = np.zeros((2, slots), np.int64), np.zeros(slots, np.int64)
-        tables = (none, none, address[0], address[1], ranks, np.zeros(slots), (None,) * slots)
+        wa, wb, ranks = np.zeros((3, slots), np.int64)
+        tables = none, none, wa, wb, ranks, np.zeros(slots), (None,) * slots
         return cls(h_in, h_out, dtype, {}, *tables)
 
     def with_changes(
@@ -143,8 +144,17 @@ class SlotTable:
             wb_address[slot] = 0 if stored is None else stored.wb.ctypes.data
             ranks[slot] = 0 if stored is None else len(stored.wa)
             scalings[slot] = 0.0 if stored is None else stored.scaling
-        tables = (ids, slots, wa_address, wb_address, ranks, scalings, tuple(weights))
-        return SlotTable(self.h_in, self.h_out, self.dtype, slot_of, *tables)
+        return replace(
+            self,
+            slot_of=slot_of,
+            ids=ids,
+            slots=slots,
+            wa_address=wa_address,
+            wb_address=wb_address,
+            ranks=ranks,
+            scalings=scalings,
+            weights=tuple(weights),
+        )
 
     def find(self, adapter_ids: Integers) -> tuple[Integers, Integers]:
         """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""

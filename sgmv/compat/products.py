@@ -227,20 +227,39 @@ def _table(
     slices: int = 1,
 ) -> SlotTable:
     """Every weight is a slot of its own, and its number the id."""
-    slot_of, ids, none, ranks, scalings = _slots(len(weights.addresses), r)
-    wa, wb = none if wa is None else wa, none if wb is None else wb
-    layer = h_in, h_out, weights.dtype, slot_of
-    return SlotTable(*layer, ids, ids, wa, wb, ranks, scalings, (), wb_strides, slices)
+    shared = _slots(len(weights.addresses), r)
+    return SlotTable(
+        h_in=h_in,
+        h_out=h_out,
+        dtype=weights.dtype,
+        slot_of=shared.slot_of,
+        ids=shared.ids,
+        slots=shared.ids,
+        wa_address=shared.none if wa is None else wa,
+        wb_address=shared.none if wb is None else wb,
+        ranks=shared.ranks,
+        scalings=shared.scalings,
+        weights=(),  # the caller keeps them alive
+        wb_strides=wb_strides,
+        slices=slices,
+    )
+
+
+class _Slots(NamedTuple):
+    """What tables of the same number of weights share, where only addresses differ: most of it."""
+
+    slot_of: dict[int, int]
+    ids: Integers
+    none: Integers  # no addresses
+    ranks: Integers
+    scalings: npt.NDArray[np.float64]
 
 
 @lru_cache(BATCHES_KNOWN)
-def _slots(
-    count: int, r: int
-) -> tuple[dict[int, int], Integers, Integers, Integers, npt.NDArray[np.float64]]:
-    """What tables of so many weights share, where only addresses differ: most of their memory."""
+def _slots(count: int, r: int) -> _Slots:
     ids = np.arange(count)
     same = dict(enumerate(ids.tolist()))
-    return same, ids, np.zeros(count, np.int64), np.full(count, r), np.ones(count)
+    return _Slots(same, ids, np.zeros(count, np.int64), np.full(count, r), np.ones(count))
 
 
 def add(y: Array, x: Array, weights: Weights, segments: Segments, scaling: float) -> None:

@@ -19,7 +19,7 @@ import pytest
 import sgmv
 from benchmarks.__main__ import OTHERS
 from tests.help import api_page, pages, punica_page
-from tests.help.pages import PAGES, ROOT
+from tests.help.pages import FOR_DEVELOPERS, PAGES, ROOT
 from tests.help.planting import run_python
 
 if sys.version_info >= (3, 11):
@@ -128,7 +128,7 @@ def test_python_blocks_run(page: Path) -> None:
     assert f"{len(here)} Python blocks of {page.name} ran" in done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", [*PAGES, *FOR_DEVELOPERS], ids=lambda page: page.name)
 def test_commands_are_right(page: Path) -> None:
     """Those that take long only as far as their --help; docs/fresh_pages.py runs the blocks."""
     commands = [

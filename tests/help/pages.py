@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+FOR_DEVELOPERS = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
 # sh: commands. console: a command and what it prints. text: nothing that runs. pycon, on the
 # page of the API alone: a docstring's example, which runs where it is written.
 LANGUAGES = {"python", "sh", "console", "text", "pycon"}

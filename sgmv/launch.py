@@ -89,7 +89,7 @@ def _run(
     if isinstance(batch, Segments):
         n, segments, ids = batch.most, batch.address, 0
     else:
-        n, segments, ids = len(batch), 0, call.address_of(batch)
+        n, segments, ids = len(batch), 0, call.array_address(batch)
     threads = workers.get_num_threads()
     held = threads > 1 and JITTED and pool.lock.acquire(False)
     gate = pool.address if held else 0

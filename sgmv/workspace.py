@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgmv.kernels.call import address_of
+from sgmv.kernels.call import array_address
 from sgmv.kernels.plan import scratch_size
 from sgmv.kernels.records import CALL, on_cache_lines
 
@@ -24,13 +24,13 @@ class Workspace:
         """Have room for the plan of n rows."""
         if n > self._rows:
             self._scratch = np.empty(scratch_size(n), np.uint8)
-            self.call["scratch"], self._rows = address_of(self._scratch), n
+            self.call["scratch"], self._rows = array_address(self._scratch), n
 
     def v_of(self, size: int) -> int:
         """The address of room for a v of so many bytes."""
         if size > self._v_bytes:
             self._v = np.empty(size // 4, np.float32)
-            self._v_bytes, self._v_address = size, address_of(self._v)
+            self._v_bytes, self._v_address = size, array_address(self._v)
         return self._v_address
 
 

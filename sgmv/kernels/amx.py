@@ -1,6 +1,6 @@
 """Shrink by tile products (AMX), for x and weights of bfloat16.
 
-v[p, j] = sum over k of x[rows[p], k] * wa[j, k], made transposed, for wa is read as it stands:
+v[p, j] = sum over k of x[rows[p], k] * wa[j, k], computed transposed, so that wa needs no packing:
 
               wa (r, h_in)             panel of x: pairs, rows          v.T
                 k ->                     p    p+1   p+2               p   p+1  p+2
@@ -64,8 +64,8 @@ def _read_pairs(e, address, count=None):
     return e.builder.bitcast(e.read(address, ir.VectorType(I16, STEP), 2, mask), PAIRS)
 
 
-def _turn(e, vectors, times):
-    """Move the first bit of each element's number (vector, lane) to its end, so many times.
+def _rotate_numbers(e, vectors, times):
+    """Move the first bit of each element's number (vector, lane) to its end, `times` times.
 
     Of n vectors, log2(n) times make (16, n) of (n, 16), and four times make (n, 16) of (16, n).
     """
@@ -87,7 +87,7 @@ def _gather(e, n, x, x_stride, rows, count, width):
 
     def step(k, count=None):
         pairs = [_read_pairs(e, e.add(row, e.multiply(k, 2)), count) for row in x_rows]
-        for i, turned in enumerate(_turn(e, pairs, n.bit_length() - 1)):
+        for i, turned in enumerate(_rotate_numbers(e, pairs, n.bit_length() - 1)):
             e.store(turned, e.add(e.state, PANEL + 64 * i, e.multiply(k, 2 * n)))
         return []
 
@@ -140,7 +140,7 @@ def _add_to_v(e, n, v, v_stride, count, lanes, fresh):
         for q in range(CHAINS)
     ]
     totals = [add(add(a, b), add(c, d)) for a, b, c, d in zip(*chains)]  # noqa: B905
-    for m, total in enumerate(_turn(e, totals, 4)):
+    for m, total in enumerate(_rotate_numbers(e, totals, 4)):
         exists = e.builder.icmp_signed("<", ir.Constant(INT64, m), count)
         present = e.builder.select(exists, lanes, ir.Constant(lanes.type, None))
         row = e.add(v, e.multiply(v_stride, m))
@@ -182,8 +182,9 @@ def _tile_products(typingctx, unit, call, memory, columns, wa, first, last, low,
 
             def group(p, _):
                 count = e.at_most(SIDE, builder.sub(last, p))
-                its = e.add(x, offset), x_stride, e.add(rows, e.multiply(p, 8)), count, width
-                e.switch(columns, WIDTHS, lambda n: _gather(e, n, *its))
+                rows_p = e.add(rows, e.multiply(p, 8))
+                operands = e.add(x, offset), x_stride, rows_p, count, width
+                e.switch(columns, WIDTHS, lambda n: _gather(e, n, *operands))
 
                 def tile(j, _):
                     start = e.at_most(j, top)
@@ -192,8 +193,8 @@ def _tile_products(typingctx, unit, call, memory, columns, wa, first, last, low,
                     new = builder.not_(e.below(builder.sub(j, start), SIDE))
                     lanes = builder.and_(e.below(ranks, SIDE), new)
                     target = e.add(v, e.multiply(v_stride, p), e.multiply(start, 4))
-                    its = target, v_stride, count, lanes, fresh
-                    e.switch(columns, WIDTHS, lambda n: _add_to_v(e, n, *its))
+                    sums = target, v_stride, count, lanes, fresh
+                    e.switch(columns, WIDTHS, lambda n: _add_to_v(e, n, *sums))
                     return []
 
                 return e.loop(low, high, SIDE, [], tile)

@@ -79,7 +79,7 @@ class EmulatedTiles(Tiles):
     """The same without AMX. Where the CPU would refuse the tiles' shapes, products are NaN."""
 
     def configure(self):
-        pass  # the configuration is read where it stands
+        pass  # the configuration is read from memory
 
     def release(self):
         self.store(ir.Constant(PAIRS, None), self.state)
@@ -169,6 +169,6 @@ class EmulatedTiles(Tiles):
         return b.bitcast(b.select(tiny, b.and_(bits, numbers([-0x80000000] * SIDE)), bits), NUMBERS)
 
 
-# Who computes is told to compiled code by a number's type, as float types are.
+# Compiled code is told by a number's type which of them computes, as it is told float types.
 CPU, EMULATION = np.uint8(0), np.int8(0)
 WORDS = {types.uint8: Tiles, types.int8: EmulatedTiles}

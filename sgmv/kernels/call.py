@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgmv.kernels.jit import jit, record, where
+from sgmv.kernels.jit import address_of, jit, record
 from sgmv.kernels.plan import cut_blocks, plan
 from sgmv.kernels.pool import fork_join, has_bell, open_gate, shut_gate
 from sgmv.kernels.records import CALL
@@ -23,15 +23,15 @@ BETWEEN_SIGNALS_NS = 50_000_000  # of work, about, until a call hears signals, s
 
 
 @jit()
-def address_of(array: Any) -> Any:
-    """Of its first element."""
-    return where(array)
+def array_address(array: Any) -> Any:
+    """`address_of`, for Python."""
+    return address_of(array)
 
 
 @jit()
 def place_x_and_y(address: int, x: Any, y: Any, v: int, v_stride: int) -> None:
     """Tell the call where its operands are: arrays, and memory for v."""
-    place_at(address, where(x), x.strides[0], where(y), y.strides[0], v, v_stride)
+    place_at(address, address_of(x), x.strides[0], address_of(y), y.strides[0], v, v_stride)
 
 
 @jit()
@@ -49,16 +49,16 @@ def place_at(
 def place_x_and_v(address: int, x: Any, v: Any) -> None:
     """Tell a call of shrink alone where its operands are."""
     call = record(CALL, address)
-    call.x, call.x_stride = where(x), x.strides[0]
-    call.v, call.v_stride = where(v), v.strides[0]
+    call.x, call.x_stride = address_of(x), x.strides[0]
+    call.v, call.v_stride = address_of(v), v.strides[0]
 
 
 @jit()
 def place_v_and_y(address: int, v: Any, y: Any) -> None:
     """Tell a call of expand alone where its operands are."""
     call = record(CALL, address)
-    call.v, call.v_stride = where(v), v.strides[0]
-    call.y, call.y_stride = where(y), y.strides[0]
+    call.v, call.v_stride = address_of(v), v.strides[0]
+    call.y, call.y_stride = address_of(y), y.strides[0]
 
 
 @jit()

@@ -6,7 +6,7 @@ unroll: `for m in range(MR)` writes MR instructions. `Emit.loop` writes a loop o
 
     address   an int64: the machine adds to it what Python adds to it
     vector    LANES float32, the width of the CPU's registers: 16 in 512 bits, 8 in 256
-    stored    what stands in memory: float32, or 16-bit floats as bits (see sgmv/dtypes.py):
+    stored    what is in memory: float32, or 16-bit floats as bits (see sgmv/dtypes.py):
               uint16 is float16, int16 is bfloat16. `load` widens, exactly; `store` rounds, once
 
 A `mask`, where given, names the lanes that exist: no other is read or written, and others read 0.
@@ -102,7 +102,7 @@ class Emit:
         return found
 
     def read(self, address, vector, align, mask=None):
-        """The elements of a vector as they stand at this address."""
+        """The elements of a vector as they are stored at this address."""
         pointer = self._pointer(address, vector)
         if mask is None:
             return self.builder.load(pointer, align=align)

@@ -1,12 +1,12 @@
 """The only place with numba flags, and what numba lacks to work with bare addresses.
 
-`jit`      every kernel's decorator
-`where`    the address of an array's first element, an int64 like every integer here
-`vector`   the numbers at an address; `size_of` one of them
-`record`   the record at an address, `records` several: structured numpy types, fields by name
-`entry`    a function of integers, compiled now, as an address that C could call; `enter` calls a
-           kernel's. A kernel is compiled once for each mix of float types; who runs its tasks needs
-           to know nothing of types
+`jit`         every kernel's decorator
+`address_of`  the address of an array's first element, an int64 like every integer here
+`vector`      the numbers at an address; `size_of` one of them
+`record`      the record at an address, `records` several: structured numpy types, fields by name
+`entry`       a function of integers, compiled now, as an address that C could call; `enter` calls
+              a kernel's. A kernel is compiled once for each mix of float types; the code that runs
+              its tasks needs to know nothing of types
 
 All of it is also plain Python, so that the loops run under NUMBA_DISABLE_JIT=1.
 """
@@ -48,7 +48,7 @@ def _digest_of_kernels() -> str:
     return digest.hexdigest()
 
 
-KERNELS = _digest_of_kernels()
+DIGEST = _digest_of_kernels()
 
 
 def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], Any]:
@@ -60,7 +60,7 @@ def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], A
         # An edit of the function's own file is not all: it also holds the code of what it calls.
         if JITTED:
             with contextlib.suppress(RuntimeError):  # there is no folder that can be written
-                compiled._cache = KernelCache(function, KERNELS)
+                compiled._cache = KernelCache(function, DIGEST)
         return compiled
 
     return decorate
@@ -138,7 +138,7 @@ _entries: dict[int, Callable[..., None]] = {}
 
 
 def entry(function: Callable[..., None], integers: int = 2) -> int:
-    """A function of so many int64s, such as a kernel `(call, limit) -> None`, as an address.
+    """A function of this number of int64s, such as a kernel `(call, limit) -> None`, as an address.
 
     It is compiled, or loaded from the cache, here and now.
     """
@@ -159,7 +159,7 @@ def enter(address: int, call: int, limit: int) -> None:
     _entries[address](call, limit)
 
 
-def where(array: Any) -> Any:
+def address_of(array: Any) -> Any:
     """The address of the array's first element."""
     return array.ctypes.data
 
@@ -213,8 +213,8 @@ def _enter_jitted(address, call, limit):
     return lambda address, call, limit: _enter(address, call, limit)
 
 
-@overload(where)
-def _where_jitted(array):
+@overload(address_of)
+def _address_of_jitted(array):
     return lambda array: types.int64(array.ctypes.data)
 
 

@@ -1,6 +1,6 @@
 """The readable kernels: plain loops over rows, ranks and columns, for every float type.
 
-Threads claim tasks, parts of row blocks (see call.py), and no two tasks write the same element.
+Threads claim tasks, parts of row blocks (see tasks.py), and no two tasks write the same element.
 
     shrink    v[p, j]        = sum over k of  x[rows[p], k] * wa[j, k]
     expand    y[rows[p], c] += scaling * sum over j of  v[p, j] * wb[j, c]
@@ -9,14 +9,14 @@ Threads claim tasks, parts of row blocks (see call.py), and no two tasks write t
         x  [ . . . . ] . wa j [ . . . . ]    v [ . . ]  x  wb j [ . . . . . . ]
                                                               j [ . . . . . . ]
 
-wa stands as Punica stores it, (r, h_in); wb, (r, h_out), in panels of columns, as the
-tiles want it (see tiles.py): panel after panel, (r, columns) each. Other engines' weights stand
-plainly, and a task gathers its panels (see panels.py).
+wa is stored as Punica has it, (r, h_in); wb, (r, h_out), in panels of columns, as the tiles want it
+(see tiles.py): panel after panel, (r, columns) each. Other engines' weights are not packed, and a
+task gathers its panels (see panels.py).
 
 Same row, same bits. An element's sum is made by one piece of code, in one order, whatever rows
-stand around it: shrink cuts k every K_BLOCK and adds the blocks in ascending order, each block
-summed by the one loop in `dot4`, whose lane depends on j alone; expand adds j = 0, 1, 2, ... and
-vectorises over columns, where no order is at stake.
+are around it: shrink cuts k every K_BLOCK and adds the blocks in ascending order, each block summed
+by the one loop in `dot4`, where an element's lane depends on j alone; expand adds j = 0, 1, 2, ...
+and vectorises over columns, where no order is at stake.
 
 Edge rules. Nothing past a slot's rank is read or written, in wa, wb or v; rows of rank 0 get no
 task. shrink overwrites v, expand accumulates into y and rounds once, at the store. NaN and inf

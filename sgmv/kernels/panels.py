@@ -1,4 +1,4 @@
-"""Panels of weights that stand plainly: gathered by the task that needs them, into its scratch.
+"""Panels of weights that are not packed: gathered by the task that needs them, into its scratch.
 
 An AdapterStack packs wb when it is loaded. Other engines' weights stay where they are, and are read
 there at every call: nothing is kept of them, so no edit of theirs can be missed. Of both orders
@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from sgmv.kernels.emit import LANES, STORED, Emit, lanes, size
-from sgmv.kernels.jit import INT64, jit, record, records, size_of, vector, where
+from sgmv.kernels.jit import INT64, address_of, jit, record, records, size_of, vector
 from sgmv.kernels.records import BLOCK, CALL, PANEL, TABLE
 from sgmv.kernels.tasks import item
 
@@ -27,7 +27,7 @@ SPILL = LANES * PANEL  # a square may have ranks that do not exist, below the la
 
 @jit()
 def plain_rank(address):
-    """The rank of weights that stand plainly, one for all of a call's; 0 where they are packed."""
+    """The rank of weights that are not packed, one for all of a call's; 0 where they are packed."""
     call = record(CALL, address)
     if record(TABLE, call.table).wb_column_stride == 0 or call.block_count == 0:
         return 0
@@ -36,7 +36,7 @@ def plain_rank(address):
 
 @jit()
 def scratch(rank, columns, w_like):
-    """Room for the panels of so many columns, none if the rank is 0."""
+    """Room for the panels of this number of columns, none if the rank is 0."""
     return np.empty(rank * columns + SPILL if rank > 0 else 0, type(w_like))
 
 
@@ -71,14 +71,14 @@ def panels(table, slot, r, low, high, room, w_like):
     if column_stride == size_of(w_like):
         for j in range(r):  # a row at a time: rows may be pages apart
             row = wb + j * rank_stride + low * size_of(w_like)
-            deal(w_like, row, whole - low, r, where(room[j * PANEL :]))
+            deal(w_like, row, whole - low, r, address_of(room[j * PANEL :]))
     else:
         for c in range(low, whole, PANEL):
             start = wb + c * column_stride
-            transpose(w_like, start, column_stride, r, where(room[(c - low) * r :]))
+            transpose(w_like, start, column_stride, r, address_of(room[(c - low) * r :]))
     rest = room[(whole - low) * r : (high - low) * r].reshape((r, high - whole))
     gather(rest, wb + whole * column_stride, rank_stride, column_stride, w_like)
-    return where(room) - low * r * size_of(w_like)
+    return address_of(room) - low * r * size_of(w_like)
 
 
 @intrinsic

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sgmv.kernels.jit import jit, record, records, vector, where
+from sgmv.kernels.jit import address_of, jit, record, records, vector
 from sgmv.kernels.records import BLOCK, CALL, INTEGER, RANK_UNIT, SEGMENTS, TABLE
 
 BASE_ONLY = -1
@@ -142,7 +142,7 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) 
 
 @jit()
 def cuts(blocks: int, units: int, threads: int) -> int:
-    """Into how many parts to cut each of so many blocks, between its units, to busy all threads."""
+    """Into how many parts to cut each block, between its units, to busy all threads."""
     if threads == 1 or blocks == 0:
         return 1
     return max(1, min(-(-threads * TASKS_PER_THREAD // blocks), units))
@@ -193,7 +193,7 @@ def views(scratch: int, n: int) -> Any:
 @jit()
 def end_of(array: Any) -> Any:
     """The address behind the array's last element."""
-    return where(array) + array.nbytes
+    return address_of(array) + array.nbytes
 
 
 @jit()
@@ -224,14 +224,14 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
         count = sort(given, rows, seq_start, segment_ids, found.target, found.digits)
         if count > 0 and segment_ids[0] < BASE_ONLY:
             return False
-    call.x_rows = call.y_rows = where(rows)
+    call.x_rows = call.y_rows = address_of(rows)
     known = vector(table.ids, table.loaded, INTEGER)
     slot_of = vector(table.slot_of, table.loaded, INTEGER)
     ranks = vector(table.ranks, table.slots, INTEGER)
     if find(known, slot_of, ranks, segment_ids[:count], found.slot, found.rank) > 0:
         return False
     slot, rank = found.slot[:count], found.rank[:count]
-    call.blocks = where(found.blocks)
+    call.blocks = address_of(found.blocks)
     call.block_count = row_blocks(seq_start, slot, rank, call.threads, found.blocks)
     return True
 

@@ -1,4 +1,4 @@
-"""How threads meet over a call: a gate that the caller opens, and helpers who come in.
+"""How threads meet over a call: a gate that the caller opens, and helpers that come in.
 
     caller                                   helper, forever
     opens the gate, wakes sleepers           waits at the gate: spinning, then asleep

@@ -70,7 +70,7 @@ TABLE = _record(
     *("wa", "wb"),  # at (slots, slices) and (slots,) of addresses
     *("ranks", "scalings"),  # at (slots,); scalings are float64
     "slices",  # wa of one slot, which share a wb: vLLM's q, k and v
-    "panel_columns",  # wb (r, h_out) is stored in panels of so many columns, if it is packed
+    "panel_columns",  # wb (r, h_out) is stored in panels of this number of columns, if it is packed
     # Bytes from rank to rank and from column to column of a wb that is not packed; else 0, 0.
     *("wb_rank_stride", "wb_column_stride"),
 )
@@ -103,4 +103,4 @@ CPU_WORDS = 16  # int64s: 1,024 cores, as many as libc's own set of them has
 # Columns of a panel of wb, (r, PANEL), as the tiles take them; the last is as narrow as what is
 # left. Where no tile will read them they are wide: plain loops took 4 times as long over 64.
 PANEL, WIDE_PANEL = 64, 1024
-RANK_UNIT = 8  # shrink's cuts fall between so many ranks, expand's between panels
+RANK_UNIT = 8  # shrink's cuts fall between this number of ranks, expand's between panels

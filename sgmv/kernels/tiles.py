@@ -15,7 +15,7 @@ shrink    v[p, j] = sum over k of x[rows[p], k] * wa[j, k]. x and wa both run al
               wa j+1     [################]
 
           At the end of a K block a register's lanes are added up, neighbours first, and the sum is
-          added to v. Weights stand as Punica stores them, wa (r, h_in).
+          added to v. Weights are stored as Punica has them, wa (r, h_in).
 
 expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y both run along c, so
           a register holds LANES columns of one row's sum, and each v[p, j] is spread over a whole
@@ -26,7 +26,7 @@ expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y 
                      j=1 [         |         |         ]
                      j=2 [         |         |         ]        panel 0 j=0 j=1 j=2, panel 1 j=0 ...
 
-          Other engines' weights stand plainly: a task packs what it is about to read (panels.py).
+          Other engines' weights are not packed: a task packs what it is about to read (panels.py).
 
 Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
 every K_BLOCK whatever the tile, and blocks are added in ascending order; in expand, every element
@@ -250,7 +250,7 @@ def shrink_kernel(x_like: Any, w_like: Any) -> int:
                 for g in range(groups):
                     count = (task.last - p) // (groups - g)
                     for s in range(table.slices):  # x is read once, and stays in L1 for the others
-                        j = s * task.r  # in v; wa is told as if its ranks began there
+                        j = s * task.r  # in v; wa is passed as if its ranks began there
                         wa = item(table.wa, task.slot * table.slices + s) - j * row
                         cut = j + task.low, j + task.high
                         shrink_tiles(x_like, w_like, address, p, count, wa, *cut, k, width)

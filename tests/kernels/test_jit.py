@@ -63,7 +63,7 @@ COMPILED = [path.relative_to(ROOT / "sgmv").as_posix() for path in (ROOT / "sgmv
 
 def stamp(folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        return str(imported(folder, patch)["sgmv.kernels.jit"].KERNELS)
+        return str(imported(folder, patch)["sgmv.kernels.jit"].DIGEST)
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,16 @@ def test_jitted_functions_are_short() -> None:
                 assert len(node.args.args) <= 10, f"{name}.{node.name}"
 
 
+def test_a_call_is_launched_with_few_names() -> None:
+    """Compiled code is entered by one module of it, whose fields have names."""
+    path = sources("sgmv")["launch"]
+    froms = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    names = [alias.name for node in froms for alias in node.names if node.module != "__future__"]
+    assert len(names) < 15
+    inside = {name for name in imports(path) if name.startswith("sgmv.kernels.")}
+    assert inside == {"sgmv.kernels.call"}
+
+
 def test_functions_that_emit_code_are_short() -> None:
     """A tile's drawing and its loops should be seen at once."""
     files = sources("sgmv")

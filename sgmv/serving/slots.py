@@ -41,7 +41,8 @@ class AdapterSlots:
     max_cpu_loras  adapters in host memory, those in slots included; at least max_loras
     max_lora_rank  the highest rank taken; weights are stored at their own rank, without padding
     modules        the model's layers, name -> (h_in, h_out): an adapter of any other is refused.
-                   Left out, the layers that loaded adapters name, with the first one's widths
+                   Left out, the layers that loaded adapters name, with the first one's widths; an
+                   adapter is refused whose names are like theirs, but under another prefix
     dtype          of the weights, as for AdapterStack; others are converted when loaded
     policy         "lru" or "fifo"
     read           lora_path -> {module: Adapter}; reads PEFT's directories, if left out

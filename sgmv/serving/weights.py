@@ -13,7 +13,8 @@ hold now: the stacks no longer have the generation of an adapter that was evicte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -160,6 +161,8 @@ class Weights:
         if not isinstance(found, Mapping):
             given = f"{type(found).__name__} for {lora_request}"
             raise DtypeError("read", "a mapping of modules to Adapters", given, "return a dict")
+        if self._learns_modules:
+            _check_prefix(lora_request, found, stacks)
         for module, adapter in found.items():
             if module not in stacks and not self._learns_modules:
                 expected = f"layers of the model, in {lora_request}"
@@ -229,3 +232,34 @@ def check_unpinned(ids: Iterable[int], pinned: frozenset[int]) -> None:
         raise ServingError(
             "lora_int_id", "an adapter that is not pinned", some(found), "unpin it first"
         )
+
+
+def _check_prefix(
+    lora_request: LoRARequest, found: Collection[str], known: Collection[str]
+) -> None:
+    """Refuse an adapter whose names are those of a wrapper of the model, or of what it wraps.
+
+    Were both names layers, the model's calls would find one adapter under them, and base only for
+    the other. Prefixes differ if numbered layers are in other modules ("model.layers" of
+    "model.layers.0.mlp.up_proj"), or if one name is another's end.
+    """
+    if set(found) & set(known) or not all(isinstance(module, str) for module in found):
+        return
+    new, old = ({*map(_numbered, modules)} - {""} for modules in (found, known))
+    is_elsewhere = bool(new and old) and new.isdisjoint(old)
+    ends = ((f".{a}", f".{b}") for a in found for b in known)
+    if is_elsewhere or any(a.endswith(b) or b.endswith(a) for a, b in ends):
+        module = next(iter(found))
+        near = near_names(module, known)
+        raise ServingError(
+            "lora_request",
+            f"layers' names with the prefix of the adapters before, in {lora_request}",
+            repr(module),
+            f"{near} If both are layers of the model, make the AdapterSlots with its modules",
+        )
+
+
+def _numbered(module: str) -> str:
+    """The module whose parts are numbered: model.layers of model.layers.0.up; "" if none is."""
+    match = re.match(r"(.*?)\.\d+(\.|$)", module)
+    return match[1] if match else ""

@@ -10,7 +10,7 @@ import pytest
 
 import sgmv
 from sgmv import serving
-from sgmv.errors import PeftError, ShapeError, StackError, ValueRangeError
+from sgmv.errors import PeftError, ServingError, ShapeError, StackError, ValueRangeError
 from tests.help.served import BAD, layers_of, lora, make_slots, read
 from tests.help.serving_model import LAYERS
 
@@ -104,3 +104,38 @@ def test_a_reader_that_fails_is_told_with_its_adapter() -> None:
     for call in (slots.load, lambda one: slots.activate([one])):
         with pytest.raises(PeftError, match=r"LoRARequest\(lora_name='a7', .*no such directory"):
             call(lora(7, "no-such-place"))
+
+
+ELSEWHERE = [
+    ("layers.0.q", "model.layers.0.q"),
+    ("model.layers.0.q", "model.language_model.layers.0.q"),
+    ("language_model.model.layers.1.q", "model.layers.0.up"),
+    ("transformer.h.0.q", "model.layers.0.q"),
+    ("wrapped.q", "q"),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("names", [*ELSEWHERE, *(pair[::-1] for pair in ELSEWHERE)])
+def test_names_under_another_prefix_are_refused(names: tuple[str, str]) -> None:
+    """Else both would be layers, and one adapter's rows base only at those that the model calls."""
+    found = {name: layers_of({name: ((1, 3), (4, 1))}) for name in names}
+    slots = make_slots(read=found.__getitem__)
+    active, failed = slots.try_activate([lora(1, names[0]), lora(2, names[1])])
+    assert (list(active), list(failed), slots.modules) == ([1], [2], [names[0]])
+    with pytest.raises(ServingError, match=r"prefix of the adapters before.*a2.*its modules"):
+        slots.load(lora(2, names[1]))
+    told = make_slots(read=found.__getitem__, modules=dict.fromkeys(names, (3, 4)))
+    assert list(told.activate([lora(1, names[0]), lora(2, names[1])])) == [1, 2]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "second",
+    [["model.layers.3.mlp.up"], ["model.layers.0.attn.q", "visual.blocks.0.q"], ["lm_head"]],
+)
+def test_adapters_of_one_model_need_share_no_layer(second: list[str]) -> None:
+    names = {"first": ["model.layers.0.attn.q"], "second": second}
+    slots = make_slots(read=lambda path: layers_of(dict.fromkeys(names[path], ((1, 3), (4, 1)))))
+    slots.activate([lora(1, "first"), lora(2, "second")])
+    assert set(slots.modules) == {"model.layers.0.attn.q", *second}

@@ -9,7 +9,9 @@
 Two methods are replaced, on the model's own objects and until the context ends: each
 `lora.Linear._mixed_batch_forward`, and `LoraModel._enable_peft_forward_hooks`, which still runs
 PEFT's code but no longer walks through every module of the model at every step. All else is PEFT's:
-its checks, its refusals, its hooks, the base layers, and every layer that is not plain LoRA.
+its checks, its refusals, its hooks, the base layers, and every layer that is not plain LoRA. But
+hooks that PEFT leaves in place, as a call ended with an exception, are removed: they would give the
+next plain call the failed batch's adapters.
 
 Neither torch nor PEFT is imported here: a model can only come from a caller who did.
 """
@@ -28,13 +30,13 @@ import numpy as np
 from sgmv import tensors
 from sgmv.adapter import Adapter
 from sgmv.backend import kernels
+from sgmv.compat.peft_batches import Batch, Batches
+from sgmv.compat.peft_hooks import Replacement, hook_id, remove_hooks
 from sgmv.compat.peft_weights import Source, is_float, why_odd
 from sgmv.dtypes import promote
 from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
-from sgmv.ids import BASE_ONLY
 from sgmv.launch import run_both_at
 from sgmv.layouts.peft import BASE_NAME
-from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
 from sgmv.tensors import float_dtype
 from sgmv.warm_up import warm_up
@@ -62,8 +64,13 @@ def accelerate(model: Any) -> Iterator[Accelerated]:
     weights trained, reassigned, cast or hotswapped, scalings, adapters that come and go. Unseen are
     only single values written past torch's count of changes, through `.data` or a numpy view.
 
+    Of a call that ends with an exception, none of PEFT's hooks stay, as they do without; those of
+    earlier calls are removed on entry, when no call may be running. A copy of the model, deep or
+    pickled, is PEFT's alone.
+
     PEFT's own path runs, as without the context, for what is more than plain LoRA (DoRA and other
-    variants, `lora_bias`), for embeddings, convolutions and quantised layers, for weights that are
+    variants, `lora_bias`), for embeddings, convolutions and layers with a mixed batch of their own
+    (bitsandbytes, GPTQ, AWQ), for weights that are
     not on the CPU, and, with a warning, where gradients are recorded.
 
     Raises PeftError for a model that is no LoRA model, has no layer to take over, is in training
@@ -79,10 +86,14 @@ load one with PeftModel.from_pretrained
     """
     found = Accelerated(_lora_model(model))
     try:
-        found._start()
-        yield found
-    finally:
-        found._restore()
+        try:
+            found._start()
+            yield found
+        finally:
+            found._restore()
+    except BaseException:
+        found._restore()  # again, as an interrupt may have broken the first one off
+        raise
 
 
 def _lora_model(model: Any) -> Any:
@@ -98,7 +109,7 @@ def _lora_model(model: Any) -> Any:
         )
     if tuner.training:
         raise PeftError("model", "eval mode", "training mode", "call model.eval() first")
-    if HOOKS in vars(tuner):
+    if isinstance(vars(tuner).get(HOOKS), Replacement):
         raise PeftError("model", "one accelerate at a time", "a second", "leave the first one")
     return tuner
 
@@ -109,11 +120,13 @@ class Accelerated:
     def __init__(self, tuner: Any) -> None:
         self._tuner = tuner
         self._own_hooks: Callable[..., AbstractContextManager[None]] = getattr(type(tuner), HOOKS)
-        self._batches = _Batches()
+        self._batches = Batches()
         self._layers: dict[Any, _Layer] = {}
         self._others: dict[str, str] = {}
         self._wrappers: list[Any] = []
         self._configs: dict[str, Any] = {}
+        self._replacement = Replacement(tuner, HOOKS, self._enable_hooks)
+        self._left: list[tuple[list[Any], range]] = []  # modules, and ids of hooks to remove there
 
     @property
     def layers(self) -> list[str]:
@@ -135,8 +148,10 @@ class Accelerated:
         return "\n".join(lines + [f"{name}: {why}" for name, why in self.fallbacks.items()])
 
     def _start(self) -> None:
-        setattr(self._tuner, HOOKS, self._enable_hooks)
+        self._replacement.take()
         self._find()
+        self._left.append((self._wrappers, range(hook_id())))
+        self._remove_left()
         if not self.layers:
             raise PeftError(
                 "model",
@@ -147,34 +162,38 @@ class Accelerated:
         warm_up({mix for layer in self._layers.values() if (mix := layer.types())})
 
     def _restore(self) -> None:
-        delattr(self._tuner, HOOKS)
+        self._remove_left()
         for layer in self._layers.values():
             layer.restore()
+        self._replacement.restore()
 
     def _find(self) -> None:
         """Find the adapted layers, and load what is new there, or gone."""
         lora = sys.modules["peft"].tuners.lora
         configs = dict(self._tuner.peft_config)
-        before, self._layers, self._others, self._wrappers = self._layers, {}, {}, []
+        found: dict[Any, _Layer] = {}
+        others, wrappers = {}, []
         for path, module in self._tuner.named_modules():
             name = path.removeprefix("model.")
             is_lora = isinstance(module, lora.LoraLayer)
             if is_lora or type(module).__module__.startswith("peft."):
-                self._wrappers.append(module)
-            if type(module) is lora.Linear:
-                layer = before.pop(module, None) or _Layer(name, module, self._batches)
-                self._layers[module] = layer
+                wrappers.append(module)
+            if isinstance(module, lora.Linear) and _is_plain_method(module, lora.Linear):
+                found[module] = self._layers.get(module) or _Layer(name, module, self._batches)
             elif is_lora:
-                self._others[name] = f"a LoRA layer of type {type(module).__qualname__}"
-        for layer in before.values():
-            layer.restore()
-        layers = self._layers.values()
+                others[name] = f"a LoRA layer of type {type(module).__qualname__}"
+        for module, layer in self._layers.items():
+            if module not in found:
+                layer.restore()
+        self._layers, self._others, self._wrappers = found, others, wrappers
+        for layer in found.values():
+            layer.take()
         for name in self._batches.names - configs.keys():
-            if not any(layer.has(name) for layer in layers):
+            if not any(layer.has(name) for layer in found.values()):
                 adapter_id = self._batches.forget(name)
-                for layer in layers:
+                for layer in found.values():
                     layer.forget(name, adapter_id)
-        for layer in layers:
+        for layer in found.values():
             layer.refresh({*layer.sources, *layer.odd, *configs})
         self._configs = configs
 
@@ -187,19 +206,49 @@ class Accelerated:
     @contextmanager
     def _enable_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """In place of `LoraModel._enable_peft_forward_hooks`: PEFT's own, over fewer modules."""
-        names = kwargs.get("adapter_names")
-        if names is not None:
-            if not self._is_current():
-                self._find()
-            known = self._configs.keys() & names
-            for layer in self._layers.values():
-                layer.refresh(known)
-        before, self._batches.are_fresh = self._batches.are_fresh, names is not None
+        names, batches = kwargs.get("adapter_names"), self._batches
+        before = batches.here.are_fresh
+        modules: list[Any] = []
+        first = end = 0
         try:
-            with self._own_hooks(_Wrappers(self._tuner, self._wrappers), *args, **kwargs):
-                yield
+            # Under the lock, the hooks of these ids are this call's, not another thread's.
+            with batches.changing:
+                self._remove_left()
+                if names is not None and not self._is_current():
+                    self._find()
+                modules, first = self._wrappers, hook_id()
+                own = self._own_hooks(_Wrappers(self._tuner, modules), *args, **kwargs)
+                own.__enter__()
+                end = hook_id()
+                if names is not None:
+                    used = {*names} - {BASE_NAME}
+                    for layer in self._layers.values():
+                        layer.refresh(used)
+            batches.here.are_fresh = names is not None
+            yield
+            own.__exit__(None, None, None)
+        except BaseException:
+            self._left.append((modules, range(first, end or hook_id())))
+            self._remove_left()
+            raise
         finally:
-            self._batches.are_fresh = before
+            batches.here.are_fresh = before
+
+    def _remove_left(self) -> None:
+        """Remove PEFT's hooks of calls that ended with an exception.
+
+        An interrupt may break this off too: the next call, or the end of the context, goes on.
+        """
+        while self._left:
+            with self._batches.changing:
+                for modules, ids in self._left[:1]:
+                    remove_hooks(modules, ids)
+                del self._left[:1]
+
+
+def _is_plain_method(module: Any, plain: type) -> bool:
+    """Whether a layer, as torchao's, mixes batches by the plain layer's own method."""
+    return bool(getattr(type(module), MIXED) is getattr(plain, MIXED))
 
 
 class _Wrappers:
@@ -215,62 +264,10 @@ class _Wrappers:
         return getattr(self._tuner, name)
 
 
-class _Batches:
-    """The ids of adapter names, alike in all layers, and the batch at hand."""
-
-    def __init__(self) -> None:
-        self.are_fresh = False  # whether the model's call has refreshed all layers on entry
-        self._ids = {BASE_NAME: BASE_ONLY}
-        self._next_id = 0
-        self._last = _Batch([], self)
-
-    @property
-    def names(self) -> set[str]:
-        """The adapters that have an id."""
-        return self._ids.keys() - {BASE_NAME}
-
-    def id(self, name: str) -> int:
-        """The adapter's id, a new one if it has none."""
-        if name not in self._ids:
-            self._ids[name] = self._next_id
-            self._next_id += 1
-        return self._ids[name]
-
-    def forget(self, name: str) -> int:
-        """Take the adapter's id away; no other gets it."""
-        self._last = _Batch([], self)
-        return self._ids.pop(name)
-
-    def of(self, names: Sequence[str]) -> _Batch:
-        """The batch of these `adapter_names`; one for all layers of a step."""
-        batch = self._last
-        if batch.names != list(names):
-            batch = self._last = _Batch(names, self)
-        return batch
-
-
-class _Batch:
-    """The samples of one step, by adapter; their tokens as Segments, made once for all layers."""
-
-    def __init__(self, names: Sequence[str], batches: _Batches) -> None:
-        self.names = list(names)
-        self.used = [name for name in dict.fromkeys(names) if name != BASE_NAME]
-        self._ids = np.array([batches.id(name) for name in names], np.int64)
-        self._segments = 0, segment([])
-
-    def segments(self, tokens: int) -> Segments:
-        """Of x's rows, which are so many tokens of each sample."""
-        known, segments = self._segments
-        if known != tokens:
-            segments = segment(np.repeat(self._ids, tokens))
-            self._segments = tokens, segments
-        return segments
-
-
 class _Layer:
     """One `lora.Linear`: its plain adapters in a stack, its mixed batches through `add_lora`."""
 
-    def __init__(self, name: str, module: Any, batches: _Batches) -> None:
+    def __init__(self, name: str, module: Any, batches: Batches) -> None:
         self.name, self.module = name, module
         self.sources: dict[str, Source] = {}  # what the stack holds, by adapter name
         self.odd: dict[str, str] = {}  # adapters that PEFT computes, and why
@@ -278,10 +275,13 @@ class _Layer:
         self._batches = batches
         self._own_forward: Callable[..., Any] = getattr(module, MIXED)
         self._own_kwargs = getattr(sys.modules[type(module).__module__], "VARIANT_KWARG_KEYS", ())
-        setattr(module, MIXED, self._forward)
+        self._replacement = Replacement(module, MIXED, self._forward)
+
+    def take(self) -> None:
+        self._replacement.take()
 
     def restore(self) -> None:
-        delattr(self.module, MIXED)
+        self._replacement.restore()
 
     def has(self, name: str) -> bool:
         """Whether the layer has this adapter in PEFT."""
@@ -296,9 +296,13 @@ class _Layer:
 
     def _forward(self, x: Any, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """In place of `lora.Linear._mixed_batch_forward`."""
-        batch = self._batches.of(adapter_names)
-        if not self._batches.are_fresh:
-            self.refresh(batch.used)
+        if not self._batches.here.are_fresh:
+            # Names that no model's call has checked get no id: the layer lacks them.
+            known = self._batches.names | {name for name in adapter_names if self.has(name)}
+            self.refresh(known.intersection(adapter_names))
+            batch = self._batches.of([n if n in known else BASE_NAME for n in adapter_names])
+        else:
+            batch = self._batches.of(adapter_names)
         if not self._serves(batch, x):
             return self._own_forward(x, *args, adapter_names=adapter_names, **kwargs)
         for name in self._own_kwargs:  # of the adapters' forward, not of the base layer's
@@ -307,7 +311,7 @@ class _Layer:
         self._add_lora(result, x.contiguous(), batch)
         return result
 
-    def _add_lora(self, y: Any, x: Any, batch: _Batch) -> None:
+    def _add_lora(self, y: Any, x: Any, batch: Batch) -> None:
         """`add_lora` of contiguous tensors, by their addresses.
 
         On caches that the base layer has just emptied, to make an array of a tensor took 30 us.
@@ -334,13 +338,14 @@ class _Layer:
         x_rows, y_rows = (x_at, x_row_bytes), (y_at, y_row_bytes)
         run_both_at(its, table, segments, torchs_pool(), x_rows, y_rows)
 
-    def _serves(self, batch: _Batch, x: Any) -> bool:
+    def _serves(self, batch: Batch, x: Any) -> bool:
         """Whether nothing about this batch is PEFT's own to compute."""
         if not self.odd.keys().isdisjoint(batch.used) or self.module.training:
             return False
-        if not x.is_cpu or not is_float(x.dtype):
-            return False
         torch = tensors.torch()
+        # By its address: no subclass, and not torch's lazy negation, which is in no byte of it.
+        if type(x) is not torch.Tensor or not x.is_cpu or not is_float(x.dtype) or x.is_neg():
+            return False
         if not torch.is_grad_enabled():
             return True
         if x.requires_grad or any(weight.requires_grad for weight in self.module.parameters()):
@@ -354,9 +359,10 @@ class _Layer:
 
     def refresh(self, names: Iterable[str]) -> None:
         """Have these adapters in the stack as they are now."""
-        stale = [name for name in names if not self._is_current(name)]
-        if stale:
-            self._load(stale)
+        if all(map(self._is_current, names)):
+            return
+        with self._batches.changing:
+            self._load([name for name in names if not self._is_current(name)])
 
     def _is_current(self, name: str) -> bool:
         source, now = self.sources.get(name), self._now(name)
@@ -407,8 +413,9 @@ class _Layer:
 
     def types(self) -> tuple[np.dtype[Any], ...]:
         """The float types of x, weights and y, as the base layer's own type foretells them."""
-        weight = getattr(self.module.get_base_layer(), "weight", None)
-        if weight is None or not weight.is_cpu or not is_float(weight.dtype):
-            return ()
+        # Not `base_layer.weight`: torch.ao's is a method, others' a list, or made when asked for.
+        weight = self.module.get_base_layer()._parameters.get("weight")
+        if weight is None or not is_float(weight.dtype):
+            return (self.stack.dtype,) * 3
         dtype = float_dtype("weight", weight.dtype)
         return dtype, self.stack.dtype, dtype

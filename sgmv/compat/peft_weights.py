@@ -44,7 +44,8 @@ def why_odd(module: Any, name: str) -> str:
         return type(module.lora_variant[name]).__name__
     for half in (module.lora_A[name], module.lora_B[name]):
         if type(half) is not torch.nn.Linear or type(half.weight) is not torch.nn.Parameter:
-            return f"its half is a {type(half).__name__} of a {type(half.weight).__name__}"
+            weight = getattr(half, "weight", None)
+            return f"its half is a {type(half).__name__} of a {type(weight).__name__}"
         if half.bias is not None:
             return "lora_bias adds a bias to B"
         if not half.weight.is_cpu:

@@ -5,12 +5,17 @@ Most of it needs torch, peft and transformers (extra `torch`) and is skipped wit
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import copy
+import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +26,9 @@ import sgmv
 from benchmarks import peft as benchmark
 from reference import bounds, by_row, compare
 from sgmv.compat import peft as compat
+from sgmv.compat import peft_batches, peft_hooks
 from sgmv.compat.peft import accelerate
-from sgmv.errors import MemoryLayoutError, PeftError, ShapeError
+from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, ValueRangeError
 from sgmv.tensors import as_array
 
 pytestmark = [
@@ -138,7 +144,7 @@ def test_what_is_no_peft_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_samples_become_rows_of_their_adapters() -> None:
-    batches = compat._Batches()
+    batches = peft_batches.Batches()
     batch = batches.of(["x", "__base__", "y", "x"])
     assert batch.used == ["x", "y"]
     segments = batch.segments(2)
@@ -150,7 +156,7 @@ def test_samples_become_rows_of_their_adapters() -> None:
 
 
 def test_names_changed_in_place_are_another_batch() -> None:
-    batches, names = compat._Batches(), ["x", "y"]
+    batches, names = peft_batches.Batches(), ["x", "y"]
     before = batches.of(names)
     names[0] = "y"
     after = batches.of(names)
@@ -219,6 +225,17 @@ def test_x_and_result_may_have_any_strides(model: Any, x: Any) -> None:
 
 
 @needs_peft
+def test_x_may_be_negated_lazily(lib: SimpleNamespace, model: Any, x: Any) -> None:
+    """Its bytes have the other sign."""
+    layer, negated = model.base_model.model.up, lib.torch._neg_view(x)
+    assert negated.is_neg()
+    assert negated.is_contiguous()
+    with accelerate(model):
+        difference = layer(negated, adapter_names=NAMES) - layer(-x, adapter_names=NAMES)
+    assert difference.abs().max() < 1e-4
+
+
+@needs_peft
 def test_a_base_layer_that_returns_what_it_should_not_is_refused(model: Any, x: Any) -> None:
     """The kernels take addresses: what they would read or write amiss is told before."""
     gate, n = model.base_model.model.gate, len(NAMES)
@@ -256,7 +273,7 @@ def test_a_step_makes_its_segments_once(
         return sgmv.segment(ids)
 
     with accelerate(model):
-        monkeypatch.setattr(compat, "segment", counted)
+        monkeypatch.setattr(peft_batches, "segment", counted)
         model(x, adapter_names=NAMES)
     assert made == [0, len(NAMES) * TOKENS]
 
@@ -529,6 +546,80 @@ def test_other_layers_take_pefts_path(lib: SimpleNamespace) -> None:
     assert inner[0].equal(inner[1])
 
 
+class Computed:
+    """A base weight that is made when asked for, and may not be asked for."""
+
+    @property
+    def weight(self) -> Any:
+        raise RuntimeError("on disk")
+
+
+@needs_peft
+@pytest.mark.parametrize("kind", ["int8", "float16", "list", "property", "meta"])
+def test_unusual_base_layers_are_served(
+    kind: str, lib: SimpleNamespace, model: Any, x: Any
+) -> None:
+    """The delta is the same, whatever the base layer keeps in place of a weight."""
+    torch, children = lib.torch, model.base_model.model
+    for layer in (children.gate, children.up, children.down):
+        base = layer.base_layer
+        if kind in ("int8", "float16"):
+            dtype = getattr(torch, "qint8" if kind == "int8" else kind)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                quantised = torch.ao.quantization.quantize_dynamic(
+                    torch.nn.Sequential(base), {torch.nn.Linear}, dtype
+                )
+            layer.base_layer = quantised[0]
+            assert callable(layer.base_layer.weight)
+            continue
+        weight = base._parameters.pop("weight").data
+        base.forward = partial(torch.nn.functional.linear, weight=weight, bias=base.bias)
+        if kind == "list":
+            base.weight = [weight]
+        elif kind == "property":
+            base.__class__ = type("Odd", (Computed, torch.nn.Linear), {})
+        else:  # as offloading leaves it
+            base.weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
+    theirs = model(x, adapter_names=NAMES)
+    with accelerate(model) as taken:
+        assert (sorted(taken.layers), taken.fallbacks) == (["down", "gate", "up"], {})
+        check(model, x)
+    assert model(x, adapter_names=NAMES).equal(theirs)
+
+
+@needs_peft
+def test_halves_of_unusual_layers_take_pefts_path(lib: SimpleNamespace, model: Any, x: Any) -> None:
+    """Quantised after PEFT: A and B of layer up are torch.ao's too, or have no weight."""
+    up = model.base_model.model.up
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantise = lib.torch.ao.quantization.quantize_dynamic
+        up.lora_A = quantise(up.lora_A, {lib.torch.nn.Linear}, lib.torch.qint8)
+    up.lora_B["en"] = lib.torch.nn.Sequential(up.lora_B["en"])
+    up.lora_B["en"].dtype = up.lora_B["en"][0].weight.dtype
+    with accelerate(model) as taken:
+        assert sorted(taken.fallbacks) == ["up, de", "up, en"]
+        assert all("half is a Linear" in why for why in taken.fallbacks.values())
+        check(model, x, ["fr"] * len(NAMES))
+
+
+@needs_peft
+@pytest.mark.skipif(find_spec("torchao") is None, reason="not installed: torchao")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of merging, which is not tried
+def test_torchaos_layers_are_served(lib: SimpleNamespace, x: Any) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    base = net(lib.torch)
+    quantize_(base, Int8WeightOnlyConfig())
+    model = adapted(lib, base, {"de": lora(lib, "gate", "down", r=3), "en": lora(lib, "up")})
+    model.requires_grad_(False).eval()
+    assert type(model.base_model.model.gate).__name__ == "TorchaoLoraLinear"
+    with accelerate(model) as taken:
+        assert sorted(taken.layers) == ["down", "gate", "up"]
+        check(model, x[:3], ["en", "de", "__base__"])
+
+
 @needs_peft
 def test_dora_is_refused_by_peft(lib: SimpleNamespace, model: Any, x: Any) -> None:
     model.add_adapter("dora", lora(lib, "up", use_dora=True))
@@ -590,6 +681,303 @@ def test_accelerate_refuses(lib: SimpleNamespace, model: Any, x: Any) -> None:
     assert compat.MIXED not in vars(odd.base_model.model.up)
 
 
+# calls that fail
+
+
+def hooks(model: Any) -> list[Any]:
+    """PEFT's hooks on the model's modules, which it removes after a call that went well."""
+    found = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return [hook for hook in found if isinstance(hook, partial)]
+
+
+def raiser(error: type[BaseException]) -> Callable[..., None]:
+    def fail(*_args: object) -> None:
+        raise error("planted")
+
+    return fail
+
+
+@needs_peft
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("where", ["", "gate", "up.base_layer", "down"])
+def test_a_failed_batch_leaves_nothing(
+    where: str, error: type[BaseException], model: Any, x: Any
+) -> None:
+    """A plain call of as many samples would use the failed batch's adapters, and say nothing."""
+    plain = model(x)
+    with accelerate(model):
+        module = model.base_model.model.get_submodule(where)
+        for plant in (module.register_forward_pre_hook, module.register_forward_hook):
+            handle = plant(raiser(error))
+            with pytest.raises(error, match="planted"):
+                model(x, adapter_names=NAMES)
+            handle.remove()
+            assert hooks(model) == []
+            assert model(x).equal(plain)
+            check(model, x)
+    assert model(x).equal(plain)
+
+
+@needs_peft
+def test_peft_alone_leaves_its_hooks(model: Any, x: Any) -> None:
+    """The test above can fail; and what PEFT left before is gone on entry."""
+    plain = model(x)
+    handle = model.base_model.model.down.register_forward_hook(raiser(RuntimeError))
+    with pytest.raises(RuntimeError, match="planted"):
+        model(x, adapter_names=NAMES)
+    handle.remove()
+    assert len(hooks(model)) == 3
+    assert not model(x).equal(plain)
+    with accelerate(model):
+        assert hooks(model) == []
+        assert model(x).equal(plain)
+
+
+@needs_peft
+def test_a_failed_batch_within_a_batch_leaves_the_outer_ones_hooks(model: Any, x: Any) -> None:
+    with accelerate(model):
+        expected = model(x, adapter_names=NAMES)
+    failing = model.base_model.model.down.register_forward_hook(raiser(RuntimeError))
+
+    def call_again(*_args: object) -> None:
+        outer.remove()
+        with pytest.raises(RuntimeError, match="planted"):
+            model(x, adapter_names=["en"] * len(NAMES))
+        failing.remove()
+
+    with accelerate(model):
+        outer = model.base_model.model.up.base_layer.register_forward_pre_hook(call_again)
+        assert model(x, adapter_names=NAMES).equal(expected)
+        assert hooks(model) == []
+
+
+@needs_peft
+def test_a_call_that_peft_refuses_half_way_leaves_nothing(lib: SimpleNamespace, llama: Any) -> None:
+    """PEFT has given each layer its hook for aLoRA's offsets when it refuses beams, or a name."""
+    tokens = lib.torch.ones(2, 3, dtype=lib.torch.long)
+    plain = llama(tokens).logits
+    offsets = {"alora_offsets": [1, 2]}
+    with accelerate(llama):
+        with pytest.raises(ValueError, match="Beam search"):
+            llama.base_model._enable_peft_forward_hooks(num_beams=2, **offsets).__enter__()
+        assert hooks(llama) == []
+        with pytest.raises(ValueError, match="non-existing"):
+            llama(tokens, adapter_names=["nobody", "de"], **offsets)
+        assert hooks(llama) == []
+        assert llama(tokens).logits.equal(plain)
+
+
+@needs_peft
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_failed_generate_leaves_nothing(beams: int, lib: SimpleNamespace, llama: Any) -> None:
+    tokens = lib.torch.ones(3, 3, dtype=lib.torch.long)
+    plain = llama(tokens).logits
+    generate = partial(llama.generate, input_ids=tokens, max_new_tokens=3, num_beams=beams)
+    with accelerate(llama):
+        theirs = generate(do_sample=False)
+        for error in (RuntimeError, KeyboardInterrupt):
+            with pytest.raises(error, match="planted"):
+                generate(adapter_names=["en", "__base__", "de"], logits_processor=[raiser(error)])
+            assert hooks(llama) == []
+            assert llama(tokens).logits.equal(plain)
+        assert generate(do_sample=False).equal(theirs)
+
+
+@needs_peft
+def test_a_failed_batch_of_an_encoder_and_beams_leaves_nothing(lib: SimpleNamespace) -> None:
+    """PEFT gives an encoder's layers a second hook."""
+    lib.torch.manual_seed(5)
+    config = lib.transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    base = lib.transformers.T5ForConditionalGeneration(config)
+    configs = {name: lora(lib, "q", "v", r=2, task_type="SEQ_2_SEQ_LM") for name in ("de", "en")}
+    model = adapted(lib, base, configs)
+    tokens = lib.torch.ones(2, 3, dtype=lib.torch.long)
+    with accelerate(model), pytest.raises(KeyboardInterrupt):
+        model.generate(
+            input_ids=tokens, adapter_names=["en", "de"], num_beams=2, max_new_tokens=2,
+            logits_processor=[raiser(KeyboardInterrupt)],
+        )  # fmt: skip
+    assert hooks(model) == []
+
+
+@needs_peft
+def test_an_interrupt_at_any_line_leaves_nothing(model: Any, x: Any) -> None:
+    """Of ours and of PEFT's: hooks half made, half removed, layers half taken over."""
+    modules = [model.base_model, *model.base_model.model.children()]
+    before = [dict(vars(module)) for module in modules]
+    plain = model(x)
+    theirs = sys.modules[type(model.base_model).__module__]
+    files = [module.__file__ for module in (compat, peft_batches, peft_hooks, theirs)]
+
+    def call(interrupt: int, entered: bool) -> int:
+        """Lines passed; the interrupt comes as Ctrl-C's does, after the line of this number."""
+        lines = 0
+
+        def trace(frame: Any, event: str, _arg: object) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename not in files:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == interrupt:
+                    _thread.interrupt_main()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            if entered:
+                model(x, adapter_names=NAMES)
+            else:
+                with accelerate(model):
+                    model(x, adapter_names=NAMES)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        return lines
+
+    for number in count(1):
+        with accelerate(model):
+            passed = call(number, entered=True)
+            assert model(x).equal(plain), number
+            assert hooks(model) == [], number
+        if passed < number:
+            break
+    assert number > 30
+    for number in count(1):
+        passed = call(number, entered=False)
+        assert [dict(vars(module)) for module in modules] == before, number
+        if passed < number:
+            break
+    assert number > 100
+
+
+@needs_peft
+def test_a_model_that_cannot_be_taken_over_is_as_it_was(lib: SimpleNamespace, x: Any) -> None:
+    model = adapted(lib, net(lib.torch), {"de": lora(lib, "gate", "down")})
+    with accelerate(model):
+        model.add_adapter("en", lora(lib, "up", "down"))
+        model.base_model.model.up.out_features = 0
+        with pytest.raises(ValueRangeError, match="h_out"):
+            model(x, adapter_names=["en"] * len(x))
+    for module in (model.base_model, *model.base_model.model.children()):
+        assert not {compat.HOOKS, compat.MIXED} & vars(module).keys()
+
+
+@needs_peft
+def test_one_threads_failed_batch_is_not_anothers(model: Any, x: Any) -> None:
+    """Both name the same adapters, as PEFT demands: hooks, and who has looked for changes."""
+    down = model.base_model.model.down
+    errors: list[BaseException] = []
+    second_is_in, first_has_failed = threading.Event(), threading.Event()
+
+    def meet(*_args: object) -> None:
+        if threading.current_thread() is first:
+            assert second_is_in.wait(60)
+            raise RuntimeError("planted")
+        second_is_in.set()
+        assert first_has_failed.wait(60)
+
+    def fail() -> None:
+        with lib_no_grad(), pytest.raises(RuntimeError, match="planted"):
+            model(x, adapter_names=NAMES)
+        first_has_failed.set()
+
+    def succeed() -> None:
+        with lib_no_grad():
+            try:
+                assert model(x, adapter_names=NAMES).equal(expected)
+            except BaseException as error:
+                errors.append(error)
+
+    lib_no_grad = sys.modules["torch"].no_grad
+    with accelerate(model):
+        expected = model(x, adapter_names=NAMES)
+        handle = model.base_model.model.gate.base_layer.register_forward_pre_hook(meet)
+        first, second = threading.Thread(target=fail), threading.Thread(target=succeed)
+        first.start()
+        second.start()
+        first.join()
+        second.join()
+        handle.remove()
+        assert errors == hooks(model) == []
+        model.base_model.model.down.lora_A["en"].weight.data.mul_(2)
+        h = x.repeat(1, 1, 2)[..., :33]
+        benchmark.check(down, partial(down, h, adapter_names=NAMES), NAMES, "down", most=ALL_ROWS)
+
+
+@needs_peft
+def test_threads_see_a_change_at_once(lib: SimpleNamespace, model: Any, x: Any) -> None:
+    errors: list[BaseException] = []
+
+    def call(barrier: threading.Barrier) -> None:
+        try:
+            with lib.torch.no_grad():
+                barrier.wait(60)
+                model(x, adapter_names=NAMES)
+        except BaseException as error:
+            errors.append(error)
+
+    with accelerate(model):
+        for i in range(20):
+            in_place(lib, model)
+            model.add_adapter(f"n{i}", lora(lib, "gate", "up", "down", r=i + 1))
+            model.requires_grad_(False).eval()
+            barrier = threading.Barrier(4)
+            threads = [threading.Thread(target=call, args=(barrier,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert errors == []
+            check(model, x)
+            model.delete_adapter(f"n{i}")
+
+
+@needs_peft
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_made_inside_is_pefts_alone(how: str, lib: SimpleNamespace, x: Any) -> None:
+    def copied(model: Any) -> Any:
+        return copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+
+    linear = lib.torch.nn.Linear
+    configs = {name: lora(lib, "0", "1", r=r) for name, r in (("de", 3), ("en", 5), ("fr", 1))}
+    model = adapted(lib, lib.torch.nn.Sequential(linear(20, 9), linear(9, 20)), configs)
+    theirs, plain = model(x, adapter_names=NAMES), model(x)
+    with accelerate(model):
+        twin = copied(model)
+        twins = copied(twin)
+        check(twin, x)
+    for one in (twin, twins):
+        assert one(x, adapter_names=NAMES).equal(theirs)
+        assert one(x).equal(plain)
+        with accelerate(one) as taken:
+            assert taken.layers == ["0", "1"]
+            one.base_model.model[0].lora_B["de"].weight.mul_(2)
+            check(one, x)
+        one.base_model.model[0].lora_B["de"].weight.div_(2)
+        assert one(x, adapter_names=NAMES).equal(theirs)
+    assert model(x, adapter_names=NAMES).equal(theirs)
+
+
+@needs_peft
+def test_names_that_no_adapter_has_leave_nothing(model: Any, x: Any) -> None:
+    """PEFT's layers take any name, and its model refuses what no layer has."""
+    up = model.base_model.model.up
+    with accelerate(model) as taken:
+        for i in range(20):
+            names = [f"nobody{i}", "de", "fr"]
+            benchmark.check(up, partial(up, x[:3], adapter_names=names), names, "up", most=ALL_ROWS)
+            with pytest.raises(ValueError, match="non-existing"):
+                model(x[:3], adapter_names=names)
+        assert taken._batches.names == {"de", "en", "fr"}
+        assert {len(layer.stack) for layer in taken._layers.values()} == {3}
+        check(model, x)
+
+
 # planted faults
 
 
@@ -606,7 +994,7 @@ def tokens_interleaved(batch: Any, tokens: int) -> Any:
 def test_wrong_rows_would_be_found(
     fault: Callable[..., Any], model: Any, x: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat._Batch, "segments", fault)
+    monkeypatch.setattr(peft_batches.Batch, "segments", fault)
     with accelerate(model), pytest.raises(AssertionError, match="elements wrong"):
         check(model, x)
 

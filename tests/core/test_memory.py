@@ -461,6 +461,7 @@ KEPT = {  # what lasts as long as the process, and why it cannot grow
     "sgmv.kernels.jit._entries": "compiled functions, of mixes of float types",
     "sgmv.workspace._idle": "as many as calls have run at once, each of the size of a call",
     "sgmv.memory._chunks": "of chunks that are alive",
+    "sgmv.compat.peft_batches._all": "of models that are accelerated",
     "sgmv.serving.slots._all": "of slots that are alive",
     "sgmv.stack._stacks": "of stacks that are alive",
     "sgmv.warm_up._warm": "mixes of four float types",

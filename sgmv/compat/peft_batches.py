@@ -1,0 +1,86 @@
+"""The batches of `accelerate`: whose rows are which adapter's, by ids that all layers share."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+
+from sgmv.ids import BASE_ONLY
+from sgmv.layouts.peft import BASE_NAME
+from sgmv.segment import Segments, segment
+
+_all: weakref.WeakSet[Batches] = weakref.WeakSet()
+
+
+class _Here(threading.local):
+    """What this thread is in: whether the model's call has refreshed all layers on entry."""
+
+    are_fresh = False
+
+
+class Batches:
+    """The ids of adapter names, alike in all layers, and the batch at hand."""
+
+    def __init__(self) -> None:
+        self.here = _Here()
+        self.changing = threading.RLock()  # of layers, stacks and ids
+        _all.add(self)
+        self._ids = {BASE_NAME: BASE_ONLY}
+        self._next_id = 0
+        self._last = Batch([], self)
+
+    @property
+    def names(self) -> set[str]:
+        """The adapters that have an id."""
+        return self._ids.keys() - {BASE_NAME}
+
+    def id(self, name: str) -> int:
+        """The adapter's id, a new one if it has none."""
+        if name not in self._ids:
+            self._ids[name] = self._next_id
+            self._next_id += 1
+        return self._ids[name]
+
+    def forget(self, name: str) -> int:
+        """Take the adapter's id away; no other gets it."""
+        self._last = Batch([], self)
+        return self._ids.pop(name)
+
+    def of(self, names: Sequence[str]) -> Batch:
+        """The batch of these `adapter_names`; one for all layers of a step."""
+        batch = self._last
+        if batch.names != list(names):
+            batch = self._last = Batch(names, self)
+        return batch
+
+
+class Batch:
+    """The samples of one step, by adapter; their tokens as Segments, made once for all layers."""
+
+    def __init__(self, names: Sequence[str], batches: Batches) -> None:
+        self.names = list(names)
+        self.used = [name for name in dict.fromkeys(names) if name != BASE_NAME]
+        self._ids = np.array([batches.id(name) for name in names], np.int64)
+        self._segments = 0, segment([])
+
+    def segments(self, tokens: int) -> Segments:
+        """Of x's rows, which are so many tokens of each sample."""
+        known, segments = self._segments
+        if known != tokens:
+            segments = segment(np.repeat(self._ids, tokens))
+            self._segments = tokens, segments
+        return segments
+
+
+def _renew_locks() -> None:
+    """In a forked child: another thread of the parent may have held one."""
+    for batches in _all:
+        batches.changing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

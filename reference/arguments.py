@@ -32,11 +32,13 @@ def used_adapters(
     >>> chosen[0].scaling, chosen[-1] is None
     (2.0, True)
     """
-    ids = np.asarray(adapter_ids)
-    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+    ids = _array(adapter_ids, "adapter_ids", "integers")
+    if ids.size and ids.dtype.kind not in "iu":
         raise ValueError(f"adapter_ids: expected integers, got {ids.dtype}; pass one id per row")
     if ids.shape != (n,):
         raise ValueError(f"adapter_ids: expected shape ({n},), got {ids.shape}; one id per row")
+    if ids.dtype.kind == "u" and ids.max(initial=0) >= 2**63:  # int64 would make it negative
+        raise _unknown(ids.max())
     ids = ids.astype(np.int64)
     chosen: dict[int, Adapter | None] = {}
     for adapter_id in np.unique(ids).tolist():
@@ -44,9 +46,10 @@ def used_adapters(
         if adapter is None:
             chosen[adapter_id] = None
             continue
-        A, B = (adapter.A, adapter.B) if hasattr(adapter, "A") else adapter
+        name = f"adapter {adapter_id}"
+        A, B = _pair(adapter, name)
         scaling = _scaling_of(adapter, adapter_id, scalings)
-        chosen[adapter_id] = checked(A, B, scaling, h_in, h_out, f"adapter {adapter_id}")
+        chosen[adapter_id] = checked(A, B, scaling, h_in, h_out, name)
     return ids, chosen
 
 
@@ -55,13 +58,13 @@ def checked(
 ) -> Adapter:
     """The adapter with its shapes and scaling checked; h_out None takes B's own.
 
-    Semantics: `A.shape == (r, h_in)`, `B.shape == (h_out, r)`, scaling finite.
+    Semantics: `A.shape == (r, h_in)`, `B.shape == (h_out, r)`, real numbers, scaling finite.
     Raises: ValueError that names the argument, what was expected, what came and the remedy.
 
     >>> checked(np.ones((2, 3)), np.ones((4, 2)), 1, 3, None).scaling
     1.0
     """
-    A, B = np.asarray(A), np.asarray(B)
+    A, B = _numbers(A, name, "A of real numbers"), _numbers(B, name, "B of real numbers")
     if A.ndim != 2 or A.shape[1] != h_in:
         raise ValueError(f"{name}: expected A of shape (r, {h_in}), got {A.shape}; pass (r, h_in)")
     width = "h_out" if h_out is None else h_out
@@ -69,9 +72,10 @@ def checked(
         raise ValueError(
             f"{name}: expected B of shape ({width}, {A.shape[0]}), got {B.shape}; pass (h_out, r)"
         )
-    if not math.isfinite(scaling):
-        raise ValueError(f"{name}: expected a finite scaling, got {scaling}; pass alpha / r")
-    return Adapter(A, B, float(scaling))
+    number = _float(scaling, name)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite scaling, got {number}; pass alpha / r")
+    return Adapter(A, B, number)
 
 
 def matrix(
@@ -79,13 +83,13 @@ def matrix(
 ) -> NDArray[Any]:
     """The argument as a 2-D array, in its own dtype.
 
-    Semantics: `argument.shape == (rows, columns)`, where they are given.
+    Semantics: `argument.shape == (rows, columns)`, where they are given; real numbers.
     Raises: ValueError that names the argument, what was expected, what came and the remedy.
 
     >>> matrix([[1.0, 2.0]], "x", columns=2).shape
     (1, 2)
     """
-    array = np.asarray(argument)
+    array = _numbers(argument, name, "real numbers")
     expected = ("rows" if rows is None else rows, "columns" if columns is None else columns)
     fits = array.ndim == 2 and rows in (None, len(array)) and columns in (None, array.shape[1])
     if not fits:
@@ -96,32 +100,98 @@ def matrix(
     return array
 
 
+def _array(argument: Any, name: str, expected: str) -> NDArray[Any]:
+    try:
+        return np.asarray(argument)
+    except (TypeError, ValueError, RuntimeError):  # rows of unequal lengths, or a foreign array
+        raise ValueError(
+            f"{name}: expected {expected}, got {type(argument).__name__} that numpy cannot read; "
+            "pass a numpy array"
+        ) from None
+
+
+def _numbers(argument: Any, name: str, expected: str) -> NDArray[Any]:
+    array = _array(argument, name, expected)
+    if not _is_real(array.dtype):
+        raise ValueError(
+            f"{name}: expected {expected}, got {array.dtype}; "
+            "convert them, for example with .astype(np.float64)"
+        )
+    return array
+
+
+def _is_real(dtype: np.dtype[Any]) -> bool:
+    # bfloat16 too, which numpy itself does not count among its floats.
+    return np.can_cast(dtype, np.float64, "same_kind")
+
+
+def _float(scaling: Any, name: str) -> float:
+    try:
+        array = np.asarray(scaling)
+        if isinstance(scaling, Real) or (array.ndim == 0 and _is_real(array.dtype)):
+            return float(scaling)
+    except OverflowError:  # an int beyond every float
+        return math.inf
+    except (TypeError, ValueError):  # also numpy's durations, which are registered as numbers
+        pass
+    raise ValueError(
+        f"{name}: expected a real number as scaling, got {type(scaling).__name__}; pass alpha / r"
+    )
+
+
+def _pair(adapter: Any, name: str) -> tuple[Any, Any]:
+    try:
+        A, B = (adapter.A, adapter.B) if hasattr(adapter, "A") else adapter
+    except (AttributeError, TypeError, ValueError):
+        count = f" of {len(adapter)}" if isinstance(adapter, Sequence) else ""
+        raise ValueError(
+            f"{name}: expected (A, B), an Adapter or None, got {type(adapter).__name__}{count}; "
+            "pass (A, B) of shapes (r, h_in) and (h_out, r)"
+        ) from None
+    return A, B
+
+
 def _lookup(adapters: Adapters, adapter_id: int) -> Any:
     if adapter_id == -1:
         return None
     if isinstance(adapters, Sequence):
         known = 0 <= adapter_id < len(adapters)
-    else:
+    elif _is_keyed(adapters):
         known = adapter_id in adapters
-    if not known:
+    else:
         raise ValueError(
-            f"adapter_ids: expected ids of the adapters given, got {adapter_id}; "
-            "add that adapter, or use -1 for base only"
+            f"adapters: expected a mapping or a sequence, got {type(adapters).__name__}; "
+            "pass {id: (A, B)}"
         )
+    if not known:
+        raise _unknown(adapter_id)
     return adapters[adapter_id]
 
 
-def _scaling_of(adapter: Any, adapter_id: int, scalings: Scaling) -> float:
+def _is_keyed(adapters: Adapters) -> bool:
+    if isinstance(adapters, np.ndarray):  # whose `in` looks at elements
+        return False
+    return hasattr(adapters, "__contains__") and hasattr(adapters, "__getitem__")
+
+
+def _unknown(adapter_id: int) -> ValueError:
+    return ValueError(
+        f"adapter_ids: expected ids of the adapters given, got {adapter_id}; "
+        "add that adapter, or use -1 for base only"
+    )
+
+
+def _scaling_of(adapter: Any, adapter_id: int, scalings: Scaling) -> Any:
     if scalings is None:
-        return float(getattr(adapter, "scaling", 1.0))
-    if isinstance(scalings, Real):
-        return float(scalings)
+        return getattr(adapter, "scaling", 1.0)
     if isinstance(scalings, Mapping):
         known = adapter_id in scalings
+    elif isinstance(scalings, Sequence) or np.ndim(scalings):
+        known = 0 <= adapter_id < len(scalings)  # type: ignore[arg-type]  # numbers go below
     else:
-        known = 0 <= adapter_id < len(scalings)  # type: ignore[arg-type]  # numbers left above
+        return scalings
     if not known:
         raise ValueError(
             f"scalings: expected one for adapter {adapter_id}, got none; add it, or pass one number"
         )
-    return float(scalings[adapter_id])  # type: ignore[index]  # numbers left above
+    return scalings[adapter_id]  # type: ignore[index]  # numbers left above

@@ -103,4 +103,5 @@ def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling
     array([[16.]])
     """
     x = matrix(x, "x")
-    return apply_batched(x, W, [(A, B)], np.zeros(len(x), np.int64), scaling)
+    adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None)
+    return apply_batched(x, W, [adapter], np.zeros(len(x), np.int64))

@@ -92,4 +92,6 @@ def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling
     >>> apply_single([[1.0]], [[10.0]], A=[[1.0]], B=[[2.0]], scaling=3.0)
     array([[16.]])
     """
-    return apply_batched(x, W, [(A, B)], np.zeros(len(np.asarray(x)), np.int64), scaling)
+    x = matrix(x, "x")
+    adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None)
+    return apply_batched(x, W, [adapter], np.zeros(len(x), np.int64))

@@ -135,6 +135,8 @@ def test_adapters_and_scalings_in_every_spelling(form: types.ModuleType) -> None
         ([own], np.array([2.0]), 21),
         ([own], 2, 21),
         ([own], np.float32(2), 21),
+        ([own], ml_dtypes.bfloat16(2), 21),
+        ([own], np.array(2), 21),
         ([None], None, 1),
         ([None], {}, 1),
     ]
@@ -158,6 +160,23 @@ def test_adapters_and_scalings_in_every_spelling(form: types.ModuleType) -> None
         ({"scalings": {1: 1.0}}, r"scalings: expected one for adapter 0"),
         ({"scalings": []}, r"scalings: expected one for adapter 0"),
         ({"scalings": np.inf}, r"adapter 0: expected a finite scaling, got inf"),
+        ({"scalings": 10**5000}, r"adapter 0: expected a finite scaling, got inf"),
+        ({"scalings": {0: "2"}}, r"adapter 0: expected a real number as scaling, got str; pass"),
+        ({"scalings": 2j}, r"adapter 0: expected a real number as scaling, got complex"),
+        ({"scalings": np.ones((1, 1))}, r"adapter 0: expected a real number .* got ndarray"),
+        ({"adapters": 5}, r"adapters: expected a mapping or a sequence, got int; pass \{id: "),
+        ({"adapters": np.ones((1, 2, 4))}, r"adapters: expected .* sequence, got ndarray"),
+        ({"adapters": {0}}, r"adapters: expected a mapping or a sequence, got set"),
+        ({"adapters": {0: (1, 2, 3)}}, r"adapter 0: expected .*, got tuple of 3; pass \(A, B\)"),
+        ({"adapters": {0: 5}}, r"adapter 0: expected \(A, B\), an Adapter or None, got int; pass"),
+        ({"adapters": {0: types.SimpleNamespace(A=1)}}, r"adapter 0: .* got SimpleNamespace"),
+        ({"adapters": {0: ("a", "b")}}, r"adapter 0: expected A of real numbers, got <U1"),
+        ({"x": np.ones((2, 4)) * 1j}, r"x: expected real numbers, got complex128; convert"),
+        ({"x": [[1.0], [1.0, 2.0]]}, r"x: expected real numbers, got list that numpy cannot read"),
+        ({"y": np.ones((2, 5), object)}, r"y: expected real numbers, got object; convert"),
+        ({"adapter_ids": [[0], 0]}, r"adapter_ids: expected integers, got list that numpy cannot"),
+        ({"adapter_ids": [2**64 - 1] * 2}, r"adapter_ids: .* got 18446744073709551615; add that"),
+        ({"adapter_ids": np.zeros(2, "m8[s]")}, r"adapter_ids: expected integers, got timedelta"),
     ],
 )
 def test_bad_input_is_refused(form: types.ModuleType, change: dict[str, Any], message: str) -> None:
@@ -171,6 +190,16 @@ def test_bad_input_is_refused(form: types.ModuleType, change: dict[str, Any], me
     form.add_lora(**good)
     with pytest.raises(ValueError, match=message):
         form.add_lora(**{**good, **change})
+
+
+@FORMS
+def test_a_single_scaling_is_one_number(form: types.ModuleType) -> None:
+    x, W, A, B = np.ones((2, 4)), np.ones((5, 4)), np.ones((3, 4)), np.ones((5, 3))
+    for scaling in (None, {0: 2.0}, [2.0]):
+        with pytest.raises(ValueError, match=r"^adapter: expected a real number as scaling, got "):
+            form.apply_single(x, W, A, B, scaling)
+        with pytest.raises(ValueError, match=r"^adapter: expected a real number as scaling, got "):
+            form.lora_delta(x, A, B, scaling)
 
 
 def test_a_W_of_another_width_is_refused() -> None:

@@ -274,7 +274,7 @@ class _Layer:
         self.stack = AdapterStack(module.in_features, module.out_features, slots=0)
         self._batches = batches
         self._own_forward: Callable[..., Any] = getattr(module, MIXED)
-        self._own_kwargs = getattr(sys.modules[type(module).__module__], "VARIANT_KWARG_KEYS", ())
+        self._own_kwargs = getattr(sys.modules["peft"].tuners.lora.layer, "VARIANT_KWARG_KEYS", ())
         self._replacement = Replacement(module, MIXED, self._forward)
 
     def take(self) -> None:

@@ -55,9 +55,9 @@ def make_parser(names: Collection[str] = tuple(COMMANDS)) -> Parser:
     parser.add_argument("--version", action="version", version=f"sgmv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():
-        its = commands.add_parser(name, help=text)
+        subparser = commands.add_parser(name, help=text)
         if name in names:
-            its.set_defaults(run=import_module(module).command(its))
+            subparser.set_defaults(run=import_module(module).command(subparser))
     return parser
 
 

@@ -163,9 +163,9 @@ def as_adapter(argument: str, entry: AdapterLike) -> Adapter | None:
     if isinstance(entry, tuple | list) and len(entry) == 2:
         try:
             return Adapter(*entry)
-        except SgmvError as error:  # it names A or B: say whose
-            where = f"{argument}, {error.argument}"
-            raise type(error)(where, error.expected, error.received, error.remedy) from None
+        except SgmvError as error:  # it names A or B, not the entry
+            named = f"{argument}, {error.argument}"
+            raise type(error)(named, error.expected, error.received, error.remedy) from None
     raise DtypeError(
         argument, "an Adapter, a pair (A, B) or None", type(entry).__name__, "wrap it in Adapter"
     )

@@ -32,8 +32,8 @@ def is_on() -> bool:
     return True
 
 
-def told() -> str:
-    """In words, for `info`: whether it is on, and if not, how it can be, or why not."""
+def state() -> str:
+    """For `info`: "on", "emulated", or why it is off and how to turn it on."""
     if unit() is None:
         if not cpu.has_amx():
             return "none in this CPU"
@@ -46,7 +46,7 @@ def told() -> str:
 
 
 def unit() -> Any:
-    """Who computes tile products, as compiled code is told; None where nobody does."""
+    """What computes tile products, CPU or EMULATION; None where neither does."""
     asked = AMX.read()
     if asked not in ("1", "emulate") or not VECTOR_BITS or not JITTED:
         return None

@@ -78,12 +78,12 @@ def choose(backend: str | None, v: Dtype, bfloat16: bool = False) -> str:
         if bfloat16 and asked == "amx" and amx.is_on():
             able.insert(0, "amx")
     if backend and backend not in able:
-        raise ValueRangeError("backend", _instead(v), backend, "leave it out")
+        raise ValueRangeError("backend", _alternatives(v), backend, "leave it out")
     return next(name for name in BACKENDS[BACKENDS.index(asked) :] if name in able)
 
 
-def _instead(v: Dtype) -> str:
-    """What could run in the place of a backend that cannot, and why."""
+def _alternatives(v: Dtype) -> str:
+    """The backends that can run instead of the one asked for, and why it cannot."""
     if not VECTOR_BITS:
         return "loops on a CPU without 256-bit vectors"
     if v == FLOAT64:

@@ -31,15 +31,15 @@ TO_FLOAT32 = "convert it first, for example with .astype(np.float32)"
 NOT_PLAIN = (np.ma.MaskedArray, np.matrix)
 
 
-def check_count(argument: str, value: object, least: int, most: float = MOST) -> int:
-    """The value as an int, if it is a whole number from the least to the most, an int64's."""
+def check_count(argument: str, value: object, least: int, limit: float = MOST) -> int:
+    """The value as an int, if it is a whole number from `least` to `limit`, by default int64's."""
     if not is_integer(value):
         raise DtypeError(argument, "an integer", type(value).__name__, "pass a whole number")
     if value < least:
         raise ValueRangeError(argument, f"at least {least}", shown(value), "pass a larger number")
-    if value > most:
-        limit = "less than 2**63" if most == MOST else f"at most {most}"
-        raise ValueRangeError(argument, limit, shown(value), "pass a smaller number")
+    if value > limit:
+        expected = "less than 2**63" if limit == MOST else f"at most {limit}"
+        raise ValueRangeError(argument, expected, shown(value), "pass a smaller number")
     return int(value)
 
 
@@ -52,7 +52,7 @@ def as_float(value: Any) -> float:
 
 
 def check_several(argument: str, values: object, expected: str) -> None:
-    """Refuse what has no elements, and text, whose elements are letters."""
+    """Refuse what has no elements, and text: its elements are letters."""
     single = isinstance(values, (str, bytes)) or not isinstance(values, Iterable)
     if single or (isinstance(values, np.ndarray) and values.ndim == 0):
         raise DtypeError(argument, expected, type(values).__name__, "pass a list")
@@ -74,7 +74,7 @@ def check_scaling(argument: str, scaling: object) -> float:
 
 @contextmanager
 def fits_memory(argument: str, value: object) -> Iterator[None]:
-    """Refuse a number of things that memory does not hold, where arrays of so many are made."""
+    """Refuse a number of elements for which an array cannot be allocated."""
     try:
         yield
     except SgmvError:
@@ -152,7 +152,7 @@ def _check_shape(argument: str, array: Array, n: int, name: str, width: int) -> 
 
 
 def check_v(v: Array, n: int, rank: int) -> None:
-    """Refuse what shrink cannot have returned for n rows whose highest rank is this one."""
+    """Refuse what shrink cannot have returned for n rows with this highest rank."""
     check_matrix("v", v)
     if v.dtype.name not in ("float32", "float64"):
         raise DtypeError(
@@ -168,7 +168,7 @@ def check_v(v: Array, n: int, rank: int) -> None:
 
 
 def check_y(y: Array, n: int, h_out: int, source: str, operand: Any, argument: str = "y") -> None:
-    """Refuse a y whose writing would change `operand`, the array named `source`, or y elsewhere."""
+    """Refuse a y of another shape, read-only, or overlapping `operand` (`source`) or itself."""
     _check_shape(argument, y, n, "h_out", h_out)
     if not y.flags.writeable:
         raise MemoryLayoutError(

@@ -40,7 +40,7 @@ NEGATIVE = re.compile(r"-\d.*")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors have the style of the library's."""
+    """An ArgumentParser with errors in the style of the library's."""
 
     def error(self, message: str) -> NoReturn:
         for pattern, text in STYLE:

@@ -10,7 +10,7 @@ from itertools import islice
 
 
 class SgmvError(ValueError):
-    """A call that sgmv refuses, told as argument, expected, received, remedy.
+    """A call that sgmv refuses: the argument, what was expected, what came, and the remedy.
 
     Semantics: `str(error) == f"{argument}: expected {expected}, got {received}; {remedy}"`.
 
@@ -28,7 +28,7 @@ class SgmvError(ValueError):
 
 
 class ShapeError(SgmvError):
-    """Arrays whose shapes do not fit each other, the stack or the segments."""
+    """Shapes of arrays that do not fit each other, the stack or the segments."""
 
 
 class DtypeError(SgmvError, TypeError):
@@ -60,25 +60,25 @@ class ServingError(SgmvError):
 
 
 class StaleStepError(ServingError):
-    """A step whose adapters have been evicted or replaced since it was made."""
+    """A step that was made before one of its adapters was evicted or replaced."""
 
 
-def shown(value: object, most: int = 60) -> str:
+def shown(value: object, limit: int = 60) -> str:
     """The value for a message, cut short where it is long.
 
     >>> shown(2**64), shown(16**400, 12)
     ('18446744073709551616', '0x100000...')
     """
     # Python refuses to print very long integers in decimal.
-    text = hex(value) if isinstance(value, int) and abs(value) >= 10**most else str(value)
-    return text if len(text) <= most else f"{text[: most - 4]}..."
+    text = hex(value) if isinstance(value, int) and abs(value) >= 10**limit else str(value)
+    return text if len(text) <= limit else f"{text[: limit - 4]}..."
 
 
-def some(values: Iterable[object], most: int = 8) -> str:
+def some(values: Iterable[object], limit: int = 8) -> str:
     """The first few of the values, for a message.
 
     >>> some([7, 9]), some(range(100))
     ('[7, 9]', '[0, 1, 2, 3, 4, 5, 6, 7, ...]')
     """
-    shown = [str(value) for value in islice(values, most + 1)]
-    return f"[{', '.join([*shown[:most], '...'] if shown[most:] else shown)}]"
+    shown = [str(value) for value in islice(values, limit + 1)]
+    return f"[{', '.join([*shown[:limit], '...'] if shown[limit:] else shown)}]"

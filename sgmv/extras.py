@@ -23,8 +23,8 @@ if hasattr(os, "register_at_fork"):
 def load(name: str) -> ModuleType:
     """The module of this name; raises ImportError where it is not installed.
 
-    For other libraries alone: a module of sgmv that loads another would wait for this lock while
-    its importer, who has it, waits for the module.
+    For other libraries alone. A module of sgmv that loads another would wait for this lock, while
+    the thread that holds the lock waits for the module.
     """
     with _importing:
         return import_module(name)

@@ -59,7 +59,7 @@ def one_version(directory: Path, names: Sequence[str], read: Callable[..., T]) -
             start = time.time_ns()
             place = _pinned(directory, stack)
             opened = [_opened(place, name, stack) for name in names]
-            before = [_stamp(one) for one in opened]
+            before = [_stamp(file) for file in opened]
             try:
                 found = read(*opened)
             except Exception as caught:  # of half a file, perhaps
@@ -185,7 +185,7 @@ class TensorFile:
         self._read_header()
 
     def tensor(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """One tensor's values, whose type is known to be dtype."""
+        """One tensor's values; its type is known to be dtype."""
         entry = self.entries[name]
         if math.prod(entry.shape) * np.dtype(dtype).itemsize != entry.end - entry.begin:
             raise ValueError(f"{name!r} is {entry}")

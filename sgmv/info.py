@@ -73,7 +73,7 @@ def info() -> Info:
         cpu=f"{cpu.name()}, {cpu.cores()} cores",
         features=cpu.told(),
         vectors=f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops",
-        amx=amx.told(),
+        amx=amx.state(),
         backend=chosen,
         shrink_tiles=shrink if tiled else "none",
         expand_tiles=expand if tiled else "none",

@@ -85,7 +85,7 @@ def _run(
     table: SlotTable,
     batch: Segments | Integers,
 ) -> None:
-    """The call whose operands are in place. `pool` helps, unless another caller has it."""
+    """Run the call: its operands are in the record. `pool` helps, unless another caller has it."""
     if isinstance(batch, Segments):
         n, segments, ids = batch.most, batch.address, 0
     else:
@@ -97,8 +97,8 @@ def _run(
         if held:
             pool.prepare(threads - 1)
         space.plan_rows(n)
-        whose = space.address, gate, kernels.shrink, kernels.expand, table.address
-        outcome = call.start(*whose, segments, ids, n, threads, WORTH_SHARING_NS)
+        records = space.address, gate, kernels.shrink, kernels.expand, table.address
+        outcome = call.start(*records, segments, ids, n, threads, WORTH_SHARING_NS)
         while outcome == call.MORE:  # between two bytecodes Python hears signals
             if held:
                 pool.ring()
@@ -115,7 +115,7 @@ def _run(
 
 
 def _dense(array: Array) -> Array:
-    """The array, or a copy, whose rows each have their elements side by side."""
+    """The array, or a copy, with the elements of each row side by side in memory."""
     dense = array.flags.c_contiguous or array.shape[1] <= 1 or array.strides[1] == array.itemsize
     return array if dense else np.ascontiguousarray(array)
 

@@ -78,7 +78,7 @@ def apply_batched(
     adapter_ids: Segments | npt.ArrayLike,
     scalings: Scalings = None,
 ) -> Array:
-    """One linear layer for a batch whose rows name different adapters.
+    """One linear layer for a batch with a different adapter for each row.
 
     Semantics: `y = x @ W.T`, once for the whole batch, by numpy; then `add_lora`. 16-bit inputs
     are widened to float32 for the base product, and y is rounded once at the end.

@@ -1,19 +1,19 @@
-"""Where weights stand: pieces of large chunks, which the system can give in pages of 2 MiB.
+"""Where weights are stored: pieces of large slabs, which the system can give in pages of 2 MiB.
 
-    chunk 0  [ A of 7 ][ B of 7 ][ free  ][ A of 9 ][ B of 9 ][ free               ]
-    chunk 1  [ A of 3          ][ B of 3          ][ free                          ]
-    chunk 2  [ A of a rank that takes more than a third of a chunk ]
+    slab 0  [ A of 7 ][ B of 7 ][ free  ][ A of 9 ][ B of 9 ][ free               ]
+    slab 1  [ A of 3          ][ B of 3          ][ free                          ]
+    slab 2  [ A of a rank that takes more than a third of a slab ]
 
 One adapter's weights are too small for such pages, and those of 4 KiB end the CPU's prefetching at
 every 64th cache line. numpy asks Linux for large ones for each array from 4 MiB on. Measured: cold
 weights of 16 adapters took 1.16x as long to read in pages of 4 KiB, 1.08x on two threads
 (docs/kernels.md).
 
-A chunk goes back to the system with its last piece, but for the latest, which stays for the next.
-One small piece would keep all of a chunk, so that `sparse` names the chunks that are to be emptied:
-AdapterStack copies their weights to other chunks. Afterwards all chunks together have at most 1.5
-times what their pieces have, and one chunk, whatever came and went in whatever order. The way not
-taken is to give back the free pages inside a chunk: that takes the large pages apart, the system
+A slab goes back to the system with its last piece, but for the latest, which stays for the next.
+One small piece would keep all of a slab, so that `sparse` names the slabs that are to be emptied:
+AdapterStack copies their weights to other slabs. Afterwards all slabs together have at most 1.5
+times what their pieces have, and one slab, whatever came and went in whatever order. The way not
+taken is to give back the free pages inside a slab: that takes the large pages apart, the system
 puts them together again, free ones included, and an adapter smaller than a page still keeps one.
 """
 
@@ -34,11 +34,11 @@ import numpy as np
 from sgmv.dtypes import Array
 
 CACHE_LINE = 64
-CHUNK = 32 << 20  # bytes; an allocation so large malloc returns to the system as soon as it is free
-# More than a third of a chunk has one of its own. So a chunk in which the next piece has no room is
+SLAB = 32 << 20  # bytes; malloc gives an allocation of this size back as soon as it is free
+# More than a third of a slab has one of its own. So a slab in which the next piece has no room is
 # filled to two thirds or more, and `sparse` comes to an end.
-PIECES_PER_CHUNK = 3
-MOST = 1.5  # bytes of chunks for each byte of their pieces, and one chunk
+PIECES_PER_SLAB = 3
+MOST = 1.5  # bytes of slabs for each byte of their pieces, and one slab
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -52,39 +52,39 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class Totals(NamedTuple):
-    """Bytes of all chunks, and of the pieces that they hold."""
+    """Bytes of all slabs, and of the pieces that they hold."""
 
-    chunks: int
+    slabs: int
     pieces: int
 
 
 def totals() -> Totals:
     """What is held of the system at the moment, and what of it is in use."""
     with _cutting:
-        return _totals(list(_chunks.values()))
+        return _totals(list(_slabs.values()))
 
 
 def sparse() -> Iterator[tuple[int, int]]:
-    """The ends of the chunks to be emptied, one after the other, until there is no need.
+    """The ends of the slabs to be emptied, one after the other, until there is no need.
 
-    Nothing is cut from such a chunk any more. The caller puts what it has there elsewhere; what
+    Nothing is cut from such a slab any more. The caller puts what it has there elsewhere; what
     others have there, as a call in flight may, stays until they let go.
     """
     seen: set[int] = set()
     while (number := _sparsest(seen)) is not None:
         seen.add(number)
-        if (chunk := _chunks.get(number)) is not None:
-            ends = chunk.ends
-            del chunk  # or it would outlive its pieces
+        if (slab := _slabs.get(number)) is not None:
+            ends = slab.ends
+            del slab  # or it would outlive its pieces
             yield ends
 
 
-class _Chunk:
+class _Slab:
     """Memory that pieces are cut from; its own end comes with that of the last piece."""
 
     def __init__(self, size: int) -> None:
         # Of more than is asked for, the rest is never written: the system gives no memory for it.
-        self._memory = np.empty(max(size, CHUNK) + CACHE_LINE, np.uint8)
+        self._memory = np.empty(max(size, SLAB) + CACHE_LINE, np.uint8)
         self._address = self._memory.ctypes.data
         start = -self._address % CACHE_LINE
         self._free = [(start, start + size)]  # ascending, and none ends where the next begins
@@ -93,7 +93,7 @@ class _Chunk:
         self.returned: deque[tuple[int, int]] = deque()  # filled by any thread, at any time
 
     def cut(self, size: int) -> _Piece | None:
-        """So many bytes from the first place that has them, if there is one."""
+        """A piece of `size` bytes, from the first free range that has them, if there is one."""
         self.take_back()
         for i, (start, end) in enumerate([] if self.is_leaving else self._free):
             if end - start >= size:
@@ -117,62 +117,62 @@ class _Chunk:
 
 
 class _Piece:
-    """A part of a chunk, as numpy takes it; the arrays over it keep it alive."""
+    """A part of a slab, as numpy takes it; the arrays over it keep it alive."""
 
-    def __init__(self, chunk: _Chunk, address: int, start: int, size: int) -> None:
-        self._chunk, self._range = chunk, (start, start + size)
+    def __init__(self, slab: _Slab, address: int, start: int, size: int) -> None:
+        self._slab, self._range = slab, (start, start + size)
         data = address + start, False  # not read-only
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": data}
 
     def __del__(self) -> None:
-        self._chunk.returned.append(self._range)  # takes no lock: this may interrupt `_take_back`
+        self._slab.returned.append(self._range)  # takes no lock: this may interrupt `_take_back`
 
 
-_chunks: weakref.WeakValueDictionary[int, _Chunk] = weakref.WeakValueDictionary()  # oldest first
+_slabs: weakref.WeakValueDictionary[int, _Slab] = weakref.WeakValueDictionary()  # oldest first
 _number = itertools.count()
-_latest: _Chunk | None = None  # kept, so that an adapter loaded for one call at a time is cheap
+_latest: _Slab | None = None  # kept, so that an adapter loaded for one call at a time is cheap
 _cutting = threading.Lock()
 
 
 def _piece(size: int) -> _Piece:
     with _cutting:
-        chunks = itertools.chain(_chunks.values(), map(_new_chunk, [size]))  # made if none has room
-        return next(filter(None, (chunk.cut(size) for chunk in chunks)))
+        slabs = itertools.chain(_slabs.values(), map(_new_slab, [size]))  # made if none has room
+        return next(filter(None, (slab.cut(size) for slab in slabs)))
 
 
-def _new_chunk(size: int) -> _Chunk:
+def _new_slab(size: int) -> _Slab:
     global _latest
-    is_shared = size <= CHUNK // PIECES_PER_CHUNK
-    chunk = _Chunk(CHUNK if is_shared else size)
-    _chunks[next(_number)] = chunk
+    is_shared = size <= SLAB // PIECES_PER_SLAB
+    slab = _Slab(SLAB if is_shared else size)
+    _slabs[next(_number)] = slab
     if is_shared:
-        _latest = chunk
-    return chunk
+        _latest = slab
+    return slab
 
 
 def _sparsest(but: Collection[int]) -> int | None:
-    """The number of the chunk to be emptied next, which leaves; None if memory is in bounds."""
+    """The number of the slab to be emptied next, which leaves; None if memory is in bounds."""
     with _cutting:
-        chunks = dict(_chunks.items())
-        held = _totals(list(chunks.values()))
-        if held.chunks <= MOST * held.pieces + CHUNK:
+        slabs = dict(_slabs.items())
+        held = _totals(list(slabs.values()))
+        if held.slabs <= MOST * held.pieces + SLAB:
             return None
         shares = {
-            number: chunk.used / chunk.size
-            for number, chunk in chunks.items()
-            if chunk is not _latest and number not in but
+            number: slab.used / slab.size
+            for number, slab in slabs.items()
+            if slab is not _latest and number not in but
         }
         found = min(shares, key=shares.__getitem__, default=None)
         if found is None or shares[found] * MOST >= 1:
             return None
-        chunks[found].is_leaving = True
+        slabs[found].is_leaving = True
         return found
 
 
-def _totals(chunks: list[_Chunk]) -> Totals:
-    for chunk in chunks:
-        chunk.take_back()
-    return Totals(sum(chunk.size for chunk in chunks), sum(chunk.used for chunk in chunks))
+def _totals(slabs: list[_Slab]) -> Totals:
+    for slab in slabs:
+        slab.take_back()
+    return Totals(sum(slab.size for slab in slabs), sum(slab.used for slab in slabs))
 
 
 def _renew_lock() -> None:

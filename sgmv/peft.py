@@ -244,11 +244,11 @@ class _Weights:
     def _pair(self, names: list[str]) -> dict[str, dict[str, str]]:
         """Of each module, the names of the tensors A and B."""
         modules: dict[str, dict[str, str]] = {}
-        adapters, others = set(), []
+        adapters, unmatched = set(), []
         for name in names:
             match = _TENSOR.fullmatch(_unwrapped(name))
             if not match:
-                others.append(name)
+                unmatched.append(name)
                 continue
             adapters.add(match["adapter"])
             halves = modules.setdefault(match["module"], {})
@@ -257,12 +257,12 @@ class _Weights:
                 expected = f"one lora_{match['half']} of {shown(match['module'])}"
                 got = _few([first, name])
                 raise PeftError(shown(self.path), expected, got, "save one of them alone")
-        if others:
+        if unmatched:
             # A base weight is saved beside an embedding's adapter, and is not why that is refused.
-            cause = min(others, key=lambda name: ".base_layer." in name)
+            cause = min(unmatched, key=lambda name: ".base_layer." in name)
             what, remedy = _what_is(cause)
             expected = f"only {_TENSOR_PREFIX}<module>.lora_A/B"
-            raise PeftError(shown(self.path), expected, f"{_few(others)} ({what})", remedy)
+            raise PeftError(shown(self.path), expected, f"{_few(unmatched)} ({what})", remedy)
         if len(adapters) > 1:
             got = _few(sorted(f"lora_A.{name}" if name else "lora_A" for name in adapters))
             raise PeftError(
@@ -299,22 +299,22 @@ def _read(weights: _Weights, module: str, config: _Config) -> Parts:
     saved = names[0].rpartition(".lora_A")[0]
     saved = saved.partition(_TENSOR_PREFIX)[2] or saved
     (type_a, shape_a, *_), (type_b, shape_b, *_) = (weights.file.entries[name] for name in names)
-    where = f"{shown(module)} in {shown(weights.path)}"
+    source = f"{shown(module)} in {shown(weights.path)}"
     rank = config.rank(module, saved)
     shapes = f"lora_A {shape_a} and lora_B {shape_b}"
     if len(shape_a) != 2 or len(shape_b) != 2 or 0 in shape_a + shape_b:
         is_shard = any(len(shape) < 2 or 0 in shape for shape in (shape_a, shape_b))
         what, remedy = _SHARD if is_shard else ("a convolution's or an expert stack's", _MERGE)
         expected = "a linear layer's A (r, h_in) and B (h_out, r)"
-        raise PeftError(where, expected, f"{shapes} ({what})", remedy)
+        raise PeftError(source, expected, f"{shapes} ({what})", remedy)
     if shape_a[0] != rank or shape_b[1] != rank:
         expected = f"A ({rank}, h_in) and B (h_out, {rank}), as {config.path.name} says"
-        raise PeftError(where, expected, shapes, "take config and tensors from the same save")
+        raise PeftError(source, expected, shapes, "take config and tensors from the same save")
     if type_a != type_b or type_a not in _FLOAT_TYPES:
         got = f"lora_A {type_a} and lora_B {type_b}"
-        raise PeftError(where, f"one of {', '.join(_FLOAT_TYPES)} for both", got, "save it again")
+        raise PeftError(source, f"one of {', '.join(_FLOAT_TYPES)} for both", got, "save it again")
     if type_a == "BF16":
-        _need_bfloat16(where)
+        _need_bfloat16(source)
     A, B = (weights.tensor(name, _FLOAT_TYPES[type_a]) for name in names)
     return A, B, config.scaling(module, saved)
 
@@ -368,11 +368,11 @@ def _damaged(path: Path, expected: str, error: Exception, file: Opened) -> PeftE
     return PeftError(shown(path), expected, got, "try again, or copy the file again")
 
 
-def _need_bfloat16(where: str) -> None:
+def _need_bfloat16(source: str) -> None:
     try:
         load("ml_dtypes")  # which teaches numpy the type's name
     except ImportError as error:
-        raise PeftError(where, "ml_dtypes, to hold bfloat16", "none", _INSTALL) from error
+        raise PeftError(source, "ml_dtypes, to hold bfloat16", "none", _INSTALL) from error
 
 
 def _what_is(name: str) -> tuple[str, str]:
@@ -397,7 +397,7 @@ def _what_is(name: str) -> tuple[str, str]:
 
 
 def near_names(module: str, modules: Collection[str]) -> str:
-    """What to do about a module that none of these is: those whose names are near, or the first."""
+    """A remedy for a module that is not in `modules`: those of near names, or the first few."""
 
     def same_end(name: str) -> bool:
         return name.endswith("." + module) or module.endswith("." + name)

@@ -83,7 +83,7 @@ class AdapterStack:
         h_out: int | None = None,
         dtype: npt.DTypeLike | None = None,
     ) -> AdapterStack:
-        """A stack that holds exactly these adapters, whose ranks and scalings may differ.
+        """A stack that holds exactly these adapters; their ranks and scalings may differ.
 
         Semantics: one slot for each adapter, in the order of `adapters`.
 

@@ -3,7 +3,7 @@
     adapter id   7 ─┐   slot   wa_address     wb_address     rank  scaling
     adapter id  42 ─┼──> 0     (r, h_in)      (r, h_out)      16     2.0     Punica's storage order:
     adapter id  -1  │    1     (r, h_in)      (r, h_out)       8     1.0     wa = A, wb = B.T, which
-       base only    └──> 2     free                                          stands in panels
+       base only    └──> 2     free                                          is packed in panels
 
 The kernels index this table by slot. It is never changed, only replaced: a call that has taken it
 keeps the weights it started with, and the next call sees the new ones.
@@ -32,8 +32,8 @@ from sgmv.memory import aligned
 class Stored:
     """One slot's weights in Punica's storage order, on cache lines of their own.
 
-    wb = B.T is packed: panels of so many columns, (r, columns) each, the last one as narrow as what
-    is left. Packing takes the place of the copy, so the weights stand in memory once.
+    wb = B.T is packed in panels, (r, columns) each; the last one has the columns that are left.
+    Packing is the copy, so the weights are in memory once.
     """
 
     wa: Array  # (r, h_in)
@@ -47,8 +47,8 @@ class Stored:
         wa, wb = aligned(A.shape, A.dtype), aligned((B.size,), B.dtype)
         wa[:] = A
         columns = columns_of(A.dtype)
-        for panel, its in _panels(wb, len(A), len(B), columns):
-            panel[:] = B[its].T
+        for panel, span in _panels(wb, len(A), len(B), columns):
+            panel[:] = B[span].T
         wa.flags.writeable = wb.flags.writeable = False
         return cls(wa, wb, scaling, columns)
 
@@ -60,10 +60,10 @@ class Stored:
         return Stored(wa, wb, self.scaling, self.columns)
 
     def unpack(self, h_out: int) -> tuple[Array, Array]:
-        """A and B (h_out, r), read-only copies: who keeps them keeps no more than them."""
+        """A and B (h_out, r), read-only copies: they keep no other memory alive."""
         A, B = self.wa.copy(), np.empty((h_out, len(self.wa)), self.wb.dtype)
-        for panel, its in _panels(self.wb, *B.shape[::-1], self.columns):
-            B[its] = panel.T
+        for panel, span in _panels(self.wb, *B.shape[::-1], self.columns):
+            B[span] = panel.T
         A.flags.writeable = B.flags.writeable = False
         return A, B
 

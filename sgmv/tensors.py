@@ -125,6 +125,6 @@ def gomp_parallel() -> int:
     """The address of GOMP_parallel in the OpenMP library that torch is linked with; 0 if none."""
     try:
         function = ctypes.CDLL(torch()._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):  # Windows, or macOS, whose OpenMP is Clang's
+    except (OSError, AttributeError):  # Windows; or macOS, with Clang's OpenMP
         return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0

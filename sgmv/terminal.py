@@ -1,7 +1,7 @@
 """Text for a terminal of any width, in colour or not: strips of cells, tables, bars.
 
 Everything here returns lines of at most `width` characters. Colour only repeats what the text says:
-an adapter has one colour wherever it appears, and its id stands beside it.
+an adapter has one colour wherever it appears, and its id is printed beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NARROWEST = 20
 # their blue and vermilion lighter, for black text on them.
 COLOURS = (214, 74, 36, 227, 68, 209, 175)
 FULL, EMPTY, EDGE = "█", "░", "│"
-# What stands for them where the output's encoding has no such characters.
+# What is printed in their place where the output's encoding lacks them.
 PLAIN = str.maketrans("█░│┃─·×…µ", "#.||-.x~u")
 
 
@@ -32,7 +32,7 @@ class Terminal:
     """A width, and whether colours and box characters may be used.
 
     Semantics: `colour_of` gives an adapter's place in COLOURS; an id that is not in it has none.
-    `about` stands below every title: what all tables here are about.
+    `about` is printed below every title: what all tables here are about.
 
     >>> for line in Terminal(24).table(("kernel", "blocks"), [("shrink", "32")]):
     ...     print(line)
@@ -95,7 +95,7 @@ class Terminal:
         return self._styled(f"30;48;5;{self._code(adapter_id)}", text)
 
     def bar(self, used: int, total: int, cells: int, adapter_id: int = BASE_ONLY) -> str:
-        """How much of the total is used, in so many cells: full only if all is, never empty else.
+        """The share of the total that is used, as a bar of `cells`: full only if all is used.
 
         >>> Terminal().bar(1, 64, 8), Terminal().bar(63, 64, 8)
         ('█░░░░░░░', '███████░')
@@ -107,7 +107,7 @@ class Terminal:
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1) -> list[str]:
         """Columns, all but the first to the right; where they are too wide, the others below.
 
-        Semantics: the first `keys` columns are repeated before those that stand below. A head may
+        Semantics: the first `keys` columns are repeated before those that go below. A head may
         have several lines. Where not even one column fits beside the keys, a line for each cell.
 
         >>> head, row = ("kernel", "blocks", "waves"), ("shrink", "9", "1")
@@ -149,13 +149,13 @@ class Terminal:
         lines: Mapping[str, Sequence[str]],
         adapter_ids: Sequence[int],
         starts: Sequence[int] = (),
-        most: int = 5,
+        limit: int = 5,
     ) -> list[str]:
-        """Cells side by side, wrapped into at most so many pieces, an edge where a segment starts.
+        """Cells side by side, wrapped into at most `limit` pieces, an edge before each segment.
 
         lines        name -> the texts of its cells, one per column
-        adapter_ids  whose colour each column has
-        starts       columns before which an edge stands
+        adapter_ids  the adapter of each column, which gives its colour
+        starts       columns that have an edge before them
 
         >>> ids = {"adapter": ["0", "0", "2"]}
         >>> Terminal().strip(ids, [0, 0, 2], [0, 2])
@@ -165,7 +165,7 @@ class Terminal:
         cell_width = max((len(text) for texts in lines.values() for text in texts), default=1)
         each = max((self.width - name_width - 1) // (cell_width + 1), 1)
         n, edges, drawn = len(adapter_ids), set(starts), []
-        for first in range(0, min(n, each * most), each):
+        for first in range(0, min(n, each * limit), each):
             columns = range(first, min(first + each, n))
             if first and len(lines) > 1:
                 drawn.append("")
@@ -173,8 +173,8 @@ class Terminal:
                 cells = [self.adapter(f"{texts[c]:>{cell_width}}", adapter_ids[c]) for c in columns]
                 before = [EDGE if c in edges else " " for c in columns]
                 drawn.append(f"{name:{name_width}} " + "".join(map(str.__add__, before, cells)))
-        if n > each * most:
-            drawn.append(f"{'':{name_width}}  … and {n - each * most:,} more")
+        if n > each * limit:
+            drawn.append(f"{'':{name_width}}  … and {n - each * limit:,} more")
         return drawn
 
     def _code(self, adapter_id: int) -> int:
@@ -205,7 +205,7 @@ def _length(text: str) -> int:
 
 
 def _parts(widths: Sequence[int], keys: int, room: int) -> list[list[int]]:
-    """The columns that stand side by side, keys before each; none if there is no room for that.
+    """The columns of each part, side by side, the keys first; none if there is no room for that.
 
     >>> _parts([6, 6, 5, 9], 1, 21), _parts([6, 6], 1, 13)
     ([[0, 1, 2], [0, 3]], [])
@@ -222,22 +222,22 @@ def _parts(widths: Sequence[int], keys: int, room: int) -> list[list[int]]:
 
 
 def _several_lines(names: Sequence[str]) -> list[list[str]]:
-    r"""The lines of a head; short names stand at its foot.
+    r"""The lines of a head; short names are at its foot.
 
     >>> _several_lines(["kernel", "wasted\n%"])
     [['', 'wasted'], ['kernel', '%']]
     """
     split = [name.split("\n") for name in names]
-    most = max(map(len, split))
-    filled = ([""] * (most - len(each)) + each for each in split)
+    height = max(map(len, split))
+    filled = ([""] * (height - len(each)) + each for each in split)
     return [list(line) for line in zip(*filled, strict=True)]
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     """The first cell to the left, the others to the right."""
     gaps = [" " * (width - _length(cell)) for cell, width in zip(cells, widths, strict=True)]
-    others = (gap + cell for gap, cell in zip(gaps[1:], cells[1:], strict=True))
-    return "  ".join([cells[0] + gaps[0], *others])
+    padded = (gap + cell for gap, cell in zip(gaps[1:], cells[1:], strict=True))
+    return "  ".join([cells[0] + gaps[0], *padded])
 
 
 def abbreviated(count: int, each_end: int = 6) -> list[int | None]:

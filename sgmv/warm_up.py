@@ -104,8 +104,8 @@ def _calls(x: Dtype, weights: Dtype, y: Dtype) -> Iterator[tuple[str, Callable[[
     v = np.ones((2, 2), np.float32)
     for each in outputs:
         yield f"{name}: expand", partial(expand, v, stack, segments, each)
-    for one, other in product(inputs, outputs):
-        yield f"{name}: add_lora", partial(add_lora, other, one, stack, segments)
+    for rows_in, rows_out in product(inputs, outputs):
+        yield f"{name}: add_lora", partial(add_lora, rows_out, rows_in, stack, segments)
     yield "threads", workers.warm_up
 
 

@@ -1,7 +1,7 @@
-"""The threads that help with a call: how many, whose, when they are made, and what ends them.
+"""The threads that help with a call: how many, sgmv's or torch's, when made, and what ends them.
 
-The caller always works; helpers join it (see kernels/pool.py). A caller who finds them busy with
-another caller's tasks simply runs alone. They are sgmv's own, or torch's where it has as many.
+The caller always works; helpers join it (see kernels/pool.py). A caller that finds them busy with
+another caller's tasks runs alone. They are sgmv's own, or torch's where it has as many.
 
 Not numba's prange: its OpenMP layer dies in a forked child and took 4-8 ms a barrier after 20 ms of
 idleness; its workqueue layer aborts the process when two Python threads call at once.
@@ -108,7 +108,7 @@ class Pool:
         self.address = int(self.fields.ctypes.data)
 
     def prepare(self, helpers: int) -> None:
-        """Have at least so many helpers, or as many as the system gives."""
+        """Start helpers until there are `helpers`, or as many as the system gives."""
         while len(self.helpers) < helpers and not self.closed:
             try:
                 helper = self._helper(len(self.helpers))
@@ -149,7 +149,7 @@ class Pool:
         return helper
 
     def _know_helpers(self) -> None:
-        """Note who they are, and on which cores they may run, as they did not yet."""
+        """Write down the helpers' thread ids, and on which cores they may run."""
         if self.fields[0].syscall:
             self.thread_ids = np.array([helper.native_id for helper in self.helpers], np.int64)
             self.fields["thread_ids"] = self.thread_ids.ctypes.data

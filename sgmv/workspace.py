@@ -27,7 +27,7 @@ class Workspace:
             self.call["scratch"], self._rows = array_address(self._scratch), n
 
     def v_of(self, size: int) -> int:
-        """The address of room for a v of so many bytes."""
+        """The address of a buffer for v, at least `size` bytes."""
         if size > self._v_bytes:
             self._v = np.empty(size // 4, np.float32)
             self._v_bytes, self._v_address = size, array_address(self._v)

@@ -13,7 +13,7 @@ its checks, its refusals, its hooks, the base layers, and every layer that is no
 hooks that PEFT leaves in place, as a call ended with an exception, are removed: they would give the
 next plain call the failed batch's adapters.
 
-Neither torch nor PEFT is imported here: a model can only come from a caller who did.
+Neither torch nor PEFT is imported here: the caller has imported them, or there would be no model.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Accelerated:
 
     @property
     def layers(self) -> list[str]:
-        """The layers whose mixed batches `add_lora` serves, under `load_peft`'s names."""
+        """The layers that have `add_lora` for mixed batches, under `load_peft`'s names."""
         return [layer.name for layer in self._layers.values() if layer.sources]
 
     @property
@@ -334,9 +334,9 @@ class _Layer:
                 f"{self.name}: result", "memory apart from x", "its base layer's own input",
                 "have the base layer return a new tensor",
             )  # fmt: skip
-        table, its = stack.table, kernels(None, x_dtype, stack.dtype, y_dtype)
+        table, compiled = stack.table, kernels(None, x_dtype, stack.dtype, y_dtype)
         x_rows, y_rows = (x_at, x_row_bytes), (y_at, y_row_bytes)
-        run_both_at(its, table, segments, torchs_pool(), x_rows, y_rows)
+        run_both_at(compiled, table, segments, torchs_pool(), x_rows, y_rows)
 
     def _serves(self, batch: Batch, x: Any) -> bool:
         """Whether nothing about this batch is PEFT's own to compute."""
@@ -368,7 +368,7 @@ class _Layer:
         source, now = self.sources.get(name), self._now(name)
         if now is None:
             return source is None and name not in self.odd and self._batches.id(name) in self.stack
-        return source is not None and source.stands(*now)
+        return source is not None and source.is_current(*now)
 
     def _now(self, name: str) -> tuple[Any, Any, float] | None:
         """A, B and scaling of an adapter as PEFT has them now; None if the layer lacks it."""
@@ -401,10 +401,8 @@ class _Layer:
         dtype = promote(*(adapter.dtype for adapter in held)) if held else stack.dtype
         rank = max((adapter.r for adapter in held), default=0)
         if dtype != stack.dtype or rank > stack.max_rank or len(held) > stack.slots:
-            others = {
-                self._batches.id(name): source.adapter for name, source in self.sources.items()
-            }
-            loaded = {**dict.fromkeys(stack), **others, **loaded}
+            kept = {self._batches.id(name): source.adapter for name, source in self.sources.items()}
+            loaded = {**dict.fromkeys(stack), **kept, **loaded}
             stack = AdapterStack(stack.h_in, stack.h_out, 2 * len(held), rank, dtype)
         for adapter_id, adapter in loaded.items():
             stack.load(adapter_id, adapter)

@@ -1,4 +1,4 @@
-"""A PEFT layer's A and B: whether they are as they were, and which of them are left to PEFT."""
+"""A PEFT layer's A and B: whether they have changed, and which of them are left to PEFT."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CORNER = 8  # how many values of the first rows of A and of B are held to tell a
 
 
 class Source:
-    """The tensors that a slot was copied from, and what tells that they have changed since.
+    """The tensors that a slot was copied from, and whether they have changed since.
 
-    Which tensors they are, their addresses and torch's count of their changes tell all but writes
-    through `.data`, which torch does not count. PEFT's hotswap makes those, of whole tensors: a few
-    values tell them. The adapter's arrays hold the memory, so that no address comes back.
+    A change is seen by the tensors' identity, their addresses and torch's count of changes. Writes
+    through `.data` are not counted. PEFT's hotswap makes them, of whole tensors: comparing a few
+    values shows them. The adapter's arrays hold the memory, so that no address is used again.
     """
 
     def __init__(self, A: Any, B: Any, scaling: float) -> None:
@@ -31,8 +31,8 @@ class Source:
         (A, B), (a, b) = self._tensors, self._corners
         return A.data_ptr(), B.data_ptr(), A._version, B._version, a.tobytes(), b.tobytes()
 
-    def stands(self, A: Any, B: Any, scaling: float) -> bool:
-        """Whether these are the tensors, and as they were."""
+    def is_current(self, A: Any, B: Any, scaling: float) -> bool:
+        """Whether these are the same tensors, unchanged since they were copied."""
         same = A is self._tensors[0] and B is self._tensors[1]
         return same and scaling == self.adapter.scaling and self._look() == self._seen
 

@@ -1,12 +1,12 @@
-"""The segmented products of other engines' calls, over weights where they stand.
+"""The segmented products of other engines' calls, over weights where the engine stores them.
 
     shrink   v[p] = x[rows[p]] @ w.T           of several w for each row, x is read once
     expand   y[rows[p]] += v[p] @ w.T
-    add      y[rows[p]] += scaling * x[rows[p]] @ w.T, by whichever of the two is the faster
+    add      y[rows[p]] += scaling * x[rows[p]] @ w.T, by shrink or by expand, the faster one
 
-A call reads weights where they stand: none is copied, packed or kept, so every edit is seen, no
-stale one can be, and they are in memory once. What is kept of a stack is where it stands: numbers
-that hold for whatever array is there with that shape and type.
+A call reads the engine's own arrays. It copies, packs and keeps no weights, so they are in memory
+once and every edit is seen. Only the address, shape and type of a stack are cached; they are right
+for any array at that address with that shape and type.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ STACKS_KNOWN = 4096  # layers times modules times two: more than any model has
 class Weights:
     """Matrices of one shape and type, each contiguous, at these addresses.
 
-    by_input  False: they stand as (outputs, inputs), for x @ w.T; True: as (inputs, outputs)
-    holds     what keeps the addresses good, if the caller does not
+    by_input  False: stored as (outputs, inputs), for x @ w.T; True: as (inputs, outputs)
+    holds     an array that keeps the memory alive, if the caller does not
     """
 
     addresses: Integers  # (count,)
@@ -67,7 +67,7 @@ def rows_of(argument: str, operand: Operand, remedy: str = "") -> Array:
 
 
 def output_rows(argument: str, operand: Operand) -> Array:
-    """The same of an output: what is written there, the operand holds."""
+    """The same of an output: a view, so that what is written to it is in the operand."""
     array = as_array(argument, operand)
     flat = rows_of(argument, array, to_float32(operand))
     if array.size and not np.may_share_memory(array, flat):
@@ -81,13 +81,13 @@ def output_rows(argument: str, operand: Operand) -> Array:
 
 
 def check_output(argument: str, y: Array, n: int, width: int, inputs: dict[str, Array]) -> None:
-    """Refuse an output (n, width) that cannot be written, or whose writing changes an input."""
+    """Refuse an output (n, width) that is read-only or shares memory with an input."""
     for name, array in inputs.items():
         check_y(y, n, width, name, array, argument)
 
 
 class Stack(NamedTuple):
-    """Stacked weights (count, outputs, inputs): the argument's name, where, the array."""
+    """Stacked weights (count, outputs, inputs): the argument's name, the addresses, the array."""
 
     argument: str
     weights: Weights
@@ -95,9 +95,9 @@ class Stack(NamedTuple):
 
 
 def stack_of(argument: str, operand: Operand, remedy: str = "") -> Stack:
-    """Stacked weights where they stand; a 1 as the second of four axes is left out.
+    """Stacked weights, not copied; a 1 as the second of four axes is left out.
 
-    Weights whose own rows are not contiguous are copied, for this call.
+    If the elements of a weight are not contiguous, all are copied, for this call.
     """
     array = as_array(argument, operand)
     if array.ndim == 4 and array.shape[1] == 1:
@@ -111,8 +111,8 @@ def stack_of(argument: str, operand: Operand, remedy: str = "") -> Stack:
         )
     check_dtype(argument, array.dtype, remedy or to_float32(operand))
     if array[:1].flags.c_contiguous:
-        where = int(array.ctypes.data), array.strides[0], *array.shape, array.dtype
-        return Stack(argument, _stacked(*where), array)
+        key = int(array.ctypes.data), array.strides[0], *array.shape, array.dtype
+        return Stack(argument, _stacked(*key), array)
     copy = np.ascontiguousarray(array)
     addresses = copy.ctypes.data + np.arange(len(copy)) * copy.strides[0]
     return Stack(
@@ -142,7 +142,7 @@ def indices_of(argument: str, indices: Operand) -> Integers:
 
 
 def segments_of(argument: str, ids: Integers) -> Segments:
-    """The segments of these indices; those of the same numbers as lately are there already."""
+    """The segments of these indices, cached for the latest few batches."""
     return _segments(argument, ids.tobytes())
 
 
@@ -189,8 +189,8 @@ def expand(y: Array, v: Array, weights: Weights, segments: Segments) -> None:
     """Add v @ w.T to y, v in sorted order, over the columns that y and the weights both have."""
     h_out = min(y.shape[1], weights.outputs)
     table = _remembering(_expand_table, weights)(weights, h_out)
-    its = kernels(None, None, weights.dtype, y.dtype, v.dtype)
-    run_expand(its, table, segments, v, y[:, :h_out])
+    compiled = kernels(None, None, weights.dtype, y.dtype, v.dtype)
+    run_expand(compiled, table, segments, v, y[:, :h_out])
 
 
 def _remembering(table: Any, *slices: Weights) -> Callable[..., SlotTable]:
@@ -281,7 +281,7 @@ def first_adapted(segments: Segments) -> int:
 
 
 def in_order(rows: Array, segments: Segments, dtype: np.dtype[Any]) -> Array:
-    """Rows as they stand -> a copy in sorted order."""
+    """A copy of the rows, in sorted order."""
     return rows[segments.rows].astype(dtype, copy=False)
 
 

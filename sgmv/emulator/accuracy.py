@@ -38,10 +38,10 @@ class Histogram:
             for low, high, count in zip(self.edges, self.edges[1:], self.counts, strict=False)
         ]
         total = max(sum(count for _, count in named), 1)
-        most = max(count for _, count in named) or 1
+        largest = max(count for _, count in named) or 1
         lines = [f"{'ulps':>12}{'elements':>10}{'share':>8}"]
         for name, count in named:
-            bar = "█" * round(BAR * count / most)
+            bar = "█" * round(BAR * count / largest)
             lines.append(f"{name:>12}{count:>10}{count / total:>8.1%}  {bar}".rstrip())
         return "\n".join(lines)
 

@@ -91,7 +91,7 @@ def execute(
     (1, [1, 0, 1, 0])
     """
     pick = _picker(order, seed)
-    ready = sorted(blocks, key=_place)
+    ready = sorted(blocks, key=_launch_order)
     waiting: list[Index] = []
     passed = 0
     while ready:
@@ -104,10 +104,10 @@ def execute(
             waiting.append(index)
         if not ready and waiting:
             if len(waiting) < len(blocks):
-                returned = sorted(set(blocks) - set(waiting), key=_place)
-                waiting.sort(key=_place)
+                returned = sorted(set(blocks) - set(waiting), key=_launch_order)
+                waiting.sort(key=_launch_order)
                 raise DeadlockError(Deadlock(passed + 1, tuple(waiting), tuple(returned)))
-            ready, waiting = sorted(waiting, key=_place), []
+            ready, waiting = sorted(waiting, key=_launch_order), []
             passed += 1
             opened()
     return passed
@@ -144,7 +144,7 @@ class Races:
         self._readers.clear()
 
 
-def _place(index: Index) -> Index:
+def _launch_order(index: Index) -> Index:
     """Blocks are numbered with x running fastest."""
     return index[::-1]
 
@@ -159,7 +159,7 @@ def _picker(order: str, seed: int) -> Callable[[int], int]:
     return lambda count: 0 if order == "in order" else count - 1
 
 
-def _ranges(indices: Sequence[Index], most: int = 4) -> str:
+def _ranges(indices: Sequence[Index], limit: int = 4) -> str:
     """Blocks, in their order, with those of one y and z as a range of x; the first few of these.
 
     >>> _ranges([(0, 0, 0), (1, 0, 0), (0, 3, 0)])
@@ -169,4 +169,4 @@ def _ranges(indices: Sequence[Index], most: int = 4) -> str:
     for (y, z), group in groupby(indices, key=lambda index: index[1:]):
         x = [index[0] for index in group]
         shown.append(f"({x[0]}..{x[-1]}, {y}, {z})" if len(x) > 1 else f"({x[0]}, {y}, {z})")
-    return ", ".join([*shown[:most], "..."] if len(shown) > most else shown)
+    return ", ".join([*shown[:limit], "..."] if len(shown) > limit else shown)

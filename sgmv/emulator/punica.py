@@ -171,14 +171,14 @@ which returned after 1
         chunks = 1
     chunk = CHUNK if cooperative else h_in
     steps = [ceil_div(len(rows), STEP_ROWS) for _, rows in parts]
-    most = max(steps, default=0)
+    longest = max(steps, default=0)
     work = tuple(
         Work(
             adapter_id=i,
             rows=len(rows),
             row_slots=count * STEP_ROWS,
             blocks=chunks,
-            barriers=(most if release == "1.1.0" else count) if cooperative else 0,
+            barriers=(longest if release == "1.1.0" else count) if cooperative else 0,
         )
         for (i, rows), count in zip(parts, steps, strict=True)
     )

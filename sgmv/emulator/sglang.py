@@ -222,9 +222,9 @@ def sglang_csgmv_expand(
     )
 
 
-def _cut(segments: Segments, most: int) -> tuple[int, Integers, Integers, list[int]]:
+def _cut(segments: Segments, limit: int) -> tuple[int, Integers, Integers, list[int]]:
     """Rows per chunk; the adapter of each chunk, where each starts; chunks of each adapter."""
-    chunk = chunk_rows(segments.n, check_count("max_lora_chunk_size", most, 1))
+    chunk = chunk_rows(segments.n, check_count("max_lora_chunk_size", limit, 1))
     ids, lengths = cut(segments.adapter_ids, segments.lengths, chunk)
     own = segments.adapter_ids != BASE_ONLY
     pieces = [ceil_div(length, chunk) for length in segments.lengths[own].tolist()]

@@ -35,12 +35,12 @@ class _Triton(Launch):
     meta: LoRAKernelMeta = field(repr=False, compare=False)
     entries: tuple[int, ...] = field(repr=False)  # the adapter of each entry, -1 for none
 
-    def tile_rows(self, z: int, first: int, most: int) -> tuple[Int32, int]:
+    def tile_rows(self, z: int, first: int, limit: int) -> tuple[Int32, int]:
         """Rows of the batch of one tile, and how many of them count: the rest are repeats."""
-        length = min(most, int(self.meta.num_tokens_per_lora[z]) - first)
+        length = min(limit, int(self.meta.num_tokens_per_lora[z]) - first)
         start = self.meta.lora_token_start_loc[z] + first
         rows = self.meta.token_indices_sorted_by_lora_ids[start : start + length]
-        return rows[np.arange(most) % length], length
+        return rows[np.arange(limit) % length], length
 
     def leaves(self, z: int, first_row: int) -> bool:
         """Whether a block has no rows: base only, an entry of padding, or past the segment."""

@@ -133,22 +133,22 @@ def run(given: Namespace) -> str:
     terminal = Terminal.of_stdout(question.slots, question.headline)
     drawn = [terminal.text(view.draw(facts[name], terminal)) for name, view in views.items()]
     if not given.views and not given.all:
-        others = ", ".join(name for name in VIEWS if name not in SHOWN)
-        further = f"Further: {others}; --all; --html FILE."
+        hidden = ", ".join(name for name in VIEWS if name not in SHOWN)
+        further = f"Further: {hidden}; --all; --html FILE."
         drawn.append(terminal.text(terminal.note(further)))
     return "\n\n".join(drawn)
 
 
 def _batch(given: Namespace) -> Integers:
     """(n,) the ids that one of the three ways to tell a batch means."""
-    told = given.ids is not None or given.lengths is not None
-    if given.popularity or (given.n is not None and not told):
+    has_batch = given.ids is not None or given.lengths is not None
+    if given.popularity or (given.n is not None and not has_batch):
         n = 64 if given.n is None else given.n
         return popularity(given.popularity or "skewed", n, given.seed)
     if given.n is not None:
         raise SgmvError("--n", "--popularity beside it", "a batch", "leave one of them out")
     if given.lengths is None:
-        return as_integers("ids", given.ids if told else BATCH)
+        return as_integers("ids", given.ids if has_batch else BATCH)
     with fits_memory("lengths", sum(given.lengths)):
         np.empty(sum(given.lengths), np.int64)  # numpy's repeat does not look whether it fits
         return np.repeat(np.arange(len(given.lengths)), given.lengths)

@@ -21,7 +21,7 @@ from sgmv.terminal import EDGE, EMPTY, FULL, Terminal, abbreviated, plural
 
 
 def group(question: Question) -> Facts:
-    """Rows as they came and as they stand sorted, and the segments."""
+    """The rows in the batch's order and sorted, and the segments."""
     segments = question.segments
     return {
         "n": segments.n,
@@ -80,7 +80,7 @@ def draw_group(facts: Facts, terminal: Terminal) -> list[str]:
 def tasks(question: Question) -> Facts:
     """Row blocks, the tasks that they are cut into, and the register tiles of a task.
 
-    Semantics: as `sgmv.launch` plans a call with float32 weights, on so many threads; see
+    Semantics: as `sgmv.launch` plans a call with float32 weights, on `threads` threads; see
     kernels/plan.py for blocks and cuts, kernels/tiles.py for tiles. Without vector tiles (see
     `sgmv.info`) the plan is the same and `tiles` is empty.
     """
@@ -157,12 +157,12 @@ def draw_tasks(facts: Facts, terminal: Terminal) -> list[str]:
     head = ("row block", "adapter", "positions", "rows", "rows of tiles")
     lines += [*terminal.table(head, table), ""]
     alone = "So little work is not worth sharing: one thread does it all."
-    who = "Threads claim them one by one; expand waits until all of shrink is done."
+    shared = "Threads claim them one by one; expand waits until all of shrink is done."
     lines += terminal.note(
         f"{plural(shrink, 'shrink task')}: {_each(facts, 'shrink')} ranks "
         f"{_spans(facts['shrink_ranks'])}. Then {plural(expand, 'expand task')}: "
         f"{_each(facts, 'expand')} columns {_spans(facts['expand_columns'])}. "
-        f"{who if facts['shared'] else alone} No cut crosses a sum, so none changes a bit."
+        f"{shared if facts['shared'] else alone} No cut crosses a sum, so none changes a bit."
     )
     largest = max(blocks, key=lambda block: block["last"] - block["first"])
     if largest["tiles"]:

@@ -19,7 +19,7 @@ class Engine(NamedTuple):
     """One engine's layout of a batch.
 
     make    its metadata
-    rows    which rows it gets, in which order; None: all of them as they stand
+    rows    which rows it gets, in which order; None: all of them, unsorted
     starts  where its segments start in that order
     why     what sets it apart
     """
@@ -121,7 +121,7 @@ def draw_layout(facts: Facts, terminal: Terminal) -> list[str]:
             "rows": [str(row) for row in engine["rows"]],
             "adapter_ids": [str(adapter_id) for adapter_id in engine["adapter_ids"]],
         }
-        lines += terminal.strip(names, engine["adapter_ids"], engine["starts"], most=2)
+        lines += terminal.strip(names, engine["adapter_ids"], engine["starts"], limit=2)
         for line in engine["shown"].splitlines():
             lines += _wrapped(line, terminal.width)
     return lines

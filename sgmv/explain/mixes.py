@@ -98,14 +98,14 @@ def _bytes(facts: Facts, terminal: Terminal) -> list[str]:
     """The bytes of both launches as bars: of weights, then of rows."""
     batches = facts["batches"]
     width = max(map(len, batches))
-    most = max(
+    largest = max(
         _total(each, "weight_bytes") + _total(each, "row_bytes") for each in batches.values()
     )
     cells = terminal.width - width - 2
     lines = []
     for name, each in batches.items():
         parts = [
-            round(_total(each, f"{what}_bytes") * cells / most) if most else 0
+            round(_total(each, f"{what}_bytes") * cells / largest) if largest else 0
             for what in ("weight", "row")
         ]
         lines.append(f"{name:{width}}  {FULL * parts[0]}{EMPTY * min(parts[1], cells - parts[0])}")
@@ -138,7 +138,7 @@ def _roofline(facts: Facts, terminal: Terminal) -> list[str]:
         drawn[line(low * 2 ** (c / (columns - 1) * octaves))][c] = "·"
     for name, intensity in points.items():
         c, i = column(intensity), line(intensity)
-        while i > 0 and drawn[i][c] not in " ·":  # another's point: stand on it
+        while i > 0 and drawn[i][c] not in " ·":  # taken by another point: draw above it
             i -= 1
         drawn[i][c] = "*" if name == THIS else name[0].upper()
     names = {0: f"{peak / 1e12:.0f} T", 1: "FLOP/s"}

@@ -60,7 +60,7 @@ def draw_shrink(facts: Facts, terminal: Terminal) -> list[str]:
 
 
 def barrier(question: Question) -> Facts:
-    """Both releases' figures, with who passes how many barriers."""
+    """Both releases' figures, and how many barriers the blocks of each segment pass."""
     launches = {release: _punica_shrink(question, release) for release in RELEASES}
     newest = launches[RELEASES[-1]]
     return {
@@ -136,8 +136,8 @@ def _timeline(facts: Facts, figures: Facts, terminal: Terminal) -> list[str]:
     shown = abbreviated(last, max(terminal.width // 12, 1))
     label, line = {}, {}
     for count in sorted(set(steps)):
-        its = [s for s, each in enumerate(steps) if each == count]
-        label[count] = f"{_named(its, figures['adapter_ids'])}: {plural(count, 'step')}"
+        members = [s for s, each in enumerate(steps) if each == count]
+        label[count] = f"{_named(members, figures['adapter_ids'])}: {plural(count, 'step')}"
         waits = stuck and count >= last
         line[count] = "".join(
             "..." if step is None else _moment(step, count, takes_part=not stuck) for step in shown
@@ -151,7 +151,7 @@ def _timeline(facts: Facts, figures: Facts, terminal: Terminal) -> list[str]:
 
 
 def _moment(step: int, count: int, takes_part: bool) -> str:
-    """What blocks of so many steps do before a barrier, and whether they come to it."""
+    """What blocks with `count` steps do before a barrier, and whether they come to it."""
     if step < count:
         return FULL * 2 + BARRIER
     return "  " + BARRIER if takes_part else ""
@@ -206,19 +206,19 @@ def _punica_shrink(question: Question, release: str) -> emulator.punica.SgmvShri
     )
 
 
-def _filled(rows: int, most: int) -> list[int]:
+def _filled(rows: int, limit: int) -> list[int]:
     """The rows of each of the pieces of a segment.
 
     >>> _filled(132, 64)
     [64, 64, 4]
     """
-    return [min(most, rows - first) for first in range(0, rows, most)]
+    return [min(limit, rows - first) for first in range(0, rows, limit)]
 
 
 def _bars(
-    facts: Facts, pieces: Sequence[Sequence[int]], most: int, piece: str, terminal: Terminal
+    facts: Facts, pieces: Sequence[Sequence[int]], limit: int, piece: str, terminal: Terminal
 ) -> list[str]:
-    """One line per segment: a bar for each piece of so many rows."""
+    """One line per segment: a bar for each piece of at most `limit` rows."""
     lines, cells = [], 8
     width = max((len(str(adapter_id)) for adapter_id in facts["adapter_ids"]), default=1)
     for s in abbreviated(len(pieces)):
@@ -229,9 +229,9 @@ def _bars(
         label = terminal.adapter(f"{adapter_id:>{width}}", adapter_id)
         shown = abbreviated(len(filled), max((terminal.width - 34) // (2 * cells + 2), 1))
         drawn = [
-            "..." if i is None else terminal.bar(filled[i], most, cells, adapter_id) for i in shown
+            "..." if i is None else terminal.bar(filled[i], limit, cells, adapter_id) for i in shown
         ]
-        tail = f"{sum(filled)} of {len(filled) * most} row slots"
+        tail = f"{sum(filled)} of {len(filled) * limit} row slots"
         lines.append(f"adapter {label} {' '.join(drawn)}  {tail}")
     return lines or [f"no {piece}: no row has an adapter"]
 
@@ -247,8 +247,8 @@ def _waves(facts: Facts) -> str:
     return plural(facts["waves"], "wave")
 
 
-def _named(segments: Sequence[int], adapter_ids: Sequence[int], most: int = 4) -> str:
+def _named(segments: Sequence[int], adapter_ids: Sequence[int], limit: int = 4) -> str:
     """Adapters by id, the first few of them."""
-    ids = [str(adapter_ids[s]) for s in segments[:most]]
-    more = ", ..." if len(segments) > most else ""
+    ids = [str(adapter_ids[s]) for s in segments[:limit]]
+    more = ", ..." if len(segments) > limit else ""
     return f"{'adapter' if len(segments) == 1 else 'adapters'} {', '.join(ids)}{more}"

@@ -1,4 +1,4 @@
-"""What is to be explained: one batch at one layer, on one GPU and on so many threads here."""
+"""What is to be explained: one batch at one layer, on one GPU and on this machine's threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Facts: TypeAlias = dict[str, Any]  # what a view tells: numbers, texts, lists, f
 class Question:
     """One batch, one layer, one rank for all adapters, one device.
 
-    Semantics: adapters stand in slots in the order of their ids, from slot 0.
+    Semantics: adapters are in slots in the order of their ids, from slot 0.
 
     segments           the batch
     h_in, h_out, rank  of the layer and its adapters

@@ -1,6 +1,6 @@
 """One HTML page that shows what a GPU would do with a batch: no network, no server, no build.
 
-    write_html ──> page.html, in which stand
+    write_html ──> page.html, made of
                      style.css
                      batch.js, launch.js, kernels.js        what a batch becomes: the same figures
                      punica, bgmv, vllm, sglang.js          as sgmv.emulator and sgmv.layouts

@@ -15,7 +15,7 @@ function launched(values, { segments = segment(values.ids), whole = false } = {}
   return { values: known, segments, launch, figures: figures(launch), timeline: timeline(launch) };
 }
 
-// `fresh`: nothing is told of what was shown before.
+// `fresh`: the page says nothing of what was shown before.
 function update(at_moment = 0, fresh = false) {
   const next = controls_read();
   pause();

@@ -155,7 +155,7 @@ const STORIES = [
   },
 ];
 
-// The story whose state this is, or -1.
+// The story with this state, or -1.
 const story_of = (values) => {
   const here = address({ ...values, moment: 0 });
   return STORIES.findIndex((story) => story.address === here);

@@ -1,7 +1,7 @@
 // Whether the launch runs, and what it is made of.
 "use strict";
 
-const MUCH = 2; // times as long, by the roofline, as what stands beside it: worth a warning
+const MUCH = 2; // times as long, by the roofline, as the launch beside it: worth a warning
 
 function verdict({ launch, figures: f }) {
   if (launch.unsupported.length) return ["fails", "There is no such kernel."];
@@ -120,7 +120,7 @@ function why_it_hangs(launch) {
   ];
 }
 
-// The segments that pass so many barriers, the first four by name, and why so many.
+// The segments that pass `barriers` barriers, the first four by name, and why.
 function who_comes(work, barriers, bold) {
   const members = range(work.length).filter((s) => work[s].barriers === barriers);
   const named = members.slice(0, 4).map((s) => {

@@ -4,7 +4,7 @@
 
 const SHRINK_ROWS = 32;
 const SHRINK_COLUMNS = 16;
-const FEW_ROWS = 128; // from so many rows of the batch on, shrink splits K less
+const FEW_ROWS = 128; // from this number of rows on, shrink splits K less
 const EXPAND_ROWS = 64;
 const EXPAND_COLUMNS = 128;
 const EXPAND_K = 16;

@@ -54,7 +54,7 @@ def write_html(
     batch            (n,) adapter ids, or Segments; 1 to 2048 rows. Left out: five rows, the first
                      step of the page's path through SGMV
     h_in, r, h_out   widths and rank
-    device           the GPU; one of your own stands in the page beside those of `emulator.DEVICES`
+    device           the GPU; one of your own is in the page beside those of `emulator.DEVICES`
     kernel, release  a kernel's name in `sgmv.emulator`; Punica's release, for its shrink
 
     Raises ValueRangeError for more rows, wider layers, other kernels and releases; DtypeError and
@@ -131,7 +131,7 @@ def _run(given: argparse.Namespace) -> str:
 
 
 def _docs(page: Path) -> list[dict[str, str]]:
-    """Links from the page to the documents of the clone that this package stands in, if it does."""
+    """Links from the page to the documents of the clone that holds this package, if one does."""
     clone = Path(__file__).resolve().parents[2]
     return [
         {
@@ -158,8 +158,8 @@ def _page(data: dict[str, Any]) -> str:
 
     page = re.sub(r'<link rel="stylesheet" href="(.+?)">', style, read("page.html"))
     page = re.sub(r'<script src="(.+?)"></script>', script, page)
-    told = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
-    return page.replace(' id="data">', f' id="data">{told}', 1)
+    text = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
+    return page.replace(' id="data">', f' id="data">{text}', 1)
 
 
 def _runs(ids: list[int]) -> str:

@@ -6,10 +6,10 @@
                       ├─ vllm_v1 ─────> LoRAKernelMeta                       sorted, padded
                       ├─ sglang ──────> LoRABatchInfo                        by backend
                       ├─ flashinfer ──> seg_indptr, weight_indices           sorted
-                      └─ peft ────────> adapter_names                        as the rows stand
+                      └─ peft ────────> adapter_names                        in the rows' order
 
 Fields bear the engine's own names and dtypes; `str` lists them. What is not the engine's says so:
-`rows` (n,) is the permutation that engines without one leave to their caller, who passes x[rows].
+`rows` (n,) is the permutation that engines without one leave to their caller, which passes x[rows].
 
 Most engines name slots, not ids. `slots` tells which: an AdapterStack, a mapping id -> slot, or
 None where the ids are slots already. `adapter_ids` of each layout is the way back, and what it

@@ -110,7 +110,7 @@ def _culprit_first(exam: Exam, examiner: Examiner) -> list[Finding]:
         return exam.found
     [(field, fault, value)] = culprits
     first = [finding for finding in exam.found if finding.field == field]
-    others = [finding for finding in exam.found if finding.field != field]
+    rest = [finding for finding in exam.found if finding.field != field]
     if not first:
         exam.found = []
         right, got = np.atleast_1d(value), exam.ints(field)
@@ -121,7 +121,7 @@ def _culprit_first(exam: Exam, examiner: Examiner) -> list[Finding]:
         else:
             exam.add_at(field, fault, right, got, "at", right != got)
         first = exam.found
-    return [*first, *others]
+    return [*first, *rest]
 
 
 def _of_batch(field: str) -> Callable[[Exam], Integers]:

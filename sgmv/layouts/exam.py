@@ -45,9 +45,9 @@ class Exam:
 
     def repaired(self, field: str, value: Any) -> Exam:
         """The same metadata with another value for one field."""
-        other = Exam(self.metadata, self.segments, self.given_n, self.slots, self.names)
-        other.repair = {field: value}
-        return other
+        copy = Exam(self.metadata, self.segments, self.given_n, self.slots, self.names)
+        copy.repair = {field: value}
+        return copy
 
     def add(
         self,
@@ -238,15 +238,15 @@ class Exam:
 
     def each_once(self, field: str, rows: Integers, n: int | None = None) -> bool:
         """Whether these are all rows, each once; or, with n, some of n rows."""
-        before, most = len(self.found), len(rows) if n is None else n
-        beyond = rows >= most
-        expected = f"rows below {most}, as this batch has so many"
+        before, limit = len(self.found), len(rows) if n is None else n
+        beyond = rows >= limit
+        expected = f"rows below {limit}, as this batch has so many"
         self.add_at(field, "stale", expected, rows, "position", beyond)
         found, times = np.unique(rows, return_counts=True)
         if (more := times > 1).any():
             got = f"{shown_at(times, np.flatnonzero(more))} times"
             self.add(field, "overlap", "each row once", got, f"rows {some(found[more])}")
-        if n is None and (missing := np.setdiff1d(np.arange(most), found)).size:
+        if n is None and (missing := np.setdiff1d(np.arange(limit), found)).size:
             self.add(field, "gap", "each row once", "none", f"rows {some(missing)}")
         return len(self.found) == before
 

@@ -31,12 +31,12 @@ RANK_UNIT = 16
 
 @dataclass(frozen=True, eq=False)
 class RankSegments(Layout):
-    """The segments of one launch of LoRAX: those whose padded rank is `rank`.
+    """The segments of one launch of LoRAX: those of padded rank `rank`.
 
     Semantics: segment i of the launch is rows `s_start[i]:s_end[i]`; other rows are untouched.
 
     rank            padded to a multiple of 16
-    s_start, s_end  (k,) int32, ascending, apart where rows of another rank stand between
+    s_start, s_end  (k,) int32, ascending, with a gap where there are rows of another rank
 
     Source: lorax, server/lorax_server/adapters/lora.py, where the fields are called
     `segment_starts` and `segment_ends`, and utils/sgmv.py, where they are the kernels' `s_start`
@@ -91,8 +91,8 @@ class Lorax(Layout):
 def lorax(batch: Batch, ranks: AdapterStack | Mapping[int, int] | int) -> Lorax:
     """The batch as LoRAX takes it: one launch for each distinct padded rank.
 
-    Semantics: equal neighbours are merged; a segment whose adapter has weights is in the launch of
-    its rank, padded to a multiple of 16.
+    Semantics: equal neighbours are merged; a segment is in the launch of its adapter's rank, padded
+    to a multiple of 16, or in none if the adapter has no weights.
 
     batch  (n,) adapter ids, or Segments
     ranks  an AdapterStack, a mapping id -> rank (an id that is not in it has no weights, as in

@@ -22,7 +22,7 @@ class AdapterNames(Layout):
 
     Semantics: sample i uses the adapter of that name, "__base__" the base model alone.
 
-    adapter_names  (n,) a tuple of str, as the samples stand
+    adapter_names  (n,) a tuple of str, in the order of the samples
 
     Source: peft, src/peft/tuners/lora/layer.py, `_mixed_batch_forward`.
     """

@@ -49,7 +49,7 @@ def row_ids(segments: Segments) -> Integers:
 
 
 def spread(values: Integers, lengths: Integers, rows: Integers | None, n: int) -> Integers:
-    """(n,) each segment's value on its rows, -1 on rows of no segment; rows None: as they stand."""
+    """(n,) each segment's value on its rows, -1 on rows of no segment; rows None: in order."""
     repeated = np.repeat(values, lengths)
     if rows is None:
         return repeated
@@ -165,7 +165,7 @@ def frozen(argument: str, values: npt.ArrayLike, dtype: type = np.int32) -> npt.
 
 
 def per_request(ids: Integers, seq_lens: Integers) -> Integers:
-    """One id per request of so many rows each, which all must name it; -1 for one of no rows."""
+    """One id per request of `seq_lens` rows, the id of all its rows; -1 for one of no rows."""
     if (seq_lens < 0).any():
         received = some(seq_lens[seq_lens < 0])
         raise ValueRangeError("seq_lens", "lengths >= 0", received, "use 0 for a request of none")

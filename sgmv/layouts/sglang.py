@@ -89,7 +89,7 @@ def sglang(
     Semantics: by backend, a segment is
     "triton"        one request, in the order of the batch
     "torch_native"  a run of neighbouring requests of one slot
-    "csgmv"         at most so many rows of one slot, after a stable sort of the rows by slot: 128
+    "csgmv"         a chunk of one slot's rows, after a stable sort of the rows by slot: at most 128
                     from 256 rows on, 32 from 64 on, else 16, and at most max_lora_chunk_size
 
     batch     (n,) adapter ids of the rows, or Segments
@@ -150,17 +150,17 @@ def sglang(
     )
 
 
-def chunk_rows(n: int, most: int) -> int:
-    """Rows per chunk of csgmv for a batch of n rows: at most so many, but never below 16."""
-    return max(MIN_CHUNK, min(most, 128 if n >= 256 else 32 if n >= 64 else MIN_CHUNK))
+def chunk_rows(n: int, limit: int) -> int:
+    """Rows per chunk of csgmv for a batch of n rows: at most `limit`, but never below 16."""
+    return max(MIN_CHUNK, min(limit, 128 if n >= 256 else 32 if n >= 64 else MIN_CHUNK))
 
 
-def cut(indices: Integers, lengths: Integers, most: int) -> tuple[Integers, Integers]:
-    """Every segment in chunks of so many rows, the last of each as short as what is left."""
-    pieces = -(-lengths // most)
+def cut(indices: Integers, lengths: Integers, rows: int) -> tuple[Integers, Integers]:
+    """Every segment in chunks of `rows` rows; the last one of each has the rows that are left."""
+    pieces = -(-lengths // rows)
     last = np.cumsum(pieces) - 1
-    cut = np.full(int(pieces.sum()), most, np.int64)
-    cut[last] = lengths - (pieces - 1) * most
+    cut = np.full(int(pieces.sum()), rows, np.int64)
+    cut[last] = lengths - (pieces - 1) * rows
     return np.repeat(indices, pieces), cut
 
 
@@ -180,10 +180,10 @@ def _sglang(exam: Exam) -> None:
     exam.indptr("seg_indptr", indptr, lengths)
     expected = f"slots below {len(ranks)}, of which there are ranks"
     exam.add_at("weight_indices", "no weights", expected, index, "segment", index >= len(ranks))
-    most = exam.number("max_len")
-    if most is not None:
-        longer = np.diff(indptr) > most
-        expected = f"at most max_len, {most}"
+    limit = exam.number("max_len")
+    if limit is not None:
+        longer = np.diff(indptr) > limit
+        expected = f"at most max_len, {limit}"
         exam.add_at("max_len", "counts", expected, np.diff(indptr), "segment", longer)
     if exam.found or exam.slots is None:
         return

@@ -46,7 +46,7 @@ class VllmV0(Layout):
     batches, max_seq_length, token_nums  how many, the longest, all their rows
     no_lora              there is one batch, and it is base only
     rows                 not vLLM's: the row of x at each position of the sorted form; None where
-                         rows stand as they are
+                         the rows are not sorted
 
     Source: vLLM, vllm/lora/punica_wrapper/utils.py, `compute_meta`.
     """
@@ -69,9 +69,9 @@ class VllmV0(Layout):
 def vllm_v0(batch: Batch, slots: Slots = None, *, sort: bool = False) -> VllmV0:
     """The batch as vLLM V0 takes it.
 
-    Semantics: vLLM merges equal neighbours and does not sort, so an adapter whose rows stand apart
-    is in several of its batches. `sort=True` gives the sorted form instead, one for each slot,
-    for x[rows].
+    Semantics: vLLM merges equal neighbours and does not sort, so an adapter with rows that are not
+    neighbours is in several of its batches. `sort=True` gives the sorted form instead, one batch
+    for each slot, for x[rows].
 
     batch  (n,) adapter ids, or Segments
     slots  an AdapterStack or a mapping id -> slot; None: the ids are slots

@@ -32,7 +32,7 @@ COLUMNS = (
 # Okabe and Ito's colours; markers differ as well.
 LOOKS = {"lru": ("#0072B2", "o", "-"), "fifo": ("#D55E00", "^", "--")}
 TENANT_COLOURS = ("#000000", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#0072B2", "#CC79A7")
-FEWEST_REQUESTS = 20  # of a tenant whose p99 is drawn
+FEWEST_REQUESTS = 20  # of a tenant, for its p99 to be drawn
 
 
 def figures(outcome: Outcome) -> dict[str, Any]:
@@ -94,17 +94,19 @@ def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:
     (hits, wait), (data, tenants) = drawing.subplots(2, 2)
     for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
         colour, marker, line = LOOKS[policy]
-        its = [outcome for outcome in outcomes if outcome.policy == policy]
-        slots = [outcome.max_loras for outcome in its]
+        chosen = [outcome for outcome in outcomes if outcome.policy == policy]
+        slots = [outcome.max_loras for outcome in chosen]
         look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4.5}
         name = policy.upper()
-        hits.plot(slots, [100 * o.hit_rate for o in its], label=name, **look)
-        data.plot(slots, [o.loaded_bytes / 1e9 for o in its], label=f"into slots, {name}", **look)
+        hits.plot(slots, [100 * o.hit_rate for o in chosen], label=name, **look)
+        data.plot(
+            slots, [o.loaded_bytes / 1e9 for o in chosen], label=f"into slots, {name}", **look
+        )
         look["markerfacecolor"] = "white"
-        data.plot(slots, [o.read_bytes / 1e9 for o in its], label=f"from disk, {name}", **look)
-        wait.plot(slots, [o.wait_s(50) for o in its], label=f"p50, {name}", **look)
+        data.plot(slots, [o.read_bytes / 1e9 for o in chosen], label=f"from disk, {name}", **look)
+        wait.plot(slots, [o.wait_s(50) for o in chosen], label=f"p50, {name}", **look)
         look["markerfacecolor"] = colour
-        wait.plot(slots, [o.wait_s(99) for o in its], label=f"p99, {name}", **look)
+        wait.plot(slots, [o.wait_s(99) for o in chosen], label=f"p99, {name}", **look)
     first = [outcome for outcome in outcomes if outcome.policy == outcomes[0].policy]
     for i, outcome in enumerate(first):
         ranks, waits = _by_popularity(outcome.tenants())

@@ -18,7 +18,7 @@ class LoRARequest:
     """An adapter that a request asks for: its name, its id, and where its weights are.
 
     Semantics: two are the same adapter if all three fields are equal. None in place of one asks for
-    the base model, whose id is 0.
+    the base model, id 0.
 
     lora_name    for people, and for messages
     lora_int_id  an integer >= 1, one for each adapter
@@ -69,11 +69,11 @@ def by_id(lora_requests: Iterable[LoRARequest | None]) -> dict[int, LoRARequest]
         check_lora_request(lora_request)
         if lora_request is None:
             continue
-        other = wanted.setdefault(lora_request.lora_int_id, lora_request)
-        if other != lora_request:
+        first = wanted.setdefault(lora_request.lora_int_id, lora_request)
+        if first != lora_request:
             raise ServingError(
                 "lora_requests",
-                f"one adapter for each id, as {other}",
+                f"one adapter for each id, as {first}",
                 repr(lora_request),
                 "give other weights another lora_int_id",
             )

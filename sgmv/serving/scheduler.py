@@ -130,13 +130,13 @@ class Scheduler(Generic[R]):
     def add(self, request_id: R, lora_request: LoRARequest | None = None) -> None:
         """Let a request wait.
 
-        Semantics: it stands behind all that came before it.
+        Semantics: it waits behind all that came before it.
 
         request_id    any hashable value that no other request here has
         lora_request  its adapter; None = the base model
 
-        Raises ServingError for an id that waits or runs already, and for a lora_request whose
-        lora_int_id another adapter's requests use: their weights would change under them.
+        Raises ServingError for an id that waits or runs already, and for a lora_request with the
+        lora_int_id of another adapter in use: the weights would change under its requests.
         Source: vLLM, Scheduler.add_request.
 
         >>> scheduler = Scheduler(max_loras=1)
@@ -265,7 +265,7 @@ finish a request once
             )
 
     def _next(self) -> int | None:
-        """The adapter whose oldest request is to be admitted now, if any."""
+        """The adapter to admit a request of now, its oldest one; None if there is none."""
         held = self._oldest(self._held_lines, True)
         other = self._oldest(self._other_lines, False)
         if other is None or (held is not None and held < other):

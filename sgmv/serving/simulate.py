@@ -1,8 +1,8 @@
-"""A served model in numbers alone: who waits how long, and what has to be loaded.
+"""A served model in numbers alone: how long each request waits, and what has to be loaded.
 
 The Scheduler and the Residency are those of a real server. Only the model is missing: a step takes
 `step_us` and `row_us` more for each request in it, and each request has one row in each of its
-steps; a step whose adapters are not in slots waits until they are.
+steps; a step waits until its adapters are in slots.
 
 Between two events, an arrival or the end of a request, all steps are alike: they are taken at once,
 so that the time of a simulation grows with the requests and not with their tokens. All times are
@@ -128,8 +128,8 @@ class Outcome:
         return self.trace.n / self.end_us * 1e6 if self.end_us else math.nan
 
     def wait_s(self, percent: float) -> float:
-        """The waiting time in seconds that so many percent of the requests do not exceed."""
-        percent = check_number("percent", percent, least=0, most=100)
+        """The waiting time in seconds that `percent` of the requests do not exceed."""
+        percent = check_number("percent", percent, least=0, limit=100)
         if not self.trace.n:
             return math.nan
         return float(np.percentile(self.wait_us, percent, method="inverted_cdf")) / 1e6
@@ -141,7 +141,7 @@ class Outcome:
             self.trace.adapter_ids[by_tenant], return_index=True, return_counts=True
         )
         waits = self.wait_us[by_tenant] / 1e6
-        # The rank of the smallest value that so many percent do not exceed, in whole numbers.
+        # The rank of the smallest value that this percentage does not exceed, in whole numbers.
         p50, p99 = (waits[start - (-requests * percent // 100) - 1] for percent in (50, 99))
         return Tenants(ids, requests, p50, p99)
 
@@ -163,7 +163,7 @@ def simulate(
 
     trace          the requests
     max_loras      slots
-    policy         "lru" or "fifo": who is evicted, from slots and from host memory
+    policy         "lru" or "fifo": which adapter is evicted, from slots and from host memory
     max_cpu_loras  adapters in host memory, slots included
     max_num_seqs, max_overtakes  as for Scheduler
     costs          Costs(), if left out
@@ -190,7 +190,7 @@ def simulate(
     )  # fmt: skip
     lora_requests = {i: LoRARequest(str(i), i, str(i)) for i in set(ids) - {BASE_MODEL}}
     wait = [0] * n
-    ending: list[int] = []  # a heap: the step at whose begin a request has ended * n + the request
+    ending: list[int] = []  # a heap: (the step before which a request has ended) * n + request
     load_us, read_us, waiting, holding, counters = (
         costs.load_us, costs.read_us, scheduler.waiting, scheduler.holding, residency.counters
     )  # fmt: skip

@@ -342,9 +342,9 @@ there is nothing to unpin
                 "schedule fewer adapters, or unpin some",
             )
 
-    def _check_known(self, i: int, known: Collection[int], where: str, remedy: str) -> None:
+    def _check_known(self, i: int, known: Collection[int], state: str, remedy: str) -> None:
         if not is_integer(i) or i not in known:
-            expected = f"an adapter {where}, one of {some(sorted(known))}"
+            expected = f"an adapter {state}, one of {some(sorted(known))}"
             raise ServingError("lora_int_id", expected, repr(i), remedy)
 
     def _activate(

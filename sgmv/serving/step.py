@@ -100,8 +100,8 @@ def next_step(
 ) -> Step[R]:
     """Schedule the next step, bring its adapters into slots, and map its rows to them.
 
-    Semantics: `make_step` of `scheduler.schedule(slots.pinned)`, without the requests whose adapter
-    cannot be loaded: it is missing, damaged, of other widths, above max_lora_rank, or the reader
+    Semantics: `make_step` of `scheduler.schedule(slots.pinned)`, without the requests for adapters
+    that cannot be loaded: missing, damaged, of other widths, above max_lora_rank, or the reader
     raises. These are finished in the scheduler and listed in `Step.failed`; the other requests run
     as if they had not come. NaN or inf in an adapter's weights is no failure: its own rows get it.
 

@@ -75,9 +75,9 @@ def draw_trace(
     """Requests that arrive at random for adapters of unequal popularity.
 
     Semantics: arrivals are a Poisson process of `rate / burst` arrivals a second; each brings a
-    burst of requests for one adapter, whose size is geometric with mean `burst`, until there are
-    `requests` of them. Adapter k of 1..adapters is drawn with a probability in proportion to
-    `k ** -alpha`. Tokens are geometric.
+    burst of requests for one adapter, until there are `requests` of them. The size of a burst is
+    geometric with mean `burst`. Adapter k of 1..adapters is drawn with a probability in proportion
+    to `k ** -alpha`. Tokens are geometric.
 
     requests     how many
     adapters     how many there are; id 1 is the most popular
@@ -96,9 +96,9 @@ def draw_trace(
     """
     requests, adapters = check_count("requests", requests, 0), check_count("adapters", adapters, 1)
     rate = check_number("rate", rate, least=1e-6)
-    alpha = check_number("alpha", alpha, least=0, most=100)
-    burst = check_number("burst", burst, least=1, most=2**53)
-    mean_tokens = check_number("mean_tokens", mean_tokens, least=1, most=2**53)
+    alpha = check_number("alpha", alpha, least=0, limit=100)
+    burst = check_number("burst", burst, least=1, limit=2**53)
+    mean_tokens = check_number("mean_tokens", mean_tokens, least=1, limit=2**53)
     rng = np.random.default_rng(check_count("seed", seed, 0, math.inf))
     with fits_memory("requests", requests):
         sizes = rng.geometric(1 / burst, requests)
@@ -116,14 +116,14 @@ def draw_trace(
     )
 
 
-def check_number(name: str, value: Any, least: float, most: float = 1e300) -> float:
-    """The value as a float, if it is a finite number from the least to the most."""
+def check_number(name: str, value: Any, least: float, limit: float = 1e300) -> float:
+    """The value as a float, if it is a finite number from `least` to `limit`."""
     is_number = is_integer(value) or isinstance(value, (float, np.floating))
     number = as_float(value) if is_number else math.nan
     if not least <= number < math.inf:
         expected = f"a finite number of at least {least:g}"
         received = shown(value) if is_integer(value) else repr(value)
         raise ServingError(name, expected, received, "pass a number in that range")
-    if number > most:
-        raise ServingError(name, f"at most {most:g}", shown(value), "pass a smaller number")
+    if number > limit:
+        raise ServingError(name, f"at most {limit:g}", shown(value), "pass a smaller number")
     return number

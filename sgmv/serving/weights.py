@@ -126,7 +126,7 @@ class Weights:
     def settle(self, failed: dict[int, Exception] | None = None) -> None:
         """Move weights to where the residency has their ids.
 
-        Ids whose weights cannot be loaded lose their slot, and are added to `failed` or raise.
+        An id loses its slot if its weights cannot be loaded, and is added to `failed`, or raises.
         """
         slots, host = self._residency.slots, self._residency.host
         for i in [i for i in self.generation if i not in slots]:

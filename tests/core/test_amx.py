@@ -51,18 +51,18 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
         if expected is None:
             permission = "off; it needs the vector tiles, and Linux's permission"
             switch = "off; SGMV_AMX=1 in the environment turns it on"
-            assert amx.told() == (permission if asked == "1" else switch)
+            assert amx.state() == (permission if asked == "1" else switch)
     features["amx-bf16"] = False
     monkeypatch.setenv("SGMV_AMX", "1")
     assert amx.unit() is None
-    assert amx.told() == "none in this CPU"
+    assert amx.state() == "none in this CPU"
     monkeypatch.setenv("SGMV_AMX", "emulate")
     monkeypatch.setattr(amx, "_is_right", lambda: False)
     is_on = amx.is_on.__wrapped__
     with pytest.warns(RuntimeWarning, match="wrong sums"):
         assert not is_on()
     monkeypatch.setattr(amx, "is_on", lambda: False)
-    assert amx.told() == "off, it gave wrong sums"
+    assert amx.state() == "off, it gave wrong sums"
     assert backend.choose(None, np.dtype(np.float32), bfloat16=True) == "tiles"
     with pytest.raises(SgmvError, match="tiles or loops where AMX is not on"):
         backend.choose("amx", np.dtype(np.float32), bfloat16=True)

@@ -34,7 +34,7 @@ LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FAULTS = {
     "neighbour not joined before": Fault("memory", "self._free[i - 1][1] == start", "False"),
     "neighbour not joined after": Fault("memory", "self._free[i][0] == end", "False"),
-    "never returned": Fault("memory", "self._chunk.returned.append(self._range)", "pass"),
+    "never returned": Fault("memory", "self._slab.returned.append(self._range)", "pass"),
     "returned too early": Fault("memory", "return np.asarray(piece)[:size]", """\
 return np.lib.stride_tricks.as_strided(np.frombuffer(
         (__import__("ctypes").c_char * size).from_address(piece.__array_interface__["data"][0]),
@@ -59,32 +59,32 @@ UNBOUNDED = {
         "stack", "np.stack([table.wa_address, table.wb_address])", "table.wa_address[None]"
     ),
     "B is not copied": Fault("table", "wa[:], wb[:] = self.wa, self.wb", "wa[:] = self.wa"),
-    "A keeps its chunk": Fault("table", "A, B = self.wa.copy(),", "A, B = self.wa[:],"),
-    "a leaving chunk is filled": Fault(
+    "A keeps its slab": Fault("table", "A, B = self.wa.copy(),", "A, B = self.wa[:],"),
+    "a leaving slab is filled": Fault(
         "memory", "enumerate([] if self.is_leaving else self._free)", "enumerate(self._free)"
     ),
-    "one chunk is emptied": Fault("memory", "while (number :=", "if (number :="),
+    "one slab is emptied": Fault("memory", "while (number :=", "if (number :="),
     "the fullest leaves": Fault("memory", "found = min(shares", "found = max(shares"),
     "twice what is loaded": Fault("memory", "MOST = 1.5", "MOST = 2"),
 }  # fmt: skip
 H = 32
-RANKS = (0, 1, 2, 4, 8, 16, 21, 22, 40, 64, 100)  # a third of a small chunk is rank 21
+RANKS = (0, 1, 2, 4, 8, 16, 21, 22, 40, 64, 100)  # a third of a small slab is rank 21
 CACHING = ("add_lora_linear", "update_metadata", "bgmv", "add_lora_bgmv")  # where weights stand
 Operations = list[tuple[int, int, int | None]]  # layer, adapter, rank; None unloads
 
 
 @pytest.fixture(autouse=True)
-def _own_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Chunks of the test's own, small ones, whatever else has weights in this process."""
-    use_small_chunks(memory, monkeypatch)
+def _own_slabs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Slabs of the test's own, small ones, whatever else has weights in this process."""
+    use_small_slabs(memory, monkeypatch)
     yield
     gc.collect()
 
 
-def use_small_chunks(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_chunks", type(module._chunks)())
+def use_small_slabs(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_slabs", type(module._slabs)())
     monkeypatch.setattr(module, "_latest", None)
-    monkeypatch.setattr(module, "CHUNK", 1 << 16)
+    monkeypatch.setattr(module, "SLAB", 1 << 16)
 
 
 def piece(size: int, module: Any = memory) -> Any:
@@ -107,16 +107,16 @@ def check_random_life(module: Any, seed: int = 0) -> None:
             used = sum(-(-held.size // 64) * 64 for held, _ in alive)
             assert module.totals().pieces == used
     assert all((array == value).all() for array, value in alive)
-    most, kept = len(module._chunks), module._latest
+    most, kept = len(module._slabs), module._latest
     alive.clear()
     del array
-    assert list(module._chunks.values()) == [kept], "a chunk outlived its pieces"
-    assert module.totals() == (module.CHUNK, 0)
+    assert list(module._slabs.values()) == [kept], "a slab outlived its pieces"
+    assert module.totals() == (module.SLAB, 0)
     for order in (0, -1):  # the first freed first, or the last
-        pieces = [piece(module.CHUNK // 4, module) for _ in range(4)]
+        pieces = [piece(module.SLAB // 4, module) for _ in range(4)]
         while pieces:
             pieces.pop(order)
-        thirds = [piece(module.CHUNK // 3 - 64, module) for _ in range(3)]
+        thirds = [piece(module.SLAB // 3 - 64, module) for _ in range(3)]
         assert module._latest is kept, "what is free is not one range"
         thirds.clear()
     assert most > 1
@@ -131,7 +131,7 @@ def test_pieces_are_apart_and_come_back(seed: int) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_the_bookkeeping_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(modules: dict[str, ModuleType]) -> None:
-        use_small_chunks(modules["sgmv.memory"], monkeypatch)
+        use_small_slabs(modules["sgmv.memory"], monkeypatch)
         check_random_life(modules["sgmv.memory"])
 
     assert verdict(check, FAULTS[name], name="sgmv.memory") != "nothing"
@@ -155,8 +155,8 @@ def check_follows(modules: dict[str, ModuleType], operations: Operations) -> Non
         used = 2 * sum(max(1, len(A) * H * 4 // 64) * 64 for A, _ in loaded.values())
         held = memory.totals()
         assert held.pieces == used, "pieces are lost, or come twice"
-        assert held.chunks <= 1.5 * used + memory.CHUNK, f"step {step}: {held}"
-        assert sum(chunk.size for chunk in memory._chunks.values()) == held.chunks
+        assert held.slabs <= 1.5 * used + memory.SLAB, f"step {step}: {held}"
+        assert sum(slab.size for slab in memory._slabs.values()) == held.slabs
     for (layer, i), weights in loaded.items():
         found = stacks[layer][i]
         for array, wanted in zip((found.A, found.B), weights, strict=True):
@@ -180,27 +180,27 @@ def random_operations(seed: int, most: int = 250) -> Operations:
 
 
 def check_leaving(memory: Any) -> None:
-    """Of three chunks with a piece each and a full one, one is emptied into another."""
-    pieces = [piece(memory.CHUNK // 4, memory) for _ in range(16)]
+    """Of three slabs with a piece each and a full one, one is emptied into another."""
+    pieces = [piece(memory.SLAB // 4, memory) for _ in range(16)]
     pieces[:12] = pieces[:12:4]
-    assert memory.totals() == (4 * memory.CHUNK, 7 * memory.CHUNK // 4)
+    assert memory.totals() == (4 * memory.SLAB, 7 * memory.SLAB // 4)
     for first, end in memory.sparse():
         for i, left in enumerate(pieces):
             if first <= left.ctypes.data < end:
-                pieces[i] = piece(memory.CHUNK // 4, memory)
-                assert not first <= pieces[i].ctypes.data < end, "cut from a chunk that leaves"
+                pieces[i] = piece(memory.SLAB // 4, memory)
+                assert not first <= pieces[i].ctypes.data < end, "cut from a slab that leaves"
         del left
-    assert memory.totals() == (3 * memory.CHUNK, 7 * memory.CHUNK // 4)
+    assert memory.totals() == (3 * memory.SLAB, 7 * memory.SLAB // 4)
 
 
-def small_chunks_for(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_chunks(modules["sgmv.memory"], monkeypatch)
-    monkeypatch.setattr(modules["sgmv.memory"], "CHUNK", 1 << 13)
+def small_slabs_for(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_slabs(modules["sgmv.memory"], monkeypatch)
+    monkeypatch.setattr(modules["sgmv.memory"], "SLAB", 1 << 13)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_memory_follows_what_is_loaded(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_chunks_for(sys.modules, monkeypatch)
+    small_slabs_for(sys.modules, monkeypatch)
     check_follows(sys.modules, random_operations(seed))
 
 
@@ -214,11 +214,11 @@ def test_memory_follows_what_is_loaded(seed: int, monkeypatch: pytest.MonkeyPatc
 )  # fmt: skip
 def test_memory_follows_any_order(operations: Operations) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        small_chunks_for(sys.modules, patch)
+        small_slabs_for(sys.modules, patch)
         check_follows(sys.modules, operations)
 
 
-def test_a_chunk_that_leaves_is_not_filled() -> None:
+def test_a_slab_that_leaves_is_not_filled() -> None:
     check_leaving(memory)
 
 
@@ -226,7 +226,7 @@ def test_a_chunk_that_leaves_is_not_filled() -> None:
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_a_fault_in_moving_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(modules: dict[str, ModuleType]) -> None:
-        small_chunks_for(modules, monkeypatch)
+        small_slabs_for(modules, monkeypatch)
         check_leaving(modules["sgmv.memory"])
         for seed in range(8):
             check_follows(modules, random_operations(seed))
@@ -235,7 +235,7 @@ def test_a_fault_in_moving_is_found(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def crowd(layers: int = 3) -> list[sgmv.AdapterStack]:
-    """Layers whose small adapters stand among large ones that are to go, in small chunks."""
+    """Layers whose small adapters stand among large ones that are to go, in small slabs."""
     stacks = [sgmv.AdapterStack(H, H, slots=40, max_rank=16) for _ in range(layers)]
     for i in range(40):
         r = 16 if i % 4 else 1
@@ -251,7 +251,7 @@ def leave(stack: sgmv.AdapterStack) -> None:
 
 
 def test_a_call_in_flight_keeps_weights_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CHUNK", 1 << 13)
+    monkeypatch.setattr(memory, "SLAB", 1 << 13)
     first, *others = crowd()
     table = first.table
     for stack in others:
@@ -269,7 +269,7 @@ def test_a_call_in_flight_keeps_weights_that_move(monkeypatch: pytest.MonkeyPatc
 
 
 def test_weights_stay_where_there_is_no_room_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CHUNK", 1 << 13)
+    monkeypatch.setattr(memory, "SLAB", 1 << 13)
     stacks = crowd()
     with monkeypatch.context() as patch:
 
@@ -280,15 +280,15 @@ def test_weights_stay_where_there_is_no_room_to_move(monkeypatch: pytest.MonkeyP
         for stack in stacks:
             leave(stack)
     held = memory.totals()
-    assert held.chunks > 1.5 * held.pieces + memory.CHUNK
+    assert held.slabs > 1.5 * held.pieces + memory.SLAB
     stacks[0].unload(0)
     held = memory.totals()
-    assert held.chunks <= 1.5 * held.pieces + memory.CHUNK
+    assert held.slabs <= 1.5 * held.pieces + memory.SLAB
 
 
 def test_threads_load_and_call_while_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thread has a layer of its own, whose weights the others move."""
-    monkeypatch.setattr(memory, "CHUNK", 1 << 13)
+    monkeypatch.setattr(memory, "SLAB", 1 << 13)
     moved: list[int] = []
     move = table.Stored.moved
 
@@ -365,27 +365,27 @@ def test_what_was_freed_is_used_again() -> None:
     assert second.ctypes.data - address == 1024
 
 
-def test_more_than_a_chunk_has_one_of_its_own() -> None:
+def test_more_than_a_slab_has_one_of_its_own() -> None:
     few = piece(100)
-    large = piece(3 * memory.CHUNK)
+    large = piece(3 * memory.SLAB)
     large[:] = 1
-    assert len(memory._chunks) == 2
-    assert memory.totals() == (4 * memory.CHUNK, 3 * memory.CHUNK + 128)
+    assert len(memory._slabs) == 2
+    assert memory.totals() == (4 * memory.SLAB, 3 * memory.SLAB + 128)
     assert few.size == 100
     del large
-    assert len(memory._chunks) == 1
-    quarters = [piece(memory.CHUNK // 4) for _ in range(3)]
-    assert len(memory._chunks) == 1
-    more = piece(memory.CHUNK // 3 + 64)  # nor does more than a third of one share a new one
-    assert memory.totals().chunks == memory.CHUNK + -(-more.size // 64) * 64
+    assert len(memory._slabs) == 1
+    quarters = [piece(memory.SLAB // 4) for _ in range(3)]
+    assert len(memory._slabs) == 1
+    more = piece(memory.SLAB // 3 + 64)  # nor does more than a third of one share a new one
+    assert memory.totals().slabs == memory.SLAB + -(-more.size // 64) * 64
     assert len(quarters) == 3
 
 
-def test_the_latest_chunk_stays_for_the_next_call() -> None:
+def test_the_latest_slab_stays_for_the_next_call() -> None:
     piece(100)
-    (kept,) = memory._chunks.values()
+    (kept,) = memory._slabs.values()
     piece(100)
-    assert list(memory._chunks.values()) == [kept]
+    assert list(memory._slabs.values()) == [kept]
 
 
 def test_threads_get_pieces_apart() -> None:
@@ -412,9 +412,9 @@ def test_a_forked_child_has_a_lock_of_its_own() -> None:
 def test_weights_ask_for_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("NUMPY_MADVISE_HUGEPAGE") == "0":
         pytest.skip("switched off in numpy")
-    monkeypatch.setattr(memory, "CHUNK", 32 << 20)
+    monkeypatch.setattr(memory, "SLAB", 32 << 20)
     array = piece(1000)
-    middle = array.ctypes.data + memory.CHUNK // 2
+    middle = array.ctypes.data + memory.SLAB // 2
     mapped = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]
@@ -424,7 +424,7 @@ def test_weights_ask_for_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         elif mapped and head == "VmFlags:":
             assert "hg" in line.split()
             return
-    pytest.fail("no mapping holds the chunk")
+    pytest.fail("no mapping holds the slab")
 
 
 @pytest.mark.oracle
@@ -460,7 +460,7 @@ KEPT = {  # what lasts as long as the process, and why it cannot grow
     "sgmv.kernels.disk._logged": "kinds of problem, which the code names",
     "sgmv.kernels.jit._entries": "compiled functions, of mixes of float types",
     "sgmv.workspace._idle": "as many as calls have run at once, each of the size of a call",
-    "sgmv.memory._chunks": "of chunks that are alive",
+    "sgmv.memory._slabs": "of slabs that are alive",
     "sgmv.compat.peft_batches._all": "of models that are accelerated",
     "sgmv.serving.slots._all": "of slots that are alive",
     "sgmv.stack._stacks": "of stacks that are alive",

@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=3, help="Python threads that call at once")
     given = parser.parse_args()
     launch.WORTH_SHARING_NS = 0  # these batches are small
-    memory.CHUNK = 1 << 18  # so that weights are moved all the while
+    memory.SLAB = 1 << 18  # so that weights are moved all the while
     started = time.monotonic()
     deadline = started + 60 * given.minutes
     counts = [Counter[str]() for _ in range(given.threads)]

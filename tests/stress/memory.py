@@ -3,7 +3,7 @@
     loads   adapters of ranks 4 to 128 come to 32 layers and go, by id, by rank, the oldest first
     others  a public call, step after step with new arrays: what it keeps of them would add up
 
-Bounds are those of the promises: resident memory at most 1.5 times what is loaded and one chunk,
+Bounds are those of the promises: resident memory at most 1.5 times what is loaded and one slab,
 and less for each step than an object in some list. The first that is broken ends it.
 """
 
@@ -226,8 +226,8 @@ def run_loads(count: int, seed: int) -> str:
     stacks = [sgmv.AdapterStack(WIDTH, WIDTH, count, max(RANKS)) for _ in range(LAYERS)]
     loaded: Loaded = {}
     size, before, worst, order = 0, resident(), 0.0, ""
-    head = ("operations", "loaded", "chunks", "resident", "ratio", "worst ratio")
-    sys.stdout.write("\nloads; MiB, and resident less one chunk for each byte loaded\n")
+    head = ("operations", "loaded", "slabs", "resident", "ratio", "worst ratio")
+    sys.stdout.write("\nloads; MiB, and resident less one slab for each byte loaded\n")
     sys.stdout.write(" ".join(f"{name:>12}" for name in head) + "\n")
     for number in range(1, count + 1):
         if number % 500 == 1:
@@ -243,12 +243,12 @@ def run_loads(count: int, seed: int) -> str:
             loaded[layer, number] = r
             size += 8 * WIDTH * r
         held, now = memory.totals(), resident() - before
-        if held.pieces != size or held.chunks > 1.5 * size + memory.CHUNK:
+        if held.pieces != size or held.slabs > 1.5 * size + memory.SLAB:
             return f"loads: after {number} operations {size} loaded, {held}"
-        ratio = (now - memory.CHUNK) / max(size, 1)
+        ratio = (now - memory.SLAB) / max(size, 1)
         worst = max(worst, ratio)
         if number % max(1, count // 20) == 0:
-            sizes = size / MIB, held.chunks / MIB, now / MIB
+            sizes = size / MIB, held.slabs / MIB, now / MIB
             sys.stdout.write(f"{number:12,}" + "".join(f" {each:12.1f}" for each in sizes))
             sys.stdout.write(f" {ratio:12.2f} {worst:12.2f}\n")
     return ""

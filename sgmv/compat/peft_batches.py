@@ -68,7 +68,7 @@ class Batch:
         self._segments = 0, segment([])
 
     def segments(self, tokens: int) -> Segments:
-        """Of x's rows, which are so many tokens of each sample."""
+        """The segments of x's rows: `tokens` rows for each sample."""
         known, segments = self._segments
         if known != tokens:
             segments = segment(np.repeat(self._ids, tokens))

@@ -157,6 +157,7 @@ def answers():
         thread.join()
     return found == [64000.0] * 3
 def fork(work):
+    sys.stdout.flush()  # or the child would print that, too, when it ends
     child = os.fork()
     if child:
         return child

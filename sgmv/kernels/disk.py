@@ -14,9 +14,11 @@ import hashlib
 import logging
 import os
 import pickle
+import signal
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,27 @@ one_process = _OneProcess()
 event.register("numba:compiler_lock", one_process)
 
 
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C is heard when this is over.
+
+    With its first function numba imports modules of its own, which register what is in them. One
+    that is left half-way registers it twice, and every later compilation in the process fails.
+    """
+    own = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or own is None:
+        yield  # Python hears signals in its main thread alone
+        return
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, own)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
+
+
 class KernelCache(FunctionCache):
     """numba's cache of one function, over `KernelFiles`.
 
@@ -164,6 +187,8 @@ class KernelCache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function; None where it is to be compiled, and this process may do so."""
+        with interrupts_wait():
+            target_context.refresh()
         found = self._load(sig, target_context)
         if found is None and one_process.acquire(self._files.folder):
             found = self._load(sig, target_context)

@@ -315,3 +315,40 @@ def test_a_log_line_is_given_once_for_each_kind(
         for problem in ("one", "one", "two", "one"):
             disk.log_once(problem, tmp_path, OSError(os.strerror(28)))
     assert len(caplog.records) == 2
+
+
+INTERRUPTED = """
+import signal, sys
+import numpy as np, sgmv
+A, B = np.ones((2, 8), 'f'), np.ones((4, 2), 'f')
+left = {count}
+def lines(frame, what, _):
+    'Ctrl-C at one of the lines.'
+    global left
+    left -= what == 'line'
+    if left == 0 and what == 'line':
+        signal.raise_signal(signal.SIGINT)
+    return lines
+def imports(frame, *_):
+    'As numba imports modules of its own, and registers what it finds in them.'
+    code = frame.f_code
+    return lines if code.co_name == '<module>' and '/numba/' in code.co_filename else None
+def call():
+    return float(sgmv.lora_delta(np.ones((1, 8), 'f'), A, B, 1.0)[0, 0])
+sys.settrace(imports)
+try:
+    print(call())
+except KeyboardInterrupt:
+    print('interrupted')
+sys.settrace(None)
+print(left <= 0, call(), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+@jitted
+@pytest.mark.parametrize("count", [200, 1000, 1500, 2000, 4000])  # of some 9,000
+def test_ctrl_c_while_numba_imports_leaves_later_calls_as_they_were(count: int) -> None:
+    """What numba had half imported was registered twice, and every later call failed."""
+    done = run_python(INTERRUPTED.replace("{count}", str(count)), timeout=110)
+    expected = ["interrupted", "True 16.0 True"]
+    assert done.stdout.split("\n")[:2] == expected, done.stdout + done.stderr

@@ -95,8 +95,8 @@ def _calls(x: Dtype, weights: Dtype, y: Dtype) -> Iterator[tuple[str, Callable[[
     stack = AdapterStack.from_adapters([Adapter(*np.ones((2, 2, 2), weights))])
     segments = segment([0, 0])
     name = _name((x, weights, y))
-    read_only = np.ones((2, 2), x)
-    read_only.flags.writeable = False
+    read_only, ids = np.ones((2, 2), x), np.zeros(2, np.int64)
+    read_only.flags.writeable = ids.flags.writeable = False
     inputs = np.ones((2, 2), x), np.ones((2, 4), x)[:, :2], read_only
     outputs = np.ones((2, 2), y), np.ones((2, 4), y)[:, :2]
     for each in inputs:
@@ -106,6 +106,8 @@ def _calls(x: Dtype, weights: Dtype, y: Dtype) -> Iterator[tuple[str, Callable[[
         yield f"{name}: expand", partial(expand, v, stack, segments, each)
     for rows_in, rows_out in product(inputs, outputs):
         yield f"{name}: add_lora", partial(add_lora, rows_out, rows_in, stack, segments)
+    for batch in ([0, 0], ids):
+        yield f"{name}: add_lora", partial(add_lora, outputs[0], inputs[0], stack, batch)
     yield "threads", workers.warm_up
 
 

@@ -25,6 +25,9 @@ one = np.ones((3, 5), np.float32)
 stack = sgmv.AdapterStack.from_adapters([(np.ones((2, 5), "f"), np.ones((7, 2), "f"))])
 y = np.zeros((3, 7), np.float32)
 sgmv.add_lora(y, one, stack, [0, -1, 0])
+ids = np.array([0, -1, 0])
+ids.flags.writeable = False
+sgmv.add_lora(y, one, stack, ids)
 sgmv.add_lora(y[::2], one[::2], stack, sgmv.segment([0, 0]))
 sgmv.expand(sgmv.shrink(one, stack, sgmv.segment([0] * 3)), stack, sgmv.segment([0] * 3), y)
 """

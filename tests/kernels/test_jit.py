@@ -24,8 +24,8 @@ for backend in sys.argv[1:] or [None]:
     print(sgmv.add_lora(np.zeros_like(one), one, stack, [0], backend=backend)[0, 0])
 """
 COUNT = """
-from sgmv.kernels import jit, start
-compiled = [*jit._entries.values(), start.start]
+from sgmv.kernels import call, jit
+compiled = [*jit._entries.values(), call.start]
 print(sum(sum(c.stats.cache_hits.values()) for c in compiled))
 print(sum(sum(c.stats.cache_misses.values()) for c in compiled))
 """

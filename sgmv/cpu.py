@@ -16,7 +16,7 @@ from sgmv.kernels.cpu import features
 JITTED = cpu.JITTED  # False where kernels run as plain Python
 VECTOR_BITS = cpu.VECTOR_BITS  # 512, 256, or 0 where tiles have no vectors
 CPUINFO = Path("/proc/cpuinfo")
-TOLD = (
+USED = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
     *("amx-tile", "amx-bf16"),
 )
@@ -47,10 +47,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def told() -> str:
-    """Of what tiles could use, what it has."""
+def used_features() -> str:
+    """Those of the CPU's features that tiles use, as text for `info`."""
     has = features()
-    return " ".join(name for name in TOLD if has.get(name)) or "none that tiles could use"
+    return " ".join(name for name in USED if has.get(name)) or "none that tiles could use"
 
 
 def has_amx() -> bool:

@@ -71,7 +71,7 @@ def info() -> Info:
     sleep = "a futex" if workers.pool.fields[0].syscall else "a semaphore"
     return Info(
         cpu=f"{cpu.name()}, {cpu.cores()} cores",
-        features=cpu.told(),
+        features=cpu.used_features(),
         vectors=f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops",
         amx=amx.state(),
         backend=chosen,

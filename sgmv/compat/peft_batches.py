@@ -1,4 +1,4 @@
-"""The batches of `accelerate`: whose rows are which adapter's, by ids that all layers share."""
+"""The batches of `accelerate`: the adapter of each row, by ids that all layers share."""
 
 from __future__ import annotations
 

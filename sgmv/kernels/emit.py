@@ -80,6 +80,10 @@ class Emit:
         """The int64 at this address."""
         return self.builder.load(self._pointer(address, INT64), align=8)
 
+    def pair(self, value):
+        """The two numbers of a tuple."""
+        return [self.builder.extract_value(value, i) for i in (0, 1)]
+
     def fields(self, kind, address, *names):
         """These fields of the record of this kind at the address."""
         return [self.integer(self.add(address, offset(kind, name))) for name in names]
@@ -205,8 +209,8 @@ class Emit:
         while step < LANES:
             if len(vectors) % 2:
                 vectors = [*vectors, ZERO]
-            chunks = [range(c, c + step) for c in range(0, LANES, step)]
-            even, odd = chunks[0::2], chunks[1::2]
+            parts = [range(c, c + step) for c in range(0, LANES, step)]
+            even, odd = parts[0::2], parts[1::2]
             vectors = [
                 self.builder.fadd(self._interleave(a, b, even), self._interleave(a, b, odd))
                 for a, b in zip(vectors[0::2], vectors[1::2])  # noqa: B905
@@ -224,17 +228,17 @@ class Emit:
         rows = list(rows)
         step = 1
         while step < LANES:
-            chunks = [range(c, c + step) for c in range(0, LANES, step)]
+            parts = [range(c, c + step) for c in range(0, LANES, step)]
             for i in (i for i in range(LANES) if not i & step):
                 a, b = rows[i], rows[i + step]
-                rows[i] = self._interleave(a, b, chunks[0::2])
-                rows[i + step] = self._interleave(a, b, chunks[1::2])
+                rows[i] = self._interleave(a, b, parts[0::2])
+                rows[i + step] = self._interleave(a, b, parts[1::2])
             step *= 2
         return rows
 
-    def _interleave(self, a, b, chunks):
-        """These chunks of a and of b in turn."""
-        chosen = [c + lane for chunk in chunks for c in (0, LANES) for lane in chunk]
+    def _interleave(self, a, b, parts):
+        """These parts of a and of b in turn."""
+        chosen = [c + lane for part in parts for c in (0, LANES) for lane in part]
         return self.builder.shuffle_vector(a, b, numbers(chosen))
 
     def part(self, vector, first, count):

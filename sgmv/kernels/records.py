@@ -46,10 +46,7 @@ def on_cache_lines(kind: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
 
 CALL = _record(
     *("x", "x_stride", "y", "y_stride"),  # at their first elements; bytes from row to row
-    *(
-        "v",
-        "v_stride",
-    ),  # (n, slices * r), in sorted order: the ranks of one slice after the other's
+    *("v", "v_stride"),  # (n, slices * r), in sorted order, the ranks of slice after slice
     *("x_rows", "y_rows"),  # at (n,): the row of x, and of y, that belongs to each sorted position
     "table",  # at the layer's TABLE
     *("shrink", "expand"),  # at their kernels; 0 leaves the phase out

@@ -83,13 +83,7 @@ def leave_undone(address: int) -> None:
 @jit()
 def claim_shrink(address: int) -> Any:
     """A `Task` of shrink that no other thread will do; its number is NONE if there is none left."""
-    call = record(CALL, address)
-    number = add_atomic(address + SHRINK_NEXT, 1)
-    if number >= call.block_count * call.shrink_cuts:
-        return Task(NONE, 0, 0, 0, 0, 0, 0)
-    block = records(BLOCK, call.blocks, call.block_count)[number // call.shrink_cuts]
-    low, high = cut(number % call.shrink_cuts, call.shrink_cuts, block.r, RANK_UNIT)
-    return Task(number, block.slot, block.r, block.first, block.last, low, high)
+    return claim(address, SHRINK_NEXT, record(CALL, address).shrink_cuts, 0, RANK_UNIT)
 
 
 @jit()
@@ -102,13 +96,19 @@ def finish_shrink(address: int) -> None:
 def claim_expand(address: int) -> Any:
     """A `Task` of expand that no other thread will do; its number is NONE if there is none left."""
     call = record(CALL, address)
-    number = add_atomic(address + EXPAND_NEXT, 1)
-    if number >= call.block_count * call.expand_cuts:
-        return Task(NONE, 0, 0, 0, 0, 0, 0)
     table = record(TABLE, call.table)
-    block = records(BLOCK, call.blocks, call.block_count)[number // call.expand_cuts]
-    part = number % call.expand_cuts
-    low, high = cut(part, call.expand_cuts, table.h_out, table.panel_columns)
+    return claim(address, EXPAND_NEXT, call.expand_cuts, table.h_out, table.panel_columns)
+
+
+@jit()
+def claim(address: int, counter: int, cuts: int, columns: int, unit: int) -> Any:
+    """The next `Task` of a phase, one of `cuts` of a block's columns; if 0, of its ranks."""
+    call = record(CALL, address)
+    number = add_atomic(address + counter, 1)
+    if number >= call.block_count * cuts:
+        return Task(NONE, 0, 0, 0, 0, 0, 0)
+    block = records(BLOCK, call.blocks, call.block_count)[number // cuts]
+    low, high = cut(number % cuts, cuts, columns or block.r, unit)
     return Task(number, block.slot, block.r, block.first, block.last, low, high)
 
 

@@ -59,12 +59,14 @@ RANKS = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4} if WIDE else {1: 8, 2: 4, 3: 4}
 # Vectors of columns: with 16 registers, a single row needs eight sums to hide a FMA's latency.
 COLUMN_VECTORS = dict.fromkeys(range(1, 7), 4) if WIDE else {1: 8, 2: 4, 3: 4}
 K_BLOCK = 1024  # six rows of one K block are 24 KiB of x: they stay in L1 for all ranks
-CHUNK_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
+L2_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
 Y_AHEAD = 512  # bytes before its use that y is asked for
+PAIR = types.UniTuple(types.int64, 2)
 
 
-def _shrink_tile(e, mr, nr, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w_like):
+def _shrink_tile(e, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w_like):
     """targets[m][:ranks] (+)= x_rows[m][:width] @ w[:ranks, :width].T: the drawing above."""
+    mr, nr = len(x_rows), RANKS[len(x_rows)]
     # Past the last rank the last one is read again, and its sum is dropped.
     last = e.add(ranks, -1)
     w_rows = [e.add(w, e.multiply(w_stride, e.at_most(q, last))) for q in range(nr)]
@@ -100,16 +102,18 @@ def _shrink_tile(e, mr, nr, x_rows, w, w_stride, ranks, width, targets, fresh, x
 
 
 @intrinsic
-def shrink_tiles(typingctx, x_like, w_like, call, p, count, wa, low, high, k, width):
+def shrink_tiles(typingctx, x_like, w_like, call, some_rows, wa, some_ranks, some_k):
     """v[p:p + count, low:high] (+)= x[rows[p:p + count], k:k + width] @ wa[low:high, k:].T.
 
     Semantics: k = 0 overwrites v, any other adds to it. 1 <= count <= MOST_ROWS.
     call  address of the call;  wa  address of the adapter's wa (r, h_in)
+    some_rows  (p, count);  some_ranks  (low, high);  some_k  (k, width)
     """
 
     def codegen(context, builder, signature, args):
         e = Emit(builder)
-        call, p, count, wa, low, high, k, width = args[2:]
+        call, wa = args[2], args[4]
+        (p, count), (low, high), (k, width) = (e.pair(args[i]) for i in (3, 5, 6))
         x, x_stride, v, v_stride = e.fields(CALL, call, "x", "x_stride", "v", "v_stride")
         rows, table = e.fields(CALL, call, "x_rows", "table")
         [h_in] = e.fields(TABLE, table, "h_in")
@@ -121,7 +125,6 @@ def shrink_tiles(typingctx, x_like, w_like, call, p, count, wa, low, high, k, wi
         fresh = builder.icmp_signed("==", k, ir.Constant(INT64, 0))
 
         def all_ranks(mr):
-            nr = RANKS[mr]
             numbers = [e.integer(e.add(rows, 8 * m)) for m in range(mr)]
             x_rows = [e.add(x, e.multiply(x_stride, number)) for number in numbers]
             v_rows = [e.add(v, e.multiply(v_stride, m)) for m in range(mr)]
@@ -130,28 +133,29 @@ def shrink_tiles(typingctx, x_like, w_like, call, p, count, wa, low, high, k, wi
                 w_j = e.add(w, e.multiply(w_stride, j))
                 targets = [e.add(row, e.multiply(j, 4)) for row in v_rows]
                 ranks = builder.sub(high, j)
-                _shrink_tile(
-                    e, mr, nr, x_rows, w_j, w_stride, ranks, width, targets, fresh, x_like, w_like
-                )
+                _shrink_tile(e, x_rows, w_j, w_stride, ranks, width, targets, fresh, x_like, w_like)
                 return nothing
 
-            e.loop(low, high, nr, [], tile)
+            e.loop(low, high, RANKS[mr], [], tile)
 
         e.switch(count, range(1, MOST_ROWS + 1), all_ranks)
         return context.get_dummy_value()
 
-    return types.void(x_like, w_like, *[types.int64] * 8), codegen
+    return types.void(x_like, w_like, types.int64, PAIR, types.int64, PAIR, PAIR), codegen
 
 
-def _expand_tile(e, mr, nv, y_rows, v_rows, w, w_stride, r, scale, mask, w_like, y_like):
-    """y_rows[m][:nv * LANES] += scale * (v_rows[m][:r] @ w[:r, :nv * LANES]), rounded once."""
+def _expand_tile(e, nv, y_rows, v_rows, w_row, r, scale, mask, w_like, y_like):
+    """y_rows[m][:nv * LANES] += scale * (v_rows[m][:r] @ w[:r, :nv * LANES]), rounded once.
+
+    w_row(j)  the address of w[j]
+    """
+    mr = len(y_rows)
 
     def value(m, j):
         return e.broadcast(e.add(v_rows[m], e.multiply(j, 4)))
 
     def weight(q, j):
-        w_j = e.add(w, e.multiply(j, w_stride))
-        return e.load(e.add(w_j, q * LANES * size(w_like)), w_like, mask)
+        return e.load(e.add(w_row(j), q * LANES * size(w_like)), w_like, mask)
 
     def step(j, sums):
         sums = list(sums)
@@ -181,16 +185,18 @@ def _expand_tile(e, mr, nv, y_rows, v_rows, w, w_stride, r, scale, mask, w_like,
 
 
 @intrinsic
-def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low, high):
+def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, some_columns):
     """y[rows[p:p + count], low:high] += scaling * (v[p:p + count, :r] @ wb[:, low:high]).
 
     Semantics: low is a multiple of PANEL, high too or else h_out. 1 <= count <= MOST_ROWS.
     call  address of the call;  wb  address of the adapter's panels
+    some_rows  (p, count);  some_columns  (low, high)
     """
 
     def codegen(context, builder, signature, args):
         e = Emit(builder)
-        call, p, count, wb, r, scaling, low, high = args[2:]
+        call, some_rows, wb, r, scaling, some_columns = args[2:]
+        (p, count), (low, high) = e.pair(some_rows), e.pair(some_columns)
         y, y_stride, v, v_stride = e.fields(CALL, call, "y", "y_stride", "v", "v_stride")
         [rows] = e.fields(CALL, call, "y_rows")
         rows = e.add(rows, e.multiply(p, 8))
@@ -206,7 +212,11 @@ def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low,
 
             def tile(column, w, w_stride, nv, mask=None):
                 here = [e.add(row, e.multiply(column, size(y_like))) for row in y_rows]
-                _expand_tile(e, mr, nv, here, v_rows, w, w_stride, r, scale, mask, w_like, y_like)
+
+                def w_row(j):
+                    return e.add(w, e.multiply(j, w_stride))
+
+                _expand_tile(e, nv, here, v_rows, w_row, r, scale, mask, w_like, y_like)
 
             def panel(column, nothing):
                 w = e.add(wb, e.multiply(e.multiply(column, r), size(w_like)))
@@ -228,9 +238,9 @@ def expand_tiles(typingctx, w_like, y_like, call, p, count, wb, r, scaling, low,
         e.switch(count, range(1, MOST_ROWS + 1), all_columns)
         return context.get_dummy_value()
 
-    integers = [types.int64] * 5
-    signature = types.void(w_like, y_like, *integers, types.float32, types.int64, types.int64)
-    return signature, codegen
+    integer = types.int64
+    operands = integer, PAIR, integer, integer, types.float32, PAIR
+    return types.void(w_like, y_like, *operands), codegen
 
 
 def shrink_kernel(x_like: Any, w_like: Any) -> int:
@@ -252,8 +262,8 @@ def shrink_kernel(x_like: Any, w_like: Any) -> int:
                     for s in range(table.slices):  # x is read once, and stays in L1 for the others
                         j = s * task.r  # in v; wa is passed as if its ranks began there
                         wa = item(table.wa, task.slot * table.slices + s) - j * row
-                        cut = j + task.low, j + task.high
-                        shrink_tiles(x_like, w_like, address, p, count, wa, *cut, k, width)
+                        ranks = j + task.low, j + task.high
+                        shrink_tiles(x_like, w_like, address, (p, count), wa, ranks, (k, width))
                     p += count
             finish_shrink(address)
 
@@ -261,9 +271,9 @@ def shrink_kernel(x_like: Any, w_like: Any) -> int:
 
 
 @jit()
-def chunk_of(r, w_like):
-    """The columns of wb that stay in L2."""
-    return max(1, CHUNK_BYTES // (PANEL * max(r, 1) * size_of(w_like))) * PANEL
+def columns_in_l2(r, w_like):
+    """The number of columns of wb that stay in L2, whole panels."""
+    return max(1, L2_BYTES // (PANEL * max(r, 1) * size_of(w_like))) * PANEL
 
 
 def expand_kernel(w_like: Any, y_like: Any) -> int:
@@ -272,21 +282,22 @@ def expand_kernel(w_like: Any, y_like: Any) -> int:
     def tiles_expand(address, limit):
         table = record(TABLE, record(CALL, address).table)
         rank = plain_rank(address)
-        room = scratch(rank, chunk_of(rank, w_like), w_like)
+        room = scratch(rank, columns_in_l2(rank, w_like), w_like)
         for _ in range(limit):
             task = claim_expand(address)
             if task.number == NONE:
                 return
             scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
             groups = -(-(task.last - task.first) // MOST_ROWS)
-            chunk = chunk_of(task.r, w_like)
-            for c in range(task.low, task.high, chunk):
-                end = min(c + chunk, task.high)
+            step = columns_in_l2(task.r, w_like)
+            for c in range(task.low, task.high, step):
+                end = min(c + step, task.high)
                 wb = panels(table, task.slot, task.r, c, end, room, w_like)
                 p = task.first
                 for g in range(groups):
                     count = (task.last - p) // (groups - g)
-                    expand_tiles(w_like, y_like, address, p, count, wb, task.r, scaling, c, end)
+                    rows, columns = (p, count), (c, end)
+                    expand_tiles(w_like, y_like, address, rows, wb, task.r, scaling, columns)
                     p += count
 
     return entry(tiles_expand)

@@ -131,8 +131,8 @@ FAULTS = {
     ),
     "ranks are not cut by the rank of their own block": Fault(
         "kernels.tasks",
-        "call.shrink_cuts, block.r, RANK_UNIT)",
-        "call.shrink_cuts, block.r // 8 * 8 or block.r, RANK_UNIT)",
+        "cuts, columns or block.r, unit)",
+        "cuts, columns or block.r // 8 * 8 or block.r, unit)",
     ),
     "every id is served by the first slot": Fault(
         "kernels.plan",

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numba
 import pytest
+from numba.core import event
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,9 @@ def imported(
             for each in [n for n in sys.modules if n.split(".")[0] == "sgmv"]:
                 del sys.modules[each]
             sys.modules.update(ours)
+    # numba would tell the copy, too, of what these tests compile, and it would log it once more.
+    event.unregister("numba:compile", found["sgmv.kernels.jit"].notice)
+    event.unregister("numba:compiler_lock", found["sgmv.kernels.disk"].one_process)
     assert all(Path(str(module.__file__)).is_relative_to(folder) for module in found.values())
     return found
 

@@ -35,9 +35,7 @@ ARROWS = {
 MOST_LINES = 450
 MOST_ARGUMENTS = 10
 # What LLVM is to draw is passed number by number; vLLM's own call has so many.
-TOO_MANY = {f"kernels.tiles.{half}_tiles" for half in ("shrink", "expand")}
-TOO_MANY |= {f"kernels.tiles._{half}_tile" for half in ("shrink", "expand")}
-TOO_MANY |= {"compat.vllm.ops.sgmv_expand_slice"}
+TOO_MANY = {"compat.vllm.ops.sgmv_expand_slice"}  # vLLM's own signature
 BANNER = re.compile(r"^\s*(?:#|//|/\*).*([-=*#~_─━═])\1{3}", re.MULTILINE)
 # Who may know numba and llvmlite; info tells their versions.
 COMPILERS = {

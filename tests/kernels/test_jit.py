@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numba.core import event
 
+from sgmv.kernels import jit
 from tests.conftest import JITTED
 from tests.help.acceptance import backends
 from tests.help.planting import ROOT, Fault, change, imported, plant, run_python
@@ -99,3 +102,15 @@ def test_works_where_nothing_can_be_written() -> None:
     )
     done = run_python(no_cache + PROGRAM, NUMBA_CACHE_LOCATOR_CLASSES="")
     assert done.stdout.split() == ["1.0"], done.stderr
+
+
+def test_a_planted_copy_hears_nothing_of_what_is_compiled_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each copy's notice logged its warning once more, in any test that compiled later."""
+    monkeypatch.setattr(jit.notice, "seconds", 0.0)
+    copy = imported(plant(tmp_path), monkeypatch)["sgmv.kernels.jit"].notice
+    ours = SimpleNamespace(py_func=SimpleNamespace(__module__="sgmv.kernels.tiles"))
+    with event.trigger_event("numba:compile", data={"dispatcher": ours}):
+        pass
+    assert copy.seconds == 0.0 < jit.notice.seconds

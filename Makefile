@@ -30,7 +30,7 @@ check: $(VENV)/dev.installed  ## linter, formatter, types, README against its re
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m benchmarks.readme --check
+	$(RUN) -m benchmarks pages --check
 	rm -rf $(VENV)/wheel
 	$(RUN) -m build --quiet --wheel --outdir $(VENV)/wheel
 	$(RUN) -c "import glob, zipfile as z; [wheel] = glob.glob('$(VENV)/wheel/*.whl'); \
@@ -42,7 +42,7 @@ format: $(VENV)/dev.installed  ## what the linter and the formatter can mend the
 	$(RUN) -m ruff format .
 
 readme: $(VENV)/bench.installed  ## tables and figures of the README, from the committed records
-	$(RUN) -m benchmarks.readme
+	$(RUN) -m benchmarks pages
 
 $(VENV)/%.installed: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -3,16 +3,16 @@
     python -m benchmarks            about a minute: gate, ceilings, timings, table, record
     python -m benchmarks --full     every layer, rank, row count and popularity
     python -m benchmarks growth     how time grows with rows and with adapters
+    python -m benchmarks layer      what LoRA adds to a layer, right after its base product
     python -m benchmarks compat     vLLM's calls against what vLLM does, time and memory
     python -m benchmarks peft       what LoRA adds to a PEFT model's forward pass
+    python -m benchmarks paper      Punica's roofline and microbenchmarks
+    python -m benchmarks pages      tables and figures of the pages, from the committed records
 
-The way of a run, one file per stage:
+Each of them is a `study.Study` in `studies/`, which `registry` lists. What they share:
 
-    models -> grid -> batch -> gate -> ceilings -> timing -> record -> table, figures, readme
-                        |        |                   |
-                        +------ peers (the baselines) +
+    machine -> record -> clock -> gate, ceilings -> study -> text, figures, pages
 
-`peers_numpy`, `peers_torch` and `peers_mkl` hold what `peers` names; `growth`, `compat` and `peft`
-go their own ways from `timing` on; `machine` names the machine, `console` prints with or without
-rich. The words `n`, `r`, `h_in`, `h_out`, `S` are those of the library.
+`batch` has a case's arrays and `peers` the baselines. The words `n`, `r`, `h_in`, `h_out`, `S` are
+those of the library.
 """

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.console import Console
-from benchmarks.grid import ONE_ROW
+from benchmarks.text import Console
 from reference import workloads
 
+# With one row the four popularities are the same batch: it is timed once, under this name.
+ONE_ROW = "one row"
+DTYPES = ("float32", "float16", "bfloat16")
 # Whose arrays a layer's x, y and weights are, and of what type.
 KINDS = (("numpy", "float32"), ("torch", "float32"), ("torch", "bfloat16"))
 
@@ -91,6 +93,17 @@ def installed_kinds(console: Console) -> Iterator[tuple[str, str]]:
             yield library, dtype
         else:
             console.print(f"  {library} {dtype}: not installed, left out", "yellow")
+
+
+def in_library(library: str, array: NDArray[Any]) -> Any:
+    """The array itself, or a tensor over its memory."""
+    if library == "numpy":
+        return array
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def popularity_ids(popularity: str, n: int, seed: int) -> NDArray[np.int64]:

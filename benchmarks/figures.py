@@ -1,329 +1,41 @@
-"""Pictures of a record: latency over rows per popularity, and the roofline. Needs matplotlib.
-
-Each PNG carries the digest of the record it was drawn from, so that a test can tell a stale one.
-"""
+"""What all pictures share: colours, and the digest that tells a stale one from its record."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections import Counter
-from itertools import cycle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 
-from benchmarks.grid import ONE_ROW
-from benchmarks.growth import GrowthRecord, fitted
-from benchmarks.paper import OPERATOR_US, RANK_US, RANKS, PaperRecord
-from benchmarks.peers import PEERS
-from benchmarks.record import CaseRecord, Record, main_variant
+from benchmarks.record import Head, Times
 
-# Okabe and Ito's colours, then Tol's, which stay apart for colour-blind readers; markers differ as
-# well, and the kind of a line tells whose threads it ran on.
-LOOKS = {
-    "main": ("#0072B2", "o"), "one": ("#56B4E9", "s"), "by_segment": ("#D55E00", "^"),
-    "by_row": ("#E69F00", "v"), "einsum": ("#CC79A7", "D"), "torch": ("#009E73", "P"),
-    "torch_native": ("#117733", "X"), "grouped_mm": ("#44AA99", "p"), "mkl": ("#000000", "*"),
-    "sglang": ("#882255", "<"), "vllm": ("#777777", ">"),
-}  # fmt: skip
-DASHES = {"sgmv": "-", "numpy": "-", "torch": "--", "mkl": ":"}
-POPULARITY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
-RANK_MARKERS = ("o", "s", "^", "D", "v", "P")
-LEGEND_COLUMNS = 3
+# Okabe and Ito's colours, which stay apart for colour-blind readers; markers differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 DIGEST_KEY = "Record"
 
 
-def digest(record: Record | GrowthRecord | PaperRecord) -> str:
+def digest(record: Head) -> str:
     """What ties a figure to its record: SHA-256 over its canonical JSON."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(msgspec.to_builtins(record), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def draw(record: Record, directory: Path) -> list[Path]:
-    """Write `latency.png` and `roofline.png` and return their paths."""
-    return [
-        _save(latency(record), record, directory / "latency.png"),
-        _save(roofline(record), record, directory / "roofline.png"),
-    ]
+def draw(figures: Mapping[str, Callable[[Any], Any]], record: Head, folder: Path) -> list[Path]:
+    """Write each figure and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        metadata = {DIGEST_KEY: digest(record), "Software": None}
+        figure(record).savefig(folder / name, dpi=110, metadata=metadata)
+    return [folder / name for name in figures]
 
 
-def draw_growth(record: GrowthRecord, directory: Path) -> Path:
-    """Write `growth.png` and return its path."""
-    return _save(growth(record), record, directory / "growth.png")
-
-
-def draw_paper(record: PaperRecord, directory: Path) -> Path:
-    """Write `paper.png` and return its path."""
-    return _save(paper(record), record, directory / "paper.png")
-
-
-def _save(figure: Any, record: Record | GrowthRecord | PaperRecord, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={DIGEST_KEY: digest(record), "Software": None})
-    return path
-
-
-def latency(record: Record) -> Any:
-    """Small multiples, one per popularity: time of one call over rows, with the 20-80 % band."""
-    from matplotlib.figure import Figure
-
-    cases = hub_cases(record)
-    one_row = [case for case in cases if case["popularity"] == ONE_ROW]
-    panels = [p for p in dict.fromkeys(c["popularity"] for c in cases) if p != ONE_ROW]
-    panels = panels or [ONE_ROW]
-    first = cases[0]
-    lines = [line for line in _lines(record) if any(line[0] in case["times"] for case in cases)]
-    height = 4.2 + 0.24 * max(0, math.ceil(len(lines) / LEGEND_COLUMNS) - 2)
-    figure = Figure(figsize=(2.6 * max(len(panels), 2) + 0.6, height), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, popularity in zip(axes, panels, strict=True):
-        shown = one_row + [case for case in cases if case["popularity"] == popularity]
-        shown = sorted({case["rows"]: case for case in shown}.values(), key=lambda c: c["rows"])
-        for name, key, label, dashes in lines:
-            colour, marker = LOOKS[key]
-            points = [(c["rows"], c["times"][name]) for c in shown if name in c["times"]]
-            if points:
-                rows = [n for n, _ in points]
-                axis.fill_between(
-                    rows, [t["q20"] for _, t in points], [t["q80"] for _, t in points],
-                    color=colour, alpha=0.2, linewidth=0,
-                )  # fmt: skip
-                axis.plot(
-                    rows, [t["q50"] for _, t in points], label=label, color=colour,
-                    marker=marker, markersize=4.5, linewidth=2.2 if key == "main" else 1.3,
-                    linestyle=dashes, zorder=3 if key == "main" else 2,
-                )  # fmt: skip
-        axis.set(xscale="log", yscale="log", title=popularity, xlabel="rows n")
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xticks([case["rows"] for case in shown], minor=False)
-        axis.tick_params(axis="x", rotation=45, labelsize=8)
-        axis.minorticks_off()
-        axis.grid(True, color="#dddddd", linewidth=0.6)
-    axes[0].set_ylabel("time of one call (µs)")
-    handles, labels = axes[-1].get_legend_handles_labels()
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
-    figure.suptitle(
-        f"{first['h_in']} → {first['rank']} → {first['h_out']}, {first['dtype']} "
-        f"({first['names'][0]}): median, band 20-80 %",
-        fontsize=11,
+def band(axis: Any, n: Any, times: list[Times], colour: str, **look: Any) -> None:
+    """Medians over n, and the band from the 20 % to the 80 % quantile."""
+    axis.fill_between(
+        n, [t.q20 for t in times], [t.q80 for t in times], color=colour, alpha=0.2, linewidth=0
     )
-    return figure
-
-
-def roofline(record: Record) -> Any:
-    """Every case at its arithmetic intensity, under the ceilings measured in the same run."""
-    from matplotlib.figure import Figure
-
-    main = main_variant(record)
-    count = str(max(record["threads"]))
-    cases = record["cases"]
-    popularities = list(dict.fromkeys(case["popularity"] for case in cases))
-    ranks = sorted({case["rank"] for case in cases})
-    intensities = [case["flops"] / case["footprint"] for case in cases]
-    low, high = min(intensities) / 3, max(intensities) * 3
-    peak = record["ceilings"]["peak"][count]
-
-    figure = Figure(figsize=(7.6, 5.0), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([low, high], [peak / 1e9] * 2, color="black", linewidth=1.2)
-    axis.annotate(
-        f"FMA peak {peak / 1e9:.0f} GFLOP/s", (low, peak / 1e9), (4, 4),
-        textcoords="offset points", fontsize=8,
-    )  # fmt: skip
-    for label, rate in roofs(record, count):
-        end = min(high, peak / rate)
-        axis.plot([low, end], [low * rate / 1e9, end * rate / 1e9], color="#888888", linewidth=1)
-        axis.text(
-            low * 1.06, low * 1.2 * rate / 1e9, label, fontsize=8, color="#444444",
-            rotation=math.degrees(math.atan(rate / 1e9)), rotation_mode="anchor",
-            transform_rotates_text=True,
-        )  # fmt: skip
-    for popularity, colour in zip(popularities, cycle(POPULARITY_COLOURS), strict=False):
-        for rank, marker in zip(ranks, cycle(RANK_MARKERS), strict=False):
-            points = [
-                (intensity, case["flops"] / case["times"][main]["q50"] / 1e3)
-                for case, intensity in zip(cases, intensities, strict=True)
-                if (case["popularity"], case["rank"]) == (popularity, rank)
-            ]
-            axis.scatter(
-                [x for x, _ in points], [y for _, y in points], color=colour, marker=marker,
-                s=20, alpha=0.6, linewidths=0,
-            )  # fmt: skip
-    handles = [
-        axis.scatter([], [], color=colour, marker="o", label=popularity)
-        for popularity, colour in zip(popularities, cycle(POPULARITY_COLOURS), strict=False)
-    ] + [
-        axis.scatter([], [], facecolors="none", edgecolors="k", marker=marker, label=f"r = {rank}")
-        for rank, marker in zip(ranks, cycle(RANK_MARKERS), strict=False)
-    ]
-    axis.legend(handles=handles, loc="lower right", fontsize=8, ncols=2, framealpha=0.9)
-    axis.set(
-        xscale="log", yscale="log", xlim=(low, high),
-        xlabel="arithmetic intensity (FLOP per byte of weights, x and y)", ylabel="GFLOP/s",
-        title=f"Roofline, {count} thread{'s' * (count != '1')}, {record['machine']['cpu']}",
-    )  # fmt: skip
-    axis.grid(True, color="#dddddd", linewidth=0.6)
-    return figure
-
-
-def growth(record: GrowthRecord) -> Any:
-    """Two panels, over rows and over adapters: time of one call, each curve with its line."""
-    from matplotlib.figure import Figure
-
-    axes_names = list(dict.fromkeys(series["axis"] for series in record["series"]))
-    figure = Figure(figsize=(4.4 * len(axes_names), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(axes_names), sharey=True, squeeze=False)[0]
-    for axis, name in zip(axes, axes_names, strict=True):
-        shown = [series for series in record["series"] if series["axis"] == name]
-        looks = zip(cycle(POPULARITY_COLOURS), cycle(RANK_MARKERS), strict=False)
-        for series, (colour, marker) in zip(shown, looks, strict=False):
-            n = np.array([point["n"] for point in series["points"]])
-            times = [point["times"] for point in series["points"]]
-            axis.fill_between(
-                n, [t["q20"] for t in times], [t["q80"] for t in times],
-                color=colour, alpha=0.2, linewidth=0,
-            )  # fmt: skip
-            axis.plot(
-                n, [t["q50"] for t in times], color=colour, marker=marker, markersize=4.5,
-                linestyle="none", label=series["name"],
-            )  # fmt: skip
-            line = np.geomspace(n[0], n[-1], 200)
-            axis.plot(line, fitted(series).at(line), color=colour, linewidth=1.2)
-        axis.set(xscale="log", yscale="log", xlabel=name)
-        axis.grid(True, color="#dddddd", linewidth=0.6)
-        axis.legend(fontsize=8, framealpha=0.9, loc="upper left")
-    axes[0].set_ylabel("time of one call (µs)")
-    figure.suptitle(
-        f"{record['h_in']} → {record['rank']} → {record['h_out']}, {record['dtype']}, "
-        f"{record['threads']} threads: medians, band 20-80 %, lines t = a + b n",
-        fontsize=11,
-    )
-    return figure
-
-
-def paper(record: PaperRecord) -> Any:
-    """Punica's figures anew: the roofline's points, then times over B, by popularity and by rank.
-
-    Semantics: hollow markers are what the paper prints of its A100. Where nothing was timed there
-    is the roofline alone.
-    """
-    from matplotlib.figure import Figure
-
-    from sgmv.emulator import A100
-
-    timed = any(point["times"] for point in record["points"])
-    figure = Figure(figsize=(14 if timed else 5, 4.4), layout="constrained")
-    roof, *panels = figure.subplots(1, 3 if timed else 1, squeeze=False)[0]
-    x = np.geomspace(0.3, 1000, 200)
-    reached = np.minimum(x * A100.bandwidth, A100.fp16_peak)
-    roof.plot(x, reached / 1e12, color="#777777", linewidth=1.2, label="A100's limits")
-    looks = list(zip(POPULARITY_COLOURS, RANK_MARKERS, strict=True))
-    kinds = list(dict.fromkeys(point["popularity"] for point in record["axis"]))
-    for kind, (colour, marker) in zip(kinds, looks, strict=False):
-        axis = [point for point in record["axis"] if point["popularity"] == kind]
-        roof.plot(
-            [p["intensity"] for p in axis], [p["attainable"] / 1e12 for p in axis],
-            color=colour, marker=marker, markersize=5, linestyle="none", label=kind,
-        )  # fmt: skip
-        if timed:
-            _over_rows(panels[0], record, (kind, 16), (colour, marker, "-"), kind)
-            shown = [(n, us) for (name, n), us in OPERATOR_US.items() if name == kind]
-            _hollow(panels[0], shown, colour, marker)
-    for rank, (colour, marker) in zip(RANKS, looks, strict=False) if timed else ():
-        for kind, style in (("distinct", "-"), ("identical", "--")):
-            look = colour, marker, style
-            _over_rows(panels[1], record, (kind, rank), look, f"r = {rank}, {kind}")
-        _hollow(panels[1], [(n, us[rank]) for (_, n), us in RANK_US.items()], colour, marker)
-    roof.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    roof.set_title("One SGMV 16 → 4096, B = 1..64, on the A100's roofline", fontsize=9)
-    for panel, title in zip(panels, ("rank 16", "by rank"), strict=False):
-        panel.set(xscale="log", yscale="log", xlabel="rows B", ylabel="time of one call (µs)")
-        panel.set_title(f"4096 → r → 11008 float16, {title}; hollow: A100, paper", fontsize=9)
-    for panel in (roof, *panels):
-        panel.grid(True, color="#dddddd", linewidth=0.6)
-        panel.legend(fontsize=6, framealpha=0.6, loc="upper left")
-    return figure
-
-
-def _hollow(panel: Any, points: list[tuple[int, int]], colour: str, marker: str) -> None:
-    """What the paper prints."""
-    panel.plot(
-        [n for n, _ in points], [us for _, us in points], color=colour, marker=marker,
-        fillstyle="none", linestyle="none", markersize=8,
-    )  # fmt: skip
-
-
-def _over_rows(
-    panel: Any,
-    record: PaperRecord,
-    case: tuple[str, int],
-    look: tuple[str, str, str],
-    label: str,
-) -> None:
-    """Medians over B of one popularity and rank, with their band."""
-    timed = [
-        (point["n"], point["times"])
-        for point in record["points"]
-        if (point["popularity"], point["rank"]) == case and point["times"]
-    ]
-    n = [rows for rows, _ in timed]
-    colour, marker, style = look
-    panel.fill_between(
-        n, [t["q20"] for _, t in timed], [t["q80"] for _, t in timed],
-        color=colour, alpha=0.2, linewidth=0,
-    )  # fmt: skip
-    panel.plot(
-        n, [t["q50"] for _, t in timed], color=colour, marker=marker, markersize=4.5,
-        linestyle=style, linewidth=1.2, label=label,
-    )  # fmt: skip
-
-
-def hub_cases(record: Record) -> list[CaseRecord]:
-    """The cases of the (shape, rank, dtype) with the most row counts; of equals, rank 16 first."""
-    keys = [(c["h_in"], c["h_out"], c["rank"], c["dtype"], c["names"][0]) for c in record["cases"]]
-    most = Counter(keys)
-    best = max(most, key=lambda key: (most[key], key[2] == 16, key[0] == key[1], -key[0]))
-    return [case for case, key in zip(record["cases"], keys, strict=True) if key == best]
-
-
-def roofs(record: Record, count: str) -> list[tuple[str, float]]:
-    """(label, bytes/s) of L2, L3 and memory: all footprints would be a bundle of lines.
-
-    Semantics: for a cache, the largest measured footprint that fills at most half of it, as it must
-    hold more than what was read, and more than all of the cache before it; `count` threads have so
-    many L2. For memory, the largest. A cache that none fits, or that is not known, is left out.
-    """
-    measured = [(size, rate) for size, rate in record["ceilings"]["bandwidth"][count]]
-    capacity = {
-        level: size * (1 if level == "L3" else int(count))
-        for level, size in record["machine"]["caches"].items()
-    }
-    found = []
-    for level, before in (("L2", "L1"), ("L3", "L2")):
-        fits = [
-            pair for pair in measured
-            if capacity.get(before, 0) < pair[0] <= capacity.get(level, 0) / 2
-        ]  # fmt: skip
-        found += [(level, *max(fits))] if fits else []
-    found.append(("memory", *max(measured)))
-    return [(f"{name} ({_bytes(size)}): {rate / 1e9:.0f} GB/s", rate) for name, size, rate in found]
-
-
-def _lines(record: Record) -> list[tuple[str, str, str, str]]:
-    """(variant, key of LOOKS, label, kind of line), the library's first."""
-    most, solid = max(record["threads"]), DASHES["sgmv"]
-    lines = [(main_variant(record), "main", f"sgmv, {most} thread{'s' * (most > 1)}", solid)]
-    if most > 1 and 1 in record["threads"]:
-        lines.append(("sgmv@1", "one", "sgmv, 1 thread", solid))
-    return lines + [(name, name, peer.title, DASHES[peer.pool]) for name, peer in PEERS.items()]
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**20:.0f} MiB" if size >= 1 << 20 else f"{size / 2**10:.0f} KiB"
+    axis.plot(n, [t.q50 for t in times], color=colour, **look)

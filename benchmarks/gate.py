@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import sgmv
 from benchmarks.batch import Batch, Pool
-from benchmarks.peers_numpy import by_segment
+from benchmarks.peers.with_numpy import by_segment
 from reference import bounds, by_row, compare, workloads
 from sgmv import amx
 
@@ -26,6 +26,7 @@ Update = Callable[[NDArray[Any], NDArray[Any], Batch], None]
 
 # Multiplications that the float64 reference may spend on one case: about a quarter second.
 REFERENCE_WORK = 1 << 25
+CHECKED_ROWS = 6  # of a call that is no case of the grid
 
 
 class GateError(AssertionError):
@@ -114,6 +115,27 @@ def check_case(
                 "than both may err"
             )
     return len(rows)
+
+
+def check_rows(
+    y: NDArray[Any], x: NDArray[Any], stack: sgmv.AdapterStack, ids: NDArray[np.int64]
+) -> None:
+    """Hold rows at both ends and between of one call to the reference: it is not timed if wrong."""
+    rows = spread(len(ids), CHECKED_ROWS)
+    adapters = {int(i): stack[int(i)] for i in ids[rows]}
+    expected = by_row.add_lora(y[rows], x[rows], adapters, ids[rows])
+    bound = bounds.add_lora_bound(y[rows], x[rows], adapters, ids[rows], expected=expected)
+    result = sgmv.add_lora(y.copy(), x, stack, ids)
+    compare.check(result[rows], expected, bound, f"{len(stack.ids)} adapters, {len(ids)} rows")
+
+
+def spread(n: int, count: int) -> NDArray[np.int64]:
+    """At most so many row numbers below n, evenly, both ends among them.
+
+    >>> spread(9, 3).tolist()
+    [0, 4, 8]
+    """
+    return np.unique(np.linspace(0, n - 1, count).astype(np.int64))
 
 
 def norm_bound(batch: Batch, result: NDArray[Any]) -> NDArray[np.float32]:

@@ -8,11 +8,12 @@ import re
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
+import threadpoolctl
 
 from sgmv.cpu import cores
 
@@ -26,25 +27,31 @@ THREAD_VARIABLES = (
 )  # fmt: skip
 
 
-class Machine(TypedDict):
-    """`cores`: those this process may use. `caches`: bytes by level, one core's view."""
+class Machine(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """`cores`: those this process may use. `caches`: bytes by level, one core's view.
+
+    `vendor` and `family` as /proc/cpuinfo has them, for names such as "AMD EPYC" say little;
+    records before them have neither.
+    """
 
     cpu: str
     cores: int
     caches: dict[str, int]
     flags: list[str]
     system: str
+    vendor: str = ""
+    family: str = ""
 
 
-class Blas(TypedDict):
-    """`threads`: the pool size, or None where threadpoolctl is not installed to ask for it."""
+class Blas(msgspec.Struct, forbid_unknown_fields=True):
+    """`threads`: the pool size, or None where there is no pool to ask."""
 
     name: str
     threads: int | None
     environment: dict[str, str]
 
 
-class Commit(TypedDict):
+class Commit(msgspec.Struct, forbid_unknown_fields=True):
     """`dirty`: tracked files differ from the commit."""
 
     hash: str
@@ -54,19 +61,21 @@ class Commit(TypedDict):
 def machine() -> Machine:
     info = _cpuinfo()
     present = set(info.get("flags", info.get("Features", "")).split())
-    return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores(),
-        "caches": _caches(),
-        "flags": [flag for flag in FLAGS if flag in present],
-        "system": f"{platform.system()} {platform.release()}",
-    }
+    return Machine(
+        cpu=info.get("model name") or platform.processor() or platform.machine(),
+        cores=cores(),
+        caches=_caches(),
+        flags=[flag for flag in FLAGS if flag in present],
+        system=f"{platform.system()} {platform.release()}",
+        vendor=info.get("vendor_id") or info.get("CPU implementer", ""),
+        family=" ".join(info[name] for name in ("cpu family", "model", "CPU part") if name in info),
+    )
 
 
 def slug(facts: Machine) -> str:
     """The machine in a file name: a new run on it replaces its old record."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    return f"{cpu}-{facts['cores']}c"
+    cpu = re.sub(r"[^a-z0-9]+", "-", facts.cpu.lower()).strip("-")
+    return f"{cpu}-{facts.cores}c"
 
 
 def available_memory() -> int:
@@ -138,11 +147,11 @@ def versions() -> dict[str, str]:
 def blas() -> Blas:
     config = np.show_config(mode="dicts")
     built = config["Build Dependencies"]["blas"]
-    return {
-        "name": f"{built['name']} {built['version']}",
-        "threads": _blas_threads(),
-        "environment": {k: os.environ[k] for k in THREAD_VARIABLES if k in os.environ},
-    }
+    return Blas(
+        name=f"{built['name']} {built['version']}",
+        threads=_blas_threads(),
+        environment={k: os.environ[k] for k in THREAD_VARIABLES if k in os.environ},
+    )
 
 
 def commit(root: Path) -> Commit:
@@ -155,16 +164,12 @@ def commit(root: Path) -> Commit:
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
-        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+        return Commit(git("rev-parse", "HEAD"), bool(changed))
     except (OSError, subprocess.CalledProcessError):
-        return {"hash": "unknown", "dirty": True}
+        return Commit("unknown", True)
 
 
 def _blas_threads() -> int | None:
-    if find_spec("threadpoolctl") is None:
-        return None
-    import threadpoolctl
-
     pools = [p for p in threadpoolctl.threadpool_info() if p["user_api"] == "blas"]
     return max((pool["num_threads"] for pool in pools), default=None)
 

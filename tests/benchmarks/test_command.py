@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from benchmarks import __main__ as command
-from benchmarks import gate, readme, run, table
-from benchmarks.console import Console
-from benchmarks.grid import ONE_ROW, Case
-from benchmarks.record import Record, case_label, load
-from benchmarks.timing import Deadline
+from benchmarks import gate
+from benchmarks import record as records
+from benchmarks.batch import ONE_ROW
+from benchmarks.clock import Deadline
+from benchmarks.record import load
+from benchmarks.studies.grid import command as grid
+from benchmarks.studies.grid import run, table
+from benchmarks.studies.grid.cases import Case
+from benchmarks.studies.grid.records import CallTimes, Record, case_label
+from benchmarks.text import Console
 from tests.help.benched import FLAT, Clock, synthetic_record
 
 pytestmark = pytest.mark.once
@@ -37,9 +43,9 @@ def fake_run(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[tuple[str, fl
 
     def measure(case: Case, pool: Any, ids: Any, terms: Any, until: Deadline) -> Any:
         clock.seconds += 4.0
-        found: Any = {**synthetic_record()["cases"][0], "foreign_cores": 0.9}
         fields = ("h_in", "h_out", "rank", "rows", "popularity", "dtype")
-        return {**found, **{name: getattr(case, name) for name in fields}}
+        its = {name: getattr(case, name) for name in fields}
+        return replace(synthetic_record().cases[0], foreign_cores=0.9, **its)
 
     def shown(record: Record, console: Console, only: Any = None) -> None:
         printed.append(("all" if only is None else "again", clock.seconds - 1000.0))
@@ -48,9 +54,9 @@ def fake_run(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[tuple[str, fl
     monkeypatch.setattr(run, "first_use_s", first_use_s)
     monkeypatch.setattr(run, "measure", measure)
     monkeypatch.setattr(run, "_synthetic_pool", lambda *sizes: None)
-    monkeypatch.setattr(run, "call_us", lambda: {"segments": 2.0, "ids": 6.0})
+    monkeypatch.setattr(run, "call_us", lambda: CallTimes(2.0, 6.0))
     monkeypatch.setattr(gate, "corpus_failures", lambda *_: (3, []))
-    monkeypatch.setattr(command, "probe", lambda threads, repeats: FLAT)
+    monkeypatch.setattr(grid, "probe", lambda threads, repeats: FLAT)
     monkeypatch.setattr(table, "print_table", shown)
     return clock, printed
 
@@ -75,9 +81,9 @@ def test_no_case_delays_the_table_and_patience_is_kept_to(
     counts = [tuple(map(int, found)) for found in re.findall(r"(\d+)/(\d+) \d+>", text)]
     assert all(done < total for done, total in counts)
     assert {total for _done, total in counts} == {41}
-    record = load(tmp_path / "quick.json")
-    assert len(record["cases"]) == len(record["noisy"]) == 41
-    assert record["untimed"] == {}
+    record = load(Record, tmp_path / "quick.json")
+    assert len(record.cases) == len(record.noisy) == 41
+    assert record.untimed == {}
 
 
 @pytest.mark.parametrize("patience", ["0", "9"])
@@ -87,16 +93,16 @@ def test_rows_that_stay_noisy_or_untimed_are_in_table_and_record(
     clock, printed = fake_run
     assert command.main([*ARGV, str(tmp_path), "--patience", patience], now=clock) == 0
     text = capsys.readouterr().out
-    record = load(tmp_path / "quick.json")
+    record = load(Record, tmp_path / "quick.json")
     again = {"0": 0, "9": 3}[patience]
     assert len(printed) == 1 + bool(again)
     assert ("timed again" in text) == bool(again)
     assert ("then noisy cases again" in text) == bool(again)
     assert clock.seconds - 1000.0 == 65.0 + 4 * again
-    assert record["noisy"] == [case_label(case) for case in record["cases"]]
-    assert len(record["cases"]) == 13 + again
-    assert set(record["untimed"].values()) == {command.NO_TIME}
-    assert len(record["untimed"]) == 28 - again
+    assert record.noisy == [case_label(case) for case in record.cases]
+    assert len(record.cases) == 13 + again
+    assert set(record.untimed.values()) == {grid.NO_TIME}
+    assert len(record.untimed) == 28 - again
     first, *second = text.split("timed again: ")
     marked = r"^\? +\d+ +\d+ +\w+"
     assert len(re.findall(marked, first, re.MULTILINE)) == 13
@@ -114,7 +120,7 @@ def test_each_pass_counts_its_own_cases(
         found = slow(case, *rest)
         clock.seconds -= 3.0  # 1 s each: there is time for all
         late = clock.seconds > 1000.0 + 13.0 + 41.0
-        return {**found, "foreign_cores": 0.9 if case.rank == 8 and not late else 0.0}
+        return replace(found, foreign_cores=0.9 if case.rank == 8 and not late else 0.0)
 
     monkeypatch.setattr(run, "measure", measure)
     assert command.main([*ARGV, str(tmp_path)], now=clock) == 0
@@ -125,7 +131,7 @@ def test_each_pass_counts_its_own_cases(
     assert "4 rows changed, 0 of 41 cases are noisy now" in again
     assert "?" not in again
     assert "(4 of 41 cases noisy)" in first
-    assert load(tmp_path / "quick.json")["noisy"] == []
+    assert load(Record, tmp_path / "quick.json").noisy == []
     assert printed == [("all", 54.0), ("again", 58.0)]
 
 
@@ -144,17 +150,16 @@ def test_ctrl_c_while_cases_are_timed_again_keeps_what_there_is(
     monkeypatch.setattr(run, "measure", interrupted)
     assert command.main([*ARGV, str(tmp_path), "--patience", "60"], now=clock) == 0
     assert "interrupted" in capsys.readouterr().out
-    assert len(load(tmp_path / "quick.json")["cases"]) == 14
+    assert len(load(Record, tmp_path / "quick.json").cases) == 14
 
 
 def test_a_record_to_commit_takes_the_time_it_needs(
     fake_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, printed = fake_run
-    monkeypatch.setattr(readme, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
     argv = ["--record", "--no-figures", "--patience", "0"]
-    monkeypatch.setattr(command, "cores", lambda: 2)
-    monkeypatch.setattr(command, "OUTPUT", tmp_path)
+    monkeypatch.setattr(grid, "cores", lambda: 2)
     assert command.main(argv, now=clock) == 0
     assert printed == [("all", 13.0 + 4 * 41)]
 
@@ -174,8 +179,8 @@ def test_command_line_from_gate_to_record(tmp_path: Path) -> None:
     parts = ("gate: green", "ceiling, 1", "3584 > 512", "lost")
     order = [done.stdout.index(part) for part in parts]
     assert order == sorted(order)
-    record = load(tmp_path / "quick.json")
-    assert [case["rows"] for case in record["cases"]] == [1, 4]
-    assert [case["popularity"] for case in record["cases"]] == [ONE_ROW, "skewed"]
-    assert record["gate"]["corpus_cases"] > 30
+    record = load(Record, tmp_path / "quick.json")
+    assert [case.rows for case in record.cases] == [1, 4]
+    assert [case.popularity for case in record.cases] == [ONE_ROW, "skewed"]
+    assert record.gate.corpus_cases > 30
     assert [path.name for path in tmp_path.iterdir()] == ["quick.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import batch, compat, machine, readme
-from benchmarks.compat import CompatCase, CompatRecord
-from benchmarks.record import RecordError
-from benchmarks.timing import Budget
+from benchmarks import batch, machine, pages
+from benchmarks.clock import Budget
+from benchmarks.machine import Commit
+from benchmarks.record import RecordError, load, save
+from benchmarks.studies import compat
+from benchmarks.studies.compat import CompatCase, CompatRecord
 from sgmv.tensors import as_array
+from tests.help.benched import times
 
 pytestmark = pytest.mark.once
 ONE_CALL = Budget(rounds=1, turn_s=0.0)
@@ -51,13 +55,13 @@ def test_both_forms_compute_the_same(library: str, dtype: str) -> None:
 @pytest.mark.usefixtures("narrow")
 def test_cases_are_of_the_batches_they_name() -> None:
     found = compat.measure("numpy", "float32", (1, 4, 9), ("shrink", "qkv"), ONE_CALL)
-    assert [(c["call"], c["rows"], c["popularity"], c["S"]) for c in found if c["rows"] != 4] == [
+    assert [(c.call, c.rows, c.popularity, c.S) for c in found if c.rows != 4] == [
         ("shrink", 1, "distinct", 1), ("qkv", 1, "distinct", 1),
         ("shrink", 9, "uniform", 3), ("qkv", 9, "uniform", 3),
         ("shrink", 9, "skewed", 5), ("qkv", 9, "skewed", 5),
         ("shrink", 9, "identical", 1), ("qkv", 9, "identical", 1),
     ]  # fmt: skip
-    assert all(set(case["times"]) == {"vllm", "sgmv"} for case in found)
+    assert all(set(case.times) == {"vllm", "sgmv"} for case in found)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -88,45 +92,25 @@ def test_peak_memory_is_that_of_the_call() -> None:
 
 
 def case(call: str, rows: int, popularity: str, vllm_us: float, mib: int) -> CompatCase:
-    def times(q50: float) -> Any:
-        return {"q20": q50, "q50": q50, "q80": q50, "calls": 1}
-
-    return {
-        "library": "numpy",
-        "dtype": "float32",
-        "call": call,
-        "rows": rows,
-        "popularity": popularity,
-        "S": 1,
-        "times": {"vllm": times(vllm_us), "sgmv": times(10.0)},
-        "peak_bytes": {"vllm": mib << 20, "sgmv": 0},
-        "foreign_cores": 0.0,
-    }
+    peaks = {"vllm": mib << 20, "sgmv": 0}
+    both = {"vllm": times(vllm_us), "sgmv": times(10.0)}
+    return CompatCase("numpy", "float32", call, rows, popularity, 1, both, peaks, 0.0)
 
 
 def record() -> CompatRecord:
-    return {
-        "schema": compat.SCHEMA,
-        "date": "2026-01-02T03:04:05+00:00",
-        "commit": {"hash": "0123456789abcdef", "dirty": False},
-        "machine": machine.machine(),
-        "versions": {"python": "3"},
-        "threads": 2,
-        "h": 4096,
-        "rank": 16,
-        "qkv": [1],
-        "weights": "hot",
-        "seconds": 1.0,
-        "cases": [
+    return CompatRecord(
+        1, "2026-01-02T03:04:05+00:00", Commit("0123456789abcdef", False), machine.machine(),
+        {"python": "3"}, 1.0, threads=2, h=4096, rank=16, qkv=[1], weights="hot",
+        cases=[
             case("shrink", 8, "uniform", 40.0, 3),
             case("shrink", 8, "skewed", 90.0, 5),
             case("qkv", 8, "uniform", 5.0, 7),
         ],
-    }
+    )  # fmt: skip
 
 
 def test_the_table_has_means_worst_and_memory() -> None:
-    lines = compat.markdown(record()).splitlines()
+    lines = compat.page(record(), "").splitlines()
     assert lines[-4:-2] == [
         f"| shrink | 8 | {math.sqrt(36):.3g}x (4x) | 5.0 and 0.0 |",
         "| qkv | 8 | 0.5x (0.5x) | 7.0 and 0.0 |",
@@ -137,9 +121,9 @@ def test_the_table_has_means_worst_and_memory() -> None:
 def test_what_is_below_the_goal_is_told_with_its_reading() -> None:
     found = record()
     slow, wide = case("expand", 64, "distinct", 49.0, 3), case("qkv", 64, "uniform", 40.0, 3)
-    found["cases"] += [slow, wide, case("shrink", 64, "skewed", 50.0, 3)]
+    found.cases += [slow, wide, case("shrink", 64, "skewed", 50.0, 3)]
     # 16 ranks of 4096 float32, and of one slice more than 4096, in 10 us.
-    assert compat.markdown(found).splitlines()[-1] == (
+    assert compat.page(found, "").splitlines()[-1] == (
         "Below 5x from 64 rows on: numpy float32 expand, 64 distinct rows: 4.9x, 0.262 MB of "
         "weights at 26 GB/s; numpy float32 qkv, 64 uniform rows: 4x, 0.262 MB of weights at 26 "
         "GB/s."
@@ -148,22 +132,21 @@ def test_what_is_below_the_goal_is_told_with_its_reading() -> None:
 
 def test_a_record_is_saved_as_it_was_and_anything_else_refused(tmp_path: Path) -> None:
     path = tmp_path / "compat.json"
-    compat.save(record(), path)
-    assert compat.load(path) == record()
+    save(record(), path)
+    assert load(CompatRecord, path) == record()
     path.write_text(path.read_text().replace('"rank": 16', '"rank": "16"'))
-    with pytest.raises(RecordError, match="expected int"):
-        compat.load(path)
+    with pytest.raises(RecordError, match="Expected `int`"):
+        load(CompatRecord, path)
 
 
-def test_the_page_shows_the_first_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "RECORDS", tmp_path)
-    table = readme.TABLES["docs/engines.md"]["compat"]
-    anything: Any = None
-    assert "No record" in table(anything, "")
-    compat.save(record(), tmp_path / f"{compat.PREFIX}here.json")
-    assert table(anything, "") == compat.markdown(record())
-    with pytest.raises(readme.StaleError):  # it is no record of the other kind
-        readme.primary(tmp_path)
+def test_the_page_shows_the_first_record(tmp_path: Path) -> None:
+    with pytest.raises(pages.StaleError, match="no record"):
+        pages.tables(tmp_path)
+    assert compat.STUDY.shown(tmp_path) is None
+    save(record(), tmp_path / "compat-here.json")
+    assert compat.STUDY.shown(tmp_path) == (tmp_path / "compat-here.json", record())
+    with pytest.raises(pages.StaleError, match="no record for summary"):  # none of the other kind
+        pages.tables(tmp_path)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -174,7 +157,7 @@ def test_command_prints_and_saves(
     monkeypatch.setattr(batch, "KINDS", batch.KINDS[:1])
     words = ["compat", "--rows", "2", "--calls", "expand", "--output", str(tmp_path)]
     assert command.main(words) == 0
-    assert "| expand | 2 |" in capsys.readouterr().out
-    assert len(compat.load(tmp_path / "compat.json")["cases"]) == 4
+    assert re.search(r"^expand +2 ", capsys.readouterr().out, re.M)
+    assert len(load(CompatRecord, tmp_path / "compat.json").cases) == 4
     with pytest.raises(SystemExit, match="--record"):
         command.main([*words, "--record"])

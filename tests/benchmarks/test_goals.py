@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from benchmarks import goals
+from benchmarks.studies.grid import goals
 from tests.help.benched import synthetic_record
 
 pytestmark = pytest.mark.once
@@ -14,17 +14,22 @@ pytestmark = pytest.mark.once
 
 def test_goals_are_figures_of_their_own_cases() -> None:
     record = synthetic_record()
-    win, loss = record["cases"]
+    win, loss = record.cases
     half = copy.deepcopy(win)
-    half.update(dtype="bfloat16", popularity="distinct", rows=64, S=64)
-    half["times"]["sgmv@2"]["q50"] = 5.0
+    half.dtype = "bfloat16"
+    half.popularity = "distinct"
+    half.rows = 64
+    half.S = 64
+    half.times["sgmv@2"].q50 = 5.0
     distinct = copy.deepcopy(half)
-    distinct.update(dtype="float32")
-    distinct["times"]["sgmv@2"]["q50"] = 12.0
-    distinct["ratios"]["sgmv@2"]["by_segment"] = 4.0
+    distinct.dtype = "float32"
+    distinct.times["sgmv@2"].q50 = 12.0
+    distinct.ratios["sgmv@2"]["by_segment"] = 4.0
     peak = copy.deepcopy(loss)
-    peak.update(rows=2048, rank=64, flops=2_000_000)  # in 10 us: 0.2 of 5e11 a second
-    record["cases"] += [half, distinct, peak]
+    peak.rows = 2048
+    peak.rank = 64
+    peak.flops = 2_000_000  # in 10 us: 0.2 of 5e11 a second
+    record.cases += [half, distinct, peak]
     found = {goal.what: goal for goal in goals.goals(record)}
     against = found["float32 against numpy's segments"]
     assert (against.found, against.cases) == (pytest.approx(2.0**0.25), 4)
@@ -36,5 +41,5 @@ def test_goals_are_figures_of_their_own_cases() -> None:
     calls = [found[f"one call beyond its kernels, {how}"] for how in ("Segments", "from ids")]
     assert [(goal.found, goal.met) for goal in calls] == [(2.0, True), (6.0, False)]
     missed = sum(not goal.met for goal in found.values())
-    assert goals.markdown(record).count("**missed**") == missed
+    assert goals.page(record, "").count("**missed**") == missed
     assert len(found) == len(goals.goals(record))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.grid import FULL_ROWS, ONE_ROW, RANKS, Case, Filters, cases
-from benchmarks.models import LAYERS, MODELS, shapes
+from benchmarks.batch import ONE_ROW
+from benchmarks.studies.grid.cases import FULL_ROWS, RANKS, Case, Filters, cases, shapes
 from reference import workloads
+from sgmv.models import LAYERS, MODELS
 
 pytestmark = pytest.mark.once
 

@@ -1,18 +1,23 @@
 """Growth is measured over the batches it names, and the fit says what the points say."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import sgmv
 from benchmarks import __main__ as command
-from benchmarks import figures, growth, machine, readme
-from benchmarks.console import Console
-from benchmarks.record import RecordError, save
-from benchmarks.timing import Budget
-from tests.help.benched import MARKED, must_not_run, synthetic_record
+from benchmarks import machine, pages
+from benchmarks import record as records
+from benchmarks.clock import Budget
+from benchmarks.figures import draw
+from benchmarks.machine import Commit
+from benchmarks.record import RecordError, Times, load, save
+from benchmarks.registry import STUDIES
+from benchmarks.studies import growth
+from benchmarks.studies.growth import GrowthRecord, PointRecord, SeriesRecord
+from benchmarks.text import Console
+from tests.help.benched import must_not_run, synthetic_record
 
 pytestmark = pytest.mark.once
 
@@ -70,7 +75,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_curves_are_of_the_batches_they_name() -> None:
     found = {s.name: growth.measure(s, 1, ONE_CALL) for s in growth.curves(9, (1, 64, 100))}
     points = {
-        name: [(p["n"], p["rows"], p["S"], p["loaded"]) for p in series["points"]]
+        name: [(p.n, p.rows, p.S, p.loaded) for p in series.points]
         for name, series in found.items()
     }
     assert points == {
@@ -82,7 +87,7 @@ def test_curves_are_of_the_batches_they_name() -> None:
         "adapters loaded, 64 rows": [(n, 64, 64, n) for n in (64, 100)],
         "adapters, a row each": [(n, n, n, 100) for n in (1, 2, 4, 8, 16, 32, 64, 100)],
     }  # fmt: skip
-    assert {series["axis"] for series in found.values()} == {"rows", "adapters"}
+    assert {series.axis for series in found.values()} == {"rows", "adapters"}
     assert [s.name for s in growth.curves(2, (1, 4))] == [
         "rows, one adapter", "rows, sqrt(n) adapters", "adapters loaded, 1 row",
         "adapters, a row each",
@@ -105,77 +110,78 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         growth.measure(series, 1, ONE_CALL)
 
 
-def synthetic_growth() -> growth.GrowthRecord:
+def synthetic_growth() -> GrowthRecord:
     """Two curves: 10 + 3 n, and one that does not grow but for a last point of twice the time."""
 
-    def points(times: list[float]) -> Any:
+    def points(times: list[float]) -> list[PointRecord]:
         return [
-            {"n": n, "rows": n, "S": 1, "loaded": 1,
-             "times": {"q20": t * 0.9, "q50": t, "q80": t * 1.1, "calls": 5}}
+            PointRecord(n, n, 1, 1, Times(t * 0.9, t, t * 1.1, 5))
             for n, t in zip(SIZES, times, strict=True)
-        ]  # fmt: skip
+        ]
 
     line, flat = points([10.0 + 3 * n for n in SIZES]), points([5.0] * 7 + [10.0])
-    return {
-        "schema": 1, "date": "2025-01-01T00:00:00+00:00", "threads": 2,
-        "commit": {"hash": "0" * 40, "dirty": False}, "machine": machine.machine(),
-        "versions": machine.versions(), "h_in": 1024, "h_out": 1024, "rank": 16,
-        "dtype": "float32", "weights": "hot", "seconds": 1.0,
-        "series": [
-            {"name": "rows, one adapter", "axis": "rows", "foreign_cores": 0.0, "points": line},
-            {"name": "loaded", "axis": "adapters", "foreign_cores": None, "points": flat},
+    return GrowthRecord(
+        1, "2025-01-01T00:00:00+00:00", Commit("0" * 40, False), machine.machine(),
+        machine.versions(), 1.0, threads=2, h_in=1024, h_out=1024, rank=16, dtype="float32",
+        weights="hot",
+        series=[
+            SeriesRecord("rows, one adapter", "rows", 0.0, line),
+            SeriesRecord("loaded", "adapters", None, flat),
         ],
-    }  # fmt: skip
+    )  # fmt: skip
 
 
 def test_table_tells_the_fit_and_the_ratio_of_the_ends(capsys: pytest.CaptureFixture[str]) -> None:
     record = synthetic_growth()
-    (_, line, flat) = growth.table(record)
+    line, flat = growth.tables(record)[0].rows
     assert line == ["rows, one adapter", "1..128", "10", "3", "0%", "0.92", "30.3"]
     assert (flat[0], flat[-1]) == ("loaded", "2")
-    growth.print_table(record, Console(rich=False))
+    growth.STUDY.show(record, Console())
     quiet = capsys.readouterr().out
     assert max(map(len, quiet.splitlines())) <= 100
     assert "WARNING" not in quiet
-    record["series"][0]["foreign_cores"] = 0.5
-    growth.print_table(record, Console(rich=False))
-    assert "WARNING: other processes ran during: rows, one adapter" in capsys.readouterr().out
+    record.series[0].foreign_cores = 0.5
+    growth.STUDY.show(record, Console())
+    assert "WARNING: other processes ran during 1 cases: rows, one adapter" in (
+        capsys.readouterr().out
+    )
 
 
 def test_growth_record_survives_saving_and_is_checked(tmp_path: Path) -> None:
     record = synthetic_growth()
     path = tmp_path / "growth-x.json"
-    growth.save(record, path)
-    assert growth.load(path) == record
-    record["series"][1]["points"][2]["times"]["q50"] = float("nan")
-    with pytest.raises(RecordError, match=r"series\[1\]\.points\[2\]\.times\.q50: expected float"):
-        growth.save(record, path)
+    save(record, path)
+    assert load(GrowthRecord, path) == record
+    assert path.read_text().count("\n") > 2 * len(SIZES)  # a point has a line
+    record.series[1].points[2].times.q50 = float("nan")
+    with pytest.raises(RecordError, match=r"`float`, .*series\[1\]\.points\[2\]\.times\.q50"):
+        save(record, path)
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 9'))
     with pytest.raises(RecordError, match=r"growth-x\.json.*expected 1, got 9.*benchmarks growth"):
-        growth.load(path)
+        load(GrowthRecord, path)
 
 
 def test_growth_figure_is_stale_once_its_record_changes(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     record, main = synthetic_growth(), synthetic_record()
-    fresh = {"README.md": readme.rendered("README.md", MARKED, main, "r.json")}
-    figures.draw(main, tmp_path)
-    assert readme.stale_parts(fresh, main, "r.json", tmp_path) == []
-    growth.save(record, tmp_path / "growth-x.json")
-    assert readme.stale_parts(fresh, main, "r.json", tmp_path) == ["growth.png"]
-    assert figures.draw_growth(record, tmp_path).stat().st_size > 10_000
-    assert readme.stale_parts(fresh, main, "r.json", tmp_path) == []
-    record["seconds"] = 2.0
-    growth.save(record, tmp_path / "growth-x.json")
-    assert readme.stale_parts(fresh, main, "r.json", tmp_path) == ["growth.png"]
+    save(main, tmp_path / "quick-x.json")
+    draw(STUDIES["grid"].figures, main, tmp_path)
+    assert pages.stale_figures(tmp_path) == []
+    save(record, tmp_path / "growth-x.json")
+    assert pages.stale_figures(tmp_path) == ["growth.png"]
+    (path,) = draw(growth.STUDY.figures, record, tmp_path)
+    assert path.stat().st_size > 10_000
+    assert pages.stale_figures(tmp_path) == []
+    record.seconds = 2.0
+    save(record, tmp_path / "growth-x.json")
+    assert pages.stale_figures(tmp_path) == ["growth.png"]
 
 
 def test_readme_does_not_take_growth_for_timings(tmp_path: Path) -> None:
-    growth.save(synthetic_growth(), tmp_path / "growth-x.json")
-    with pytest.raises(readme.StaleError, match="no record"):
-        readme.primary(tmp_path)
+    save(synthetic_growth(), tmp_path / "growth-x.json")
+    assert STUDIES["grid"].shown(tmp_path) is None
     save(synthetic_record(), tmp_path / "quick-x.json")
-    assert readme.primary(tmp_path)[0].name == "quick-x.json"
+    path, _ = STUDIES["grid"].shown(tmp_path) or pytest.fail("no record")
+    assert path.name == "quick-x.json"
 
 
 @pytest.mark.usefixtures("narrow")
@@ -185,13 +191,15 @@ def test_command_records_only_what_was_quiet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def quick(series: growth.Series, threads: int) -> growth.SeriesRecord:
-        return {**measure(series, threads, ONE_CALL), "foreign_cores": foreign}
+        found = measure(series, threads, ONE_CALL)
+        found.foreign_cores = foreign
+        return found
 
     measure = growth.measure
     monkeypatch.setattr(growth, "measure", quick)
     monkeypatch.setattr(growth, "MOST_ROWS", 4)
     monkeypatch.setattr(growth, "LOADED", (1, 64, 128))
-    monkeypatch.setattr(readme, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
     argv = ["growth", "--record", "--threads", "1", "--output", str(tmp_path / "out")]
     assert command.main(argv) == 0
     printed = capsys.readouterr().out
@@ -200,4 +208,4 @@ def test_command_records_only_what_was_quiet(
     (folder,) = [path.name for path in tmp_path.iterdir()]
     assert folder == ("out" if foreign else "records")
     (path,) = (tmp_path / folder).glob("growth*.json")
-    assert growth.load(path)["rank"] == 2
+    assert load(GrowthRecord, path).rank == 2

@@ -9,11 +9,14 @@ import pytest
 
 import sgmv
 from benchmarks import __main__ as command
-from benchmarks import batch, layer, machine, readme
-from benchmarks.console import Console
-from benchmarks.layer import LayerCase, LayerRecord
-from benchmarks.record import RecordError, Times, save_as
+from benchmarks import batch
+from benchmarks import record as records
+from benchmarks.record import RecordError, load, save
+from benchmarks.studies import layer
+from benchmarks.studies.layer import LayerCase, LayerRecord
+from benchmarks.text import Console
 from sgmv.models import Model
+from tests.help.benched import times
 
 pytestmark = pytest.mark.once
 
@@ -33,7 +36,7 @@ def test_kinds_that_are_not_installed_are_left_out(
     missing: str, left: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(batch, "find_spec", lambda name: name != missing)
-    assert list(batch.installed_kinds(Console(rich=False))) == list(batch.KINDS[:left])
+    assert list(batch.installed_kinds(Console())) == list(batch.KINDS[:left])
     assert capsys.readouterr().out.count("not installed, left out") == len(batch.KINDS) - left
 
 
@@ -50,7 +53,7 @@ def test_every_call_adds_to_a_fresh_base_product(
         seen.append((sgmv.get_num_threads(), y.copy()))
         add_lora(y, *args)
 
-    monkeypatch.setattr(layer, "check", lambda *operands: None)
+    monkeypatch.setattr(layer, "check_rows", lambda *operands: None)
     # It repeats what others disturb.
     monkeypatch.setattr(layer, "quietly", lambda measure: (measure(), 0.0))
     monkeypatch.setattr(sgmv, "add_lora", keep)
@@ -58,8 +61,8 @@ def test_every_call_adds_to_a_fresh_base_product(
     assert [threads for threads, _ in seen] == 2 * (4 * [1] + 4 * [2])
     for _, y in seen:  # a product's last bits may depend on where its operands stand
         np.testing.assert_allclose(y.astype("f"), seen[0][1].astype("f"), rtol=0.02, atol=0.02)
-    assert (case["h_in"], case["h_out"], case["rows"]) == (24, 8, 5)
-    assert {name: times["calls"] for name, times in case["times"].items()} == {
+    assert (case.h_in, case.h_out, case.rows) == (24, 8, 5)
+    assert {name: taken.calls for name, taken in case.times.items()} == {
         "base": 12, "1": 6, "2": 6
     }  # fmt: skip
 
@@ -78,39 +81,32 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.measure("numpy", "float32", "q", 5, threads=1)
 
 
-def times(median: float) -> Times:
-    return {"q20": median, "q50": median, "q80": median, "calls": 9}
-
-
 def record() -> LayerRecord:
     def case(name: str, base: float, one: float, two: float) -> LayerCase:
-        return {
-            "library": "torch", "dtype": "bfloat16", "layer": name, "h_in": 24, "h_out": 8,
-            "rows": 16, "foreign_cores": 0.0,
-            "times": {"base": times(base), "1": times(one), "2": times(two)},
-        }  # fmt: skip
+        taken = {"base": times(base), "1": times(one), "2": times(two)}
+        return LayerCase("torch", "bfloat16", name, 24, 8, 16, taken, 0.0)
 
-    return {
-        **layer.record_head(layer.SCHEMA, 2, 0.0),
-        "model": layer.MODEL, "rank": 16, "adapters": 16,
-        "cases": [case("q", 1000, 90, 40), case("kv", 4000, 160, 160)],
-    }  # fmt: skip
+    cases = [case("q", 1000, 90, 40), case("kv", 4000, 160, 160)]
+    fields = {"threads": 2, "model": layer.MODEL, "rank": 16, "adapters": 16, "cases": cases}
+    return records.made(LayerRecord, 0.0, (), fields)
 
 
 def test_lines_are_geometric_means_over_layers() -> None:
-    assert layer.lines(record())[1:] == [["torch bfloat16", "16", "2", "0.08", "4.0%", "1.50x"]]
+    (table,) = layer.tables(record())
+    assert table.rows == [["torch bfloat16", "16", "2", "0.08", "4.0%", "1.50x"]]
 
 
-def test_the_page_shows_the_committed_record(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(readme, "RECORDS", tmp_path)
-    assert "Not measured yet" in readme.layer_table(None, "")  # type: ignore[arg-type]
-    found = record()
-    path = tmp_path / f"{layer.PREFIX}{machine.slug(found['machine'])}.json"
-    save_as(LayerRecord, layer.SCHEMA, found, path)
-    assert "| torch bfloat16 | 16 | 2 | 0.08 | 4.0% | 1.50x |" in readme.layer_table(None, "")  # type: ignore[arg-type]
+def test_the_page_shows_the_committed_record(tmp_path: Any) -> None:
+    assert layer.STUDY.shown(tmp_path) is None
+    path = tmp_path / "layer-here.json"
+    save(record(), path)
+    found = layer.STUDY.shown(tmp_path)
+    assert found is not None
+    (page,) = layer.STUDY.pages.values()
+    assert "| torch bfloat16 | 16 | 2 | 0.08 | 4.0% | 1.50x |" in page(found[1], path.name)
     path.write_text(path.read_text().replace('"rank"', '"ranks"'))
     with pytest.raises(RecordError, match=r"layer-.*python -m benchmarks layer"):
-        layer.load(path)
+        layer.STUDY.shown(tmp_path)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -118,6 +114,6 @@ def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["layer", "--threads", "2", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "1 thread / all" in shown
-    found = layer.load(tmp_path / "layer.json")
-    assert {case["rows"] for case in found["cases"]} == {1, 5}
-    assert np.all([case["times"]["1"]["q50"] > 0 for case in found["cases"]])
+    found = load(LayerRecord, tmp_path / "layer.json")
+    assert {case.rows for case in found.cases} == {1, 5}
+    assert np.all([case.times["1"].q50 > 0 for case in found.cases])

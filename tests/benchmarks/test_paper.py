@@ -1,6 +1,5 @@
 """Punica's figures are counted by its formulas, and what is wrong is never timed."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,8 +8,10 @@ import pytest
 
 import sgmv
 from benchmarks import __main__ as command
-from benchmarks import figures, machine, paper
-from benchmarks.record import RecordError
+from benchmarks import machine
+from benchmarks.record import RecordError, load
+from benchmarks.studies import paper
+from benchmarks.studies.paper import PaperRecord
 from tests.help.benched import must_not_run
 
 pytestmark = pytest.mark.once
@@ -29,13 +30,13 @@ def test_the_axis_is_the_papers_formula() -> None:
     points = paper.axis()
     assert len(points) == len(paper.POPULARITIES) * len(paper.ROWS)
     for point in points:
-        n, S, (h_in, h_out) = point["n"], point["S"], paper.AXIS
-        assert point["flops"] == 2 * n * h_in * h_out
-        assert point["io_bytes"] == (n * (h_in + h_out) + S * h_in * h_out) * 2
-        assert point["limit"] == "memory"
-    distinct = [p for p in points if p["popularity"] == "distinct"]
-    assert {round(p["intensity"], 2) for p in distinct} == {0.94}
-    assert max(round(p["intensity"], 1) for p in points) == 12.8
+        n, S, (h_in, h_out) = point.n, point.S, paper.AXIS
+        assert point.flops == 2 * n * h_in * h_out
+        assert point.io_bytes == (n * (h_in + h_out) + S * h_in * h_out) * 2
+        assert point.limit == "memory"
+    distinct = [p for p in points if p.popularity == "distinct"]
+    assert {round(p.intensity, 2) for p in distinct} == {0.94}
+    assert max(round(p.intensity, 1) for p in points) == 12.8
 
 
 @pytest.mark.parametrize("popularity", paper.POPULARITIES)
@@ -44,9 +45,9 @@ def test_counts_are_those_of_segments(popularity: str, rank: int) -> None:
     point = paper.counted(popularity, 16, rank)
     ids = paper.popularity_ids(popularity, 16, seed=0)
     total = sgmv.segment(ids).stats(*paper.LAYER, rank).total
-    assert point["flops"] == total.flops
-    assert point["io_bytes"] == total.bytes_read + total.bytes_written
-    assert point["intensity"] == total.intensity
+    assert point.flops == total.flops
+    assert point.io_bytes == total.bytes_read + total.bytes_written
+    assert point.intensity == total.intensity
 
 
 @pytest.mark.usefixtures("narrow")
@@ -56,10 +57,10 @@ def test_each_case_is_timed_as_often_as_asked() -> None:
     timed = paper.measure(points, 1, 2, done.append)
     assert len(done) == len(timed) == 4
     for point in timed:
-        times = point["times"]
+        times = point.times
         assert times is not None
-        assert times["calls"] == 2
-        assert 0 < times["q20"] <= times["q50"] <= times["q80"]
+        assert times.calls == 2
+        assert 0 < times.q20 <= times.q50 <= times.q80
 
 
 def test_weights_are_flushed_before_each_timed_call() -> None:
@@ -89,12 +90,13 @@ def test_counts_alone_are_printed_beside_the_paper(
     assert re.search(r"^identical +64 +1 .* 12\.76 ", shown, re.M)
     assert re.search(r"^16 +distinct +64 +64 .* 116, 75 +- ", shown, re.M)
     assert re.search(r"^64 +distinct +64 +64 .* 118 +- ", shown, re.M)
-    record = json.loads((tmp_path / "paper.json").read_text())
-    paper.validate(record)
-    assert {point["times"] for point in record["points"]} == {None}
+    record = load(PaperRecord, tmp_path / "paper.json")
+    assert {point.times for point in record.points} == {None}
     assert (tmp_path / "paper.png").stat().st_size > 10_000
-    with pytest.raises(RecordError):
-        paper.validate({**record, "axis": 1})
+    path = tmp_path / "paper.json"
+    path.write_text(path.read_text().replace('"axis": [', '"axis": [1,'))
+    with pytest.raises(RecordError, match=r"axis\[0\].*benchmarks paper"):
+        load(PaperRecord, path)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -103,20 +105,20 @@ def test_times_beside_other_processes_are_marked(
 ) -> None:
     monkeypatch.setattr(machine, "foreign_cores", lambda *_: 0.7)
     options = ["--rows", "1", "--ranks", "16", "--repeats", "1", "--threads", "1"]
-    assert paper.main([*options, "--output", str(tmp_path)]) == 0
+    assert paper.STUDY.main([*options, "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "WARNING: other processes ran during 4 of 4 cases" in shown
+    assert "WARNING: other processes ran during 4 cases" in shown
     assert re.search(r"^16 +distinct .* \?\d+ ", shown, re.M)
 
 
 @pytest.mark.usefixtures("narrow")
 def test_a_timed_run_draws_all_panels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rows", "1", "--ranks", "16", "--repeats", "2", "--threads", "1"]
-    assert paper.main([*options, "--output", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "paper.json").read_text())
-    assert record["threads"] == 1
-    assert record["machine"] == machine.machine()
-    figure = figures.paper(record)
+    assert paper.STUDY.main([*options, "--output", str(tmp_path)]) == 0
+    record = load(PaperRecord, tmp_path / "paper.json")
+    assert record.threads == 1
+    assert record.machine == machine.machine()
+    figure = paper.figure(record)
     assert len(figure.axes) == 3
     assert "1.0x" in capsys.readouterr().out
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import figures, gate, peers_mkl, peers_torch, readme, run, table
+from benchmarks import gate
 from benchmarks.batch import Batch, dtype_of, make_batch, make_pool
-from benchmarks.grid import Case
-from benchmarks.peers import PEERS, SPIN_S, TURNS
+from benchmarks.peers import PEERS, SPIN_S, TURNS, mkl, with_torch
+from benchmarks.record import Times
+from benchmarks.studies.grid import figures, readme, run, table
+from benchmarks.studies.grid.cases import Case
 from reference import workloads
 from sgmv import Adapter
 from tests.help.benched import (
@@ -114,15 +116,15 @@ def test_turns_wait_for_the_threads_before_them(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_missing_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers_torch, "find_spec", lambda name: None)
-    monkeypatch.setattr(peers_mkl, "_path", lambda: "")
+    monkeypatch.setattr(with_torch, "find_spec", lambda name: None)
+    monkeypatch.setattr(mkl, "_path", lambda: "")
     pool = make_pool(32, 16, 4, 4, np.dtype(np.float32), seed=0)
     case = Case(32, 16, 4, 4, "distinct", "float32", ())
     record = run.measure(case, pool, np.arange(4), run.Terms([1], ONE_CALL, 0, FLAT))
     away = {name for name, peer in PEERS.items() if peer.pool != "numpy"}
-    assert set(record["skipped"]) == away
-    assert {why.split(" ", 1)[1] for why in record["skipped"].values()} == {"is not installed"}
-    assert not away & set(record["times"])
+    assert set(record.skipped) == away
+    assert {why.split(" ", 1)[1] for why in record.skipped.values()} == {"is not installed"}
+    assert not away & set(record.times)
 
 
 def test_mkl_is_found_where_pip_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,14 +136,14 @@ def test_mkl_is_found_where_pip_says(monkeypatch: pytest.MonkeyPatch) -> None:
             return f"/opt/lib/{self.name}"
 
     names = ["libmkl_rt_extra.so.3", "libmkl_core.so.3", "libmkl_rt.so.3"]
-    monkeypatch.setattr(peers_mkl, "files", lambda package: [Installed(name) for name in names])
-    assert peers_mkl._path.__wrapped__() == "/opt/lib/libmkl_rt.so.3"
+    monkeypatch.setattr(mkl, "files", lambda package: [Installed(name) for name in names])
+    assert mkl._path.__wrapped__() == "/opt/lib/libmkl_rt.so.3"
 
     def nothing(package: str) -> None:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(peers_mkl, "files", nothing)
-    assert peers_mkl._path.__wrapped__() == ""
+    monkeypatch.setattr(mkl, "files", nothing)
+    assert mkl._path.__wrapped__() == ""
 
 
 def test_weights_of_another_type_are_not_rounded_behind_ones_back() -> None:
@@ -196,11 +198,11 @@ def test_case_gate_with_roundings_is_red_on_a_wrong_kernel(
 def with_all_peers() -> Any:
     """The record of two cases, in which the n-th baseline takes n times as long as sgmv."""
     record = synthetic_record()
-    for case in record["cases"]:
+    for case in record.cases:
         for place, name in enumerate(PEERS, 1):
-            case["times"][name] = {"q20": 1.0, "q50": 10.0 * place, "q80": 999.0, "calls": 1}
-            case["ratios"]["sgmv@2"][name] = float(place)
-            case["ratios"]["sgmv@1"][name] = place / 2
+            case.times[name] = Times(1.0, 10.0 * place, 999.0, 1)
+            case.ratios["sgmv@2"][name] = float(place)
+            case.ratios["sgmv@1"][name] = place / 2
     return record
 
 
@@ -209,11 +211,11 @@ def test_terminal_shows_the_closest_and_names_the_others(
 ) -> None:
     record = with_all_peers()
     assert table.closest(record, table.ROOM) == list(PEERS)[: table.ROOM]
-    for case in record["cases"]:
-        case["ratios"]["sgmv@2"]["vllm"] = 0.1
+    for case in record.cases:
+        case.ratios["sgmv@2"]["vllm"] = 0.1
     shown = table.closest(record, table.ROOM)
     assert shown == [*list(PEERS)[: table.ROOM - 1], "vllm"]
-    table.print_table(record, table.Console(rich=False))
+    table.print_table(record, table.Console())
     (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("Only in")]
     assert all((peer.title in line) == (name not in shown) for name, peer in PEERS.items())
 
@@ -230,8 +232,8 @@ def test_readme_shows_a_baseline_once_a_record_has_it() -> None:
 def test_roofs_are_those_of_caches_and_memory() -> None:
     record = synthetic_record()
     sizes = [1 << shift for shift in range(15, 30, 2)]
-    record["ceilings"]["bandwidth"]["2"] = [[size, 1e18 / size] for size in sizes]
-    caches = record["machine"]["caches"] = {"L1": 48 << 10, "L2": 1 << 20, "L3": 32 << 20}
+    record.ceilings.bandwidth["2"] = [(size, 1e18 / size) for size in sizes]
+    caches = record.machine.caches = {"L1": 48 << 10, "L2": 1 << 20, "L3": 32 << 20}
     labels = [label.split(":")[0] for label, _ in figures.roofs(record, "2")]
     assert labels == ["L2 (512 KiB)", "L3 (8 MiB)", "memory (512 MiB)"]
     assert [rate for _, rate in figures.roofs(record, "2")][1] == 1e18 / (8 << 20)

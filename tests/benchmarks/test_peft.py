@@ -9,16 +9,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 import sgmv
 from benchmarks import __main__ as command
-from benchmarks import machine, peft, readme
-from benchmarks.console import Console
-from benchmarks.models import Model
-from benchmarks.record import RecordError
+from benchmarks import machine, pages
+from benchmarks import record as records
+from benchmarks.record import RecordError, load, save
+from benchmarks.studies import peft
+from benchmarks.studies.peft import PeftRecord
+from benchmarks.text import Console
 from sgmv.compat import peft as compat
+from sgmv.models import Model
 from tests.help.benched import must_not_run
 
 pytestmark = [
@@ -63,36 +67,37 @@ def synthetic_record() -> peft.PeftRecord:
          "times": times(base=200, peft=208, sgmv=204, one_at_a_time=250),
          "rounds": rounds(base=0, peft=8, sgmv=4), "inside": {"peft": [8e3], "sgmv": [3e3]}},
     ]  # fmt: skip
-    return {
-        "schema": peft.SCHEMA, "date": "2025-01-01T00:00:00+00:00", "threads": 2,
+    found: Any = {
+        "schema": PeftRecord.SCHEMA, "date": "2025-01-01T00:00:00+00:00", "threads": 2,
         "commit": {"hash": "0" * 40, "dirty": False}, "machine": machine.machine(),
         "versions": {**machine.versions(), "torch": "2", "peft": "0.21"}, "hidden": 2048,
         "intermediate": 8192, "layers": 2, "rank": 16, "seconds": 1.0, "cases": cases,
     }  # fmt: skip
+    return msgspec.convert(msgspec.to_builtins(found), PeftRecord)
 
 
 def test_table_tells_what_lora_adds() -> None:
-    (_, decode, prefill) = peft.lines(synthetic_record())
+    decode, prefill = peft.tables(synthetic_record())[0].rows
     types = ["bfloat16", "16 float32"]
-    low, high = (f"± {peft.share(case)[1]:.2f}" for case in synthetic_record()["cases"])
+    low, high = (f"± {peft.share(case)[1]:.2f}" for case in synthetic_record().cases)
     assert decode == [
         *types, "decode", "32 x 1", "20.0", "10.00", "1.00", f"0.10 {low}", "0.09", "300"
     ]  # fmt: skip
     assert prefill == [
         *types, "prefill", "32 x 64", "200.0", "8.00", "4.00", f"0.50 {high} !", "0.38", "50"
     ]  # fmt: skip
-    text = peft.markdown(synthetic_record(), "peft-x.json")
+    text = peft.page(synthetic_record(), "peft-x.json")
     assert "| bfloat16 | 16 float32 | decode |" in text
     assert "`benchmarks/records/peft-x.json`" in text
 
 
 def test_the_error_of_a_share_is_that_of_its_medians() -> None:
     """Of n rounds with normal noise s, a median's standard error is about s sqrt(pi / 2n)."""
-    case, rng, n = synthetic_record()["cases"][1], np.random.default_rng(0), 200
+    case, rng, n = synthetic_record().cases[1], np.random.default_rng(0), 200
     noise = 1000 * rng.normal(0, 2, n)
     base = 1000 * rng.normal(200, 50, n)
     for name, added in (("base", 0.0), ("peft", 80_000.0), ("sgmv", 8_000.0 + noise)):
-        case["rounds"][name] = list(base + added)
+        case.rounds[name] = list(base + added)
     part, error = peft.share(case)
     expected = 2 * math.sqrt(math.pi / 2 / n) / 80
     assert abs(part - 0.1) < 3 * expected
@@ -101,33 +106,33 @@ def test_the_error_of_a_share_is_that_of_its_medians() -> None:
 
 def test_noise_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     record = synthetic_record()
-    peft.print_table(record, Console(rich=False))
+    peft.STUDY.show(record, Console())
     assert "WARNING" not in capsys.readouterr().out
-    record["cases"][0]["foreign_cores"] = 0.5
-    peft.print_table(record, Console(rich=False))
+    record.cases[0].foreign_cores = 0.5
+    peft.STUDY.show(record, Console())
     assert "WARNING: other processes ran during 1 cases" in capsys.readouterr().out
 
 
 def test_record_survives_saving_and_is_checked(tmp_path: Path) -> None:
     record, path = synthetic_record(), tmp_path / "peft-x.json"
-    peft.save(record, path)
-    assert peft.load(path) == record
-    record["cases"][1]["times"]["peft"]["q50"] = float("inf")
-    with pytest.raises(RecordError, match=r"cases\[1\]\.times\['peft'\]\.q50: expected float"):
-        peft.save(record, path)
-    path.write_text(path.read_text().replace(f'"schema": {peft.SCHEMA}', '"schema": 9'))
+    save(record, path)
+    assert load(PeftRecord, path) == record
+    record.cases[1].times["peft"].q50 = float("inf")
+    with pytest.raises(RecordError, match=r"Expected `float`, .*cases\[1\]\.times\[\.\.\.\]\.q50"):
+        save(record, path)
+    path.write_text(path.read_text().replace(f'"schema": {PeftRecord.SCHEMA}', '"schema": 9'))
     with pytest.raises(RecordError, match=r"peft-x\.json.*expected \d, got 9.*benchmarks peft"):
-        peft.load(path)
+        load(PeftRecord, path)
 
 
-def test_page_shows_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "RECORDS", tmp_path)
-    main: Any = None
-    assert "python -m benchmarks peft --record" in readme.peft_table(main, "")
-    peft.save(synthetic_record(), tmp_path / "peft-x.json")
-    assert readme.peft_table(main, "") == peft.markdown(synthetic_record(), "peft-x.json")
-    with pytest.raises(readme.StaleError, match="no record"):
-        readme.primary(tmp_path)
+def test_page_shows_the_record(tmp_path: Path) -> None:
+    record, path = synthetic_record(), tmp_path / "peft-x.json"
+    assert peft.STUDY.shown(tmp_path) is None
+    save(record, path)
+    assert peft.STUDY.shown(tmp_path) == (path, record)
+    assert peft.STUDY.pages == {("docs/engines.md", "peft"): peft.page}
+    with pytest.raises(pages.StaleError, match="no record for summary"):
+        pages.tables(tmp_path)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,10 +221,12 @@ def test_command_records_what_was_quiet(
     measure = peft.measure
 
     def quick(case: peft.Case, models: peft.Models) -> peft.CaseRecord:
-        return {**measure(case, models), "foreign_cores": (case.tokens - 1) / 2}
+        found = measure(case, models)
+        found.foreign_cores = (case.tokens - 1) / 2
+        return found
 
     monkeypatch.setattr(peft, "measure", quick)
-    monkeypatch.setattr(readme, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
     for tokens, folder in ((2, "out"), (1, "records")):
         case = peft.Case("bfloat16", "float32", 2, 4, tokens)
         monkeypatch.setattr(peft, "CASES", [case])
@@ -227,10 +234,10 @@ def test_command_records_what_was_quiet(
         assert command.main(argv) == 0
         assert ("not recorded" in capsys.readouterr().out) == (folder == "out")
     (path,) = (tmp_path / "records").glob("peft*.json")
-    (recorded,) = peft.load(path)["cases"]
-    assert recorded["times"].keys() == {"base", "peft", "sgmv", "one_at_a_time"}
-    assert {name: len(its) for name, its in recorded["rounds"].items()} == {
+    (recorded,) = load(PeftRecord, path).cases
+    assert recorded.times.keys() == {"base", "peft", "sgmv", "one_at_a_time"}
+    assert {name: len(its) for name, its in recorded.rounds.items()} == {
         "base": 3, "peft": 3, "sgmv": 3
     }  # fmt: skip
-    assert {name: len(its) for name, its in recorded["inside"].items()} == {"peft": 2, "sgmv": 2}
+    assert {name: len(its) for name, its in recorded.inside.items()} == {"peft": 2, "sgmv": 2}
     assert sgmv.get_num_threads() == 1

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import sgmv
-from benchmarks import run
+from benchmarks import clock
 from benchmarks.batch import make_pool
-from benchmarks.grid import Case, Filters, cases
+from benchmarks.clock import Deadline
 from benchmarks.peers import PEERS
-from benchmarks.timing import Deadline
+from benchmarks.studies.grid import run
+from benchmarks.studies.grid.cases import Case, Filters, cases
 from tests.help.benched import FLAT, ONE_CALL, Clock
 
 pytestmark = pytest.mark.once
@@ -64,7 +66,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, clock: Clock, takes: float, noise:
     def measure(case: Case, pool: Any, ids: Any, terms: Any, until: Deadline) -> Any:
         shares.append((case.dtype, round(until.left(), 6)))
         clock.seconds += takes
-        return {"foreign_cores": noise[case.dtype].pop(0)}
+        return SimpleNamespace(foreign_cores=noise[case.dtype].pop(0))
 
     monkeypatch.setattr(run, "measure", measure)
     return shares
@@ -85,7 +87,7 @@ def test_noisy_cases_are_timed_again_and_the_quieter_timing_counts(
         run.time_cases(left, records, terms, clock.until(100.0), steps[-1].append)
     assert "".join(made) == "abcdbcc"
     assert [len(labels) for labels in steps] == [4, 2, 1]
-    assert [record["foreign_cores"] for record in records.values()] == [0.0, 0.0, 0.9, None]
+    assert [record.foreign_cores for record in records.values()] == [0.0, 0.0, 0.9, None]
 
 
 def test_cases_share_the_time_and_none_begins_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +121,9 @@ def test_large_batches_are_timed_last() -> None:
 def test_timings_repeat_until_others_are_still(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_with(*foreign: float | None) -> tuple[Any, float | None]:
         loads, runs = iter(foreign), itertools.count()
-        monkeypatch.setattr(run, "foreign_cores", lambda before, after: next(loads))
-        monkeypatch.setattr(run, "alternate", lambda turns, budget: next(runs))
-        return run.time_quietly([], ONE_CALL)
+        monkeypatch.setattr(clock, "foreign_cores", lambda before, after: next(loads))
+        monkeypatch.setattr(clock, "alternate", lambda turns, budget: next(runs))
+        return clock.time_quietly([], ONE_CALL)
 
     assert time_with(0.0) == (0, 0.0)
     assert time_with(None) == (0, None)
@@ -133,12 +135,12 @@ def test_measured_case_holds_what_was_asked_for() -> None:
     pool = make_pool(32, 16, 4, 4, np.dtype(np.float32), seed=0)
     case = Case(32, 16, 4, 4, "distinct", "float32", ("a", "b"))
     record = run.measure(case, pool, np.arange(4), run.Terms([1], ONE_CALL, 0, FLAT))
-    assert {"sgmv@1", "sgmv@1 ids", "by_row", "by_segment", "einsum"} <= record["times"].keys()
-    assert (record["S"], record["checked_rows"], record["names"]) == (4, 4, ["a", "b"])
-    assert set(record["ratios"]["sgmv@1"]) == set(PEERS) - set(record["skipped"])
-    limit_us = max(record["footprint"], record["flops"]) / 1e9 * 1e6
-    expected = limit_us / record["times"]["sgmv@1"]["q50"]
-    assert record["shares"]["sgmv@1"] == pytest.approx(expected, rel=1e-3)
+    assert {"sgmv@1", "sgmv@1 ids", "by_row", "by_segment", "einsum"} <= record.times.keys()
+    assert (record.S, record.checked_rows, record.names) == (4, 4, ["a", "b"])
+    assert set(record.ratios["sgmv@1"]) == set(PEERS) - set(record.skipped)
+    limit_us = max(record.footprint, record.flops) / 1e9 * 1e6
+    expected = limit_us / record.times["sgmv@1"].q50
+    assert record.shares["sgmv@1"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_peft_adapters_become_mixed_batches() -> None:
@@ -154,4 +156,4 @@ def test_peft_adapters_become_mixed_batches() -> None:
         assert pool.adapters[one[0]] is not None
         assert sorted(np.bincount(ids)) == [2, 3]
         record = run.measure(case, pool, ids, run.Terms([1], ONE_CALL, 0, FLAT))
-        assert record["checked_rows"] == 5
+        assert record.checked_rows == 5

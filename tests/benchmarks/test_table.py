@@ -6,30 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__ as command
-from benchmarks import readme, table
-from benchmarks.console import Console
+from benchmarks import record as records
 from benchmarks.peers import PEERS
 from benchmarks.record import load
+from benchmarks.studies.grid import table
+from benchmarks.studies.grid.command import STUDY
+from benchmarks.studies.grid.records import Record
+from benchmarks.text import Console
 from tests.help.benched import synthetic_record
 
 pytestmark = pytest.mark.once
 
 
-@pytest.mark.parametrize("rich", [False, True])
-def test_table_fits_and_marks_losses(rich: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    if rich:
-        pytest.importorskip("rich")
+def test_table_fits_and_marks_losses(capsys: pytest.CaptureFixture[str]) -> None:
     record = synthetic_record()
     # The widest row there can be: the longest heads there is room for, every figure at its longest.
     heads = sorted(set(PEERS) - {"by_segment"}, key=lambda name: -len(PEERS[name].short))
-    for case in record["cases"]:
-        case["rows"], case["S"] = 2048, 2048
+    for case in record.cases:
+        case.rows, case.S = 2048, 2048
         for name in heads[: table.ROOM - 1]:
-            case["times"][name] = case["times"]["by_segment"]
-            case["ratios"]["sgmv@2"].setdefault(name, 0.51)
-        case["times"]["sgmv@2"]["q50"] = case["times"]["sgmv@1"]["q50"] = 123456.0
-    console = Console(rich=rich)
+            case.times[name] = case.times["by_segment"]
+            case.ratios["sgmv@2"].setdefault(name, 0.51)
+        case.times["sgmv@2"].q50 = case.times["sgmv@1"].q50 = 123456.0
+    console = Console()
     table.print_table(record, console)
     table.print_summary(record, console)
     printed = capsys.readouterr().out
@@ -43,17 +42,17 @@ def test_busy_machine_is_told_and_not_recorded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     record = synthetic_record()
-    record["cases"][1]["foreign_cores"] = 0.8
+    record.cases[1].foreign_cores = 0.8
     assert "1 of 2 cases, marked ?: do not trust" in " ".join(table.noise(record))
-    monkeypatch.setattr(readme, "RECORDS", tmp_path / "records")
-    args = command.parser().parse_args(["--record", "--no-figures"])
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
+    args = STUDY.parser("benchmarks").parse_args(["--record", "--no-figures"])
     args.output = tmp_path / "out"
-    command._write(record, args, Console(rich=False))
+    STUDY.keep(record, args, Console())
     assert "not recorded" in capsys.readouterr().out
-    assert not readme.RECORDS.exists()
-    assert load(tmp_path / "out" / "quick.json") == record
+    assert not records.RECORDS.exists()
+    assert load(Record, tmp_path / "out" / "quick.json") == record
 
-    record["cases"][1]["foreign_cores"] = None
-    command._write(record, args, Console(rich=False))
-    (written,) = readme.RECORDS.iterdir()
+    record.cases[1].foreign_cores = None
+    STUDY.keep(record, args, Console())
+    (written,) = records.RECORDS.iterdir()
     assert written.name.startswith("quick-")

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import sgmv
-from benchmarks import peft as benchmark
+from benchmarks.studies import peft as benchmark
 from reference import bounds, by_row, compare
 from sgmv.compat import peft as compat
 from sgmv.compat import peft_batches, peft_hooks

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import sgmv
-from benchmarks.__main__ import OTHERS
+from benchmarks.registry import STUDIES
 from tests.help import api_page, pages, punica_page
 from tests.help.pages import FOR_DEVELOPERS, PAGES, ROOT
 from tests.help.planting import run_python
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.once
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+COMMANDS = {*STUDIES, "pages"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 NAMES = [page.name for page in PAGES]
 
@@ -72,9 +73,9 @@ def fault(command: str) -> str:
             return "" if (ROOT / path).is_file() else f"no {path}"
         case ["sgmv", *arguments]:
             return sgmv_fault(arguments)
-        case ["python", "-m", "benchmarks", study, *_] if study[0] != "-" and study not in OTHERS:
+        case ["python", "-m", "benchmarks", study, *_] if study[0] != "-" and study not in COMMANDS:
             return f"no study {study}"
-        case ["python", "-m", ("benchmarks" | "benchmarks.readme") as module, *arguments]:
+        case ["python", "-m", "benchmarks" as module, *arguments]:
             done = run_python(
                 f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)",
                 arguments=[*arguments, "--help"],

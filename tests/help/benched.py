@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,9 +14,10 @@ import sgmv
 from benchmarks import machine
 from benchmarks.batch import Batch, Pool, dtype_of, make_batch, pool_from_adapters, popularity_ids
 from benchmarks.ceilings import Ceilings
+from benchmarks.clock import Budget, Deadline
 from benchmarks.peers import PEERS
-from benchmarks.record import Record
-from benchmarks.timing import Budget, Deadline
+from benchmarks.record import Times
+from benchmarks.studies.grid.records import Record
 from reference import workloads
 
 ONE_CALL = Budget(rounds=1, turn_s=0.0)
@@ -107,12 +109,11 @@ def synthetic_record() -> Record:
         "shares": {"sgmv@2": 0.5, "sgmv@1": 0.4}, "foreign_cores": 0.02,
         "skipped": {"torch": "torch is not installed"},
     }  # fmt: skip
-    loss = copy.deepcopy(win)
-    loss.update(popularity="identical", S=1, rows=256)
+    loss: Any = copy.deepcopy(win) | {"popularity": "identical", "S": 1, "rows": 256}
     loss["times"]["by_segment"]["q50"] = 5.0
     loss["ratios"] = {"sgmv@2": {"by_segment": 0.5}, "sgmv@1": {"by_segment": 0.25}}
-    bandwidth = [[2.0**15, 5e11], [2.0**20, 2e11], [2.0**29, 5e10]]
-    return {
+    bandwidth = [[1 << 15, 5e11], [1 << 20, 2e11], [1 << 29, 5e10]]
+    found: Any = {
         "schema": 2, "mode": "quick", "date": "2025-01-01T00:00:00+00:00", "seed": 0,
         "commit": {"hash": "0" * 40, "dirty": False}, "machine": machine.machine(),
         "versions": machine.versions(), "blas": machine.blas(), "threads": [1, 2],
@@ -121,6 +122,12 @@ def synthetic_record() -> Record:
         "ceilings": {"bandwidth": {"1": bandwidth, "2": bandwidth}, "peak": {"1": 3e11, "2": 5e11}},
         "call_us": {"segments": 2.0, "ids": 6.0}, "untimed": {}, "cases": [win, loss],
     }  # fmt: skip
+    return msgspec.convert(msgspec.to_builtins(found), Record)
+
+
+def times(q50: float) -> Times:
+    """Of one call."""
+    return Times(q50, q50, q50, 1)
 
 
 MARKED = (

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgmv
-from benchmarks import instructions
+from benchmarks.studies import instructions
 from reference import compare
 from reference.workloads import integer, real
 from sgmv.cpu import JITTED, VECTOR_BITS

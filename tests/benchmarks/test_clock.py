@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks.timing import Budget, Variant, alternate
+from benchmarks.clock import Budget, Variant, alternate
 from tests.help.benched import Clock
 
 pytestmark = pytest.mark.once

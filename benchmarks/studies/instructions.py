@@ -13,16 +13,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from benchmarks.console import Console
-from benchmarks.grid import DTYPES
+import msgspec
+
+from benchmarks.batch import DTYPES
+from benchmarks.record import Head
+from benchmarks.study import Study
+from benchmarks.text import Console, Table
 from sgmv.console import Parser
 
 
-@dataclass(frozen=True)
-class Loop:
+class Loop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A loop of one compiled kernel. `masked`: it handles the edges of k or of the columns."""
 
     kernel: str
@@ -32,13 +34,21 @@ class Loop:
     masked: bool
 
 
+class InstructionsRecord(Head):
+    """One run of this file."""
+
+    STUDY: ClassVar[str] = "instructions"
+    dtype: str
+    loops: list[Loop]
+
+
 def loops(dtype: str) -> list[Loop]:
     """The loops of shrink and expand for x, weights and y of this type, longest first.
 
     Semantics: compiled anew in a process and a cache of their own, as compiled code that comes from
     a cache has no text.
     """
-    program = f"from benchmarks import instructions; instructions.show({dtype!r})"
+    program = f"from benchmarks.studies import instructions; instructions.show({dtype!r})"
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
         done = subprocess.run(
@@ -86,19 +96,24 @@ def parse(kernel: str, assembly: str) -> list[Loop]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; returns 0."""
-    parser = Parser(
-        prog="python -m benchmarks instructions", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def arguments(parser: Parser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    args = parser.parse_args(argv)
-    console = Console()
-    console.print(f"{'kernel':14}{'multiplies':>12}{'instructions':>14}{'spills':>8}", "dim")
-    for loop in loops(args.dtype):
-        console.print(
-            f"{loop.kernel:14}{loop.multiplies:12}{loop.instructions:14}{loop.spills:8}"
-            f"{'  edge' if loop.masked else ''}"
-        )
-    return 0
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The loops of one float type."""
+    return {"dtype": args.dtype, "loops": loops(args.dtype)}
+
+
+def tables(record: InstructionsRecord) -> list[Table]:
+    rows = [
+        [loop.kernel, str(loop.multiplies), str(loop.instructions), str(loop.spills),
+         "edge" if loop.masked else ""]
+        for loop in record.loops
+    ]  # fmt: skip
+    return [Table(["kernel", "multiplies", "instructions", "spills", ""], rows, left=1)]
+
+
+STUDY = Study(
+    "instructions", __doc__, InstructionsRecord, measure, tables, arguments, threads=False
+)

@@ -13,8 +13,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from benchmarks import peers_mkl, peers_numpy, peers_torch
 from benchmarks.batch import Batch
+from benchmarks.peers import mkl, with_numpy, with_torch
 
 
 @dataclass(frozen=True)
@@ -35,35 +35,35 @@ class Peer:
 
 
 PEERS = {
-    "by_row": Peer("numpy per row", "row", "numpy", peers_numpy.by_row),
-    "by_segment": Peer("numpy per segment", "segm.", "numpy", peers_numpy.by_segment),
+    "by_row": Peer("numpy per row", "row", "numpy", with_numpy.by_row),
+    "by_segment": Peer("numpy per segment", "segm.", "numpy", with_numpy.by_segment),
     "einsum": Peer(
-        "numpy gather + einsum", "einsum", "numpy", peers_numpy.einsum,
-        refuses=peers_numpy.gather_refuses,
+        "numpy gather + einsum", "einsum", "numpy", with_numpy.einsum,
+        refuses=with_numpy.gather_refuses,
     ),
     "torch": Peer(
-        "torch per segment", "torch", "torch", peers_torch.by_segment_float32,
-        peers_torch.prepare_float32, peers_torch.missing,
+        "torch per segment", "torch", "torch", with_torch.by_segment_float32,
+        with_torch.prepare_float32, with_torch.missing,
     ),
     "torch_native": Peer(
-        "torch in 16 bits", "tor16", "torch", peers_torch.by_segment_native,
-        peers_torch.prepare_native, peers_torch.native_refuses, roundings=1,
+        "torch in 16 bits", "tor16", "torch", with_torch.by_segment_native,
+        with_torch.prepare_native, with_torch.native_refuses, roundings=1,
     ),
     "grouped_mm": Peer(
-        "torch grouped_mm", "group", "torch", peers_torch.grouped,
-        peers_torch.prepare_grouped, peers_torch.grouped_refuses, roundings=3,
+        "torch grouped_mm", "group", "torch", with_torch.grouped,
+        with_torch.prepare_grouped, with_torch.grouped_refuses, roundings=3,
     ),
     "mkl": Peer(
-        "MKL sgemm_batch", "mkl", "mkl", peers_mkl.sgemm_batch,
-        peers_mkl.prepare, peers_mkl.refuses,
+        "MKL sgemm_batch", "mkl", "mkl", mkl.sgemm_batch,
+        mkl.prepare, mkl.refuses,
     ),
     "sglang": Peer(
-        "SGLang's CPU form", "sglang", "torch", peers_torch.sglang,
-        peers_torch.prepare_sglang, peers_torch.server_refuses, roundings=1,
+        "SGLang's CPU form", "sglang", "torch", with_torch.sglang,
+        with_torch.prepare_sglang, with_torch.server_refuses, roundings=1,
     ),
     "vllm": Peer(
-        "vLLM's CPU form", "vllm", "torch", peers_torch.vllm,
-        peers_torch.prepare_vllm, peers_torch.vllm_refuses, roundings=3,
+        "vLLM's CPU form", "vllm", "torch", with_torch.vllm,
+        with_torch.prepare_vllm, with_torch.vllm_refuses, roundings=3,
     ),
 }  # fmt: skip
 # In the order of their turns, those that share threads together; numpy's spin longest, so last.
@@ -74,7 +74,7 @@ TURNS = (
 
 def left_out() -> dict[str, str]:
     """The libraries that are not installed, and so none of its baselines runs."""
-    reasons = {"torch": peers_torch.missing(), "mkl": peers_mkl.refuses()}
+    reasons = {"torch": with_torch.missing(), "mkl": mkl.refuses()}
     return {library: why for library, why in reasons.items() if why}
 
 

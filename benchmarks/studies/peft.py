@@ -35,36 +35,24 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 from statistics import median
-from typing import Any, TypedDict
+from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.console import Console
-from benchmarks.models import Model
-from benchmarks.record import (
-    Head,
-    Times,
-    load_as,
-    record_head,
-    save_as,
-    significant,
-    source,
-    warn_if_noisy,
-)
-from benchmarks.run import quietly, times_record
-from benchmarks.timing import Budget, Variant, alternate, summary, turns
+from benchmarks.clock import Budget, Variant, alternate, quietly, summary, turns
+from benchmarks.gate import spread
+from benchmarks.record import Head, Times, significant, source
+from benchmarks.study import Study
+from benchmarks.text import Console, Table
 from reference import bounds, by_row, compare
 from sgmv.compat.peft import accelerate
-from sgmv.console import Parser, at_least
-from sgmv.cpu import cores
+from sgmv.models import Model
 from sgmv.tensors import as_array
 
-SCHEMA = 3
-PREFIX = "peft-"
 LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's config.json
 LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 2
 GOAL = 0.25  # of what PEFT's own mixed batch adds
@@ -113,7 +101,7 @@ TYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16
 CASES = [Case(*types, *batch) for types in TYPES for batch in BATCHES]
 
 
-class CaseRecord(TypedDict):
+class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     """One case as it was measured; `times` by variant, `foreign_cores` as in the other record.
 
     `steps`: the forward passes of one timed call. `rounds`: by variant, but for one_at_a_time, each
@@ -136,6 +124,9 @@ class CaseRecord(TypedDict):
 class PeftRecord(Head):
     """One run of this file: raw times; what LoRA adds is computed from them where it is shown."""
 
+    SCHEMA: ClassVar[int] = 3
+    STUDY: ClassVar[str] = "peft"
+    threads: int
     hidden: int
     intermediate: int
     layers: int
@@ -214,20 +205,13 @@ def measure(case: Case, models: Models) -> CaseRecord:
         timed = {name: summary(chain(*its)) for name, its in samples.items()}
         alone = partial(one_at_a_time, run, models.peft, tokens, names)
         timed |= alternate([Variant("one_at_a_time", alone)], ONCE)
-    return {
-        "dtype": case.dtype,
-        "adapter_dtype": case.adapter_dtype,
-        "adapters": case.adapters,
-        "samples": case.samples,
-        "tokens": case.tokens,
-        "steps": case.steps,
-        "times": times_record(timed),
-        "rounds": {
-            name: [significant(call / 1e3) for call in chain(*its)] for name, its in samples.items()
-        },
-        "inside": inside,
-        "foreign_cores": foreign,
+    rounds = {
+        name: [significant(call / 1e3) for call in chain(*its)] for name, its in samples.items()
     }
+    return CaseRecord(
+        case.dtype, case.adapter_dtype, case.adapters, case.samples, case.tokens, case.steps, timed,
+        rounds, inside, foreign,
+    )  # fmt: skip
 
 
 def inside_us(model: Any, call: Callable[[], object]) -> float:
@@ -303,7 +287,7 @@ def check(
         x, y = before[name]
         tokens = math.prod(x.shape[1:-1])
         n = len(names) * tokens
-        rows = np.unique(np.linspace(0, n - 1, most).astype(np.int64))
+        rows = spread(n, most)
         ids = [names.index(names[row // tokens]) for row in rows]
         adapters = {i: adapter_of(module, names[i]) for i in ids}
         x, y, result = (array.reshape(n, -1)[rows] for array in (x, y, after[name]))
@@ -337,10 +321,10 @@ def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
 
 def added(case: CaseRecord, variant: str) -> NDArray[np.float64]:
     """What LoRA adds to a step, round by round; all of it at once if there was none. Units: ms."""
-    if variant not in case["rounds"]:
+    if variant not in case.rounds:
         return np.array([per_step(case, variant) - per_step(case, "base")])
-    its, base = (np.array(case["rounds"][name]) for name in (variant, "base"))
-    each: NDArray[np.float64] = (its - base) / case["steps"] / 1e3
+    its, base = (np.array(case.rounds[name]) for name in (variant, "base"))
+    each: NDArray[np.float64] = (its - base) / case.steps / 1e3
     return each
 
 
@@ -358,88 +342,53 @@ def share(case: CaseRecord) -> tuple[float, float]:
 
 def per_step(case: CaseRecord, variant: str) -> float:
     """The median time of a step. Units: milliseconds."""
-    return case["times"][variant]["q50"] / case["steps"] / 1e3
+    return case.times[variant].q50 / case.steps / 1e3
 
 
-def lines(record: PeftRecord) -> list[list[str]]:
-    """The table's heads, then one line per case; a share above the goal is marked."""
-    found = [
-        [
-            "base", "adapters", "step", "samples", "base ms", "PEFT adds ms", "sgmv adds ms",
-            "share", "inside the layers", "one at a time adds ms",
-        ]
+def tables(record: PeftRecord) -> list[Table]:
+    """One line per case; a share above the goal is marked."""
+    head = [
+        "base", "adapters", "step", "samples", "base ms", "PEFT adds ms", "sgmv adds ms",
+        "share", "inside the layers", "one at a time adds ms",
     ]  # fmt: skip
-    for case in record["cases"]:
+    rows = []
+    for case in record.cases:
         part, error = share(case)
-        found.append(
+        rows.append(
             [
-                case["dtype"],
-                f"{case['adapters']} {case['adapter_dtype']}",
-                "decode" if case["steps"] > 1 else "prefill",
-                f"{case['samples']} x {case['tokens']}",
+                case.dtype,
+                f"{case.adapters} {case.adapter_dtype}",
+                "decode" if case.steps > 1 else "prefill",
+                f"{case.samples} x {case.tokens}",
                 f"{per_step(case, 'base'):.1f}",
                 *(f"{median(added(case, variant)):.2f}" for variant in ("peft", "sgmv")),
                 f"{part:.2f} ± {error:.2f}{' !' * (part > GOAL)}",
-                f"{median(case['inside']['sgmv']) / median(case['inside']['peft']):.2f}",
+                f"{median(case.inside['sgmv']) / median(case.inside['peft']):.2f}",
                 f"{median(added(case, 'one_at_a_time')):.0f}",
             ]
         )
-    return found
+    return [Table(head, rows, left=4)]
 
 
-def markdown(record: PeftRecord, name: str) -> str:
+def page(record: PeftRecord, name: str) -> str:
     """The table of docs/engines.md, and where it comes from."""
-    versions = record["versions"]
-    head, *rest = lines(record)
-    return "\n".join(
-        [
-            f"Llama of width {record['hidden']} / {record['intermediate']}, {record['layers']} "
-            f"layers, all linear ones adapted, rank {record['rank']}; torch {versions['torch']}, "
-            f"PEFT {versions['peft']}, {source(record)}; record: `benchmarks/records/{name}`. "
-            "share: what sgmv adds / what PEFT's mixed batch adds, ± its standard error, of "
-            f"the whole pass and inside the adapted layers; ! marks more than {GOAL}.",
-            "",
-            "| " + " | ".join(head) + " |",
-            "| --- | --- | --- | --- " + "| ---: " * (len(head) - 4) + "|",
-            *("| " + " | ".join(line) + " |" for line in rest),
-        ]
+    head = (
+        f"Llama of width {record.hidden} / {record.intermediate}, {record.layers} layers, all "
+        f"linear ones adapted, rank {record.rank}; torch {record.versions['torch']}, PEFT "
+        f"{record.versions['peft']}, {source(record)}; record: `benchmarks/records/{name}`. "
+        "share: what sgmv adds / what PEFT's mixed batch adds, ± its standard error, of "
+        f"the whole pass and inside the adapted layers; ! marks more than {GOAL}."
     )
+    return f"{head}\n\n{tables(record)[0].markdown()}"
 
 
-def print_table(record: PeftRecord, console: Console) -> None:
-    console.table(lines(record))
-    warn_if_noisy(record["cases"], console)
-
-
-def save(record: PeftRecord, path: Path) -> None:
-    """Write the record as JSON. Raises RecordError unless it follows the schema."""
-    save_as(PeftRecord, SCHEMA, record, path)
-
-
-def load(path: Path) -> PeftRecord:
-    """Read and validate a record. Raises RecordError, naming the file."""
-    return load_as(PeftRecord, SCHEMA, path, "python -m benchmarks peft")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, save; returns 0."""
-    from benchmarks import readme
-
-    parser = Parser(
-        prog="python -m benchmarks peft", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=at_least(1), default=cores(), help="default: all cores")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
-    parser.add_argument("--output", type=Path, default=Path("bench-out"))
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every case, with one set of weights for each pair of float types."""
     missing = [name for name in ("torch", "peft", "transformers") if not find_spec(name)]
     if missing:
         raise SystemExit(f"not installed: {', '.join(missing)}; pip install -e '.[torch,bench]'")
     import torch
 
-    console = Console()
-    started = time.perf_counter()
     torch.set_num_threads(args.threads)
     sgmv.set_num_threads(args.threads)
     cases = []
@@ -450,14 +399,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for case in its:
                 console.print(f"  {case.label()}")
                 cases.append(measure(case, models))
-    record: PeftRecord = {
-        **record_head(SCHEMA, args.threads, started, ("peft", "transformers")),
-        "hidden": LLAMA.hidden,
-        "intermediate": LLAMA.intermediate,
-        "layers": LAYERS,
-        "rank": RANK,
-        "cases": cases,
-    }
-    print_table(record, console)
-    readme.keep(PREFIX, record, save, args.record, args.output, console)
-    return 0
+    return {
+        "threads": args.threads, "hidden": LLAMA.hidden, "intermediate": LLAMA.intermediate,
+        "layers": LAYERS, "rank": RANK, "cases": cases,
+    }  # fmt: skip
+
+
+STUDY = Study(
+    "peft", __doc__, PeftRecord, run, tables, pages={("docs/engines.md", "peft"): page},
+    packages=("peft", "transformers"),
+)  # fmt: skip

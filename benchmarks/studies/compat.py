@@ -17,41 +17,31 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from statistics import geometric_mean
+from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.batch import dtype_of, installed_kinds, popularity_ids
-from benchmarks.console import Console
+from benchmarks.batch import dtype_of, in_library, installed_kinds, popularity_ids
+from benchmarks.clock import Budget, Variant, time_quietly
+from benchmarks.gate import spread
 from benchmarks.peers import rests
-from benchmarks.record import (
-    Head,
-    Times,
-    geomean,
-    load_as,
-    record_head,
-    save_as,
-    source,
-    warn_if_noisy,
-)
-from benchmarks.run import time_quietly, times_record
-from benchmarks.timing import Budget, Variant
+from benchmarks.record import Head, Times, source
+from benchmarks.study import Study
+from benchmarks.text import Console, Table
 from reference import bounds, by_row, compare
 from reference.workloads import POPULARITIES
 from sgmv.compat import vllm
 from sgmv.console import Parser, at_least
-from sgmv.cpu import cores
 from sgmv.tensors import as_array
 
-SCHEMA = 1
-PREFIX = "compat-"
 H, RANK = 4096, 16
 QKV = (4096, 1024, 1024)
 ROWS = (1, 8, 64, 512)
@@ -63,7 +53,7 @@ GOAL, GOAL_ROWS = 5.0, 64  # times as fast as vLLM's form, from so many rows on
 CALLS = ("shrink", "expand", "qkv")
 
 
-class CompatCase(TypedDict):
+class CompatCase(msgspec.Struct, forbid_unknown_fields=True):
     """One call on one batch. `times`, `peak_bytes`: of "vllm" (gather + einsum) and of "sgmv"."""
 
     library: str
@@ -80,6 +70,8 @@ class CompatCase(TypedDict):
 class CompatRecord(Head):
     """One run of this file."""
 
+    STUDY: ClassVar[str] = "compat"
+    threads: int
     h: int
     rank: int
     qkv: list[int]
@@ -161,17 +153,6 @@ def stacks(library: str, dtype: str) -> tuple[list[Any], list[Any]]:
     return [drawn(*loras, RANK, H) for _ in QKV], [drawn(*loras, width, RANK) for width in QKV]
 
 
-def in_library(library: str, array: NDArray[Any]) -> Any:
-    """The array itself, or a tensor over its memory."""
-    if library == "numpy":
-        return array
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 def operands(
     library: str, dtype: str, A: Sequence[Any], B: Sequence[Any], ids: NDArray[np.int64]
 ) -> Operands:
@@ -191,7 +172,7 @@ def operands(
     if library == "torch":
         import torch
 
-        torch.set_num_threads(cores())
+        torch.set_num_threads(sgmv.get_num_threads())
         module = torch
     return Operands(module, in_library(library, ids), x, v, y, A, B, wrapper)
 
@@ -199,7 +180,7 @@ def operands(
 def check(o: Operands) -> None:
     """Hold rows at both ends and between to the reference: wrong results are not timed."""
     ids = as_array("ids", o.ids)
-    rows = np.unique(np.linspace(0, len(ids) - 1, CHECKED_ROWS).astype(np.int64))
+    rows = spread(len(ids), CHECKED_ROWS)
     x, y = as_array("x", o.x)[rows], as_array("y", o.y)[rows].copy()
     whole = as_array("y", o.y).copy()
     forms(o)["qkv"]["sgmv"]()
@@ -268,71 +249,74 @@ def _timed(
         Variant(name, form, settle_s=max(LEAST_SETTLE_S, wait))
         for (name, form), wait in zip(both.items(), waits, strict=True)
     ]
-    timed, foreign = time_quietly(turns, budget)
+    times, foreign = time_quietly(turns, budget)
     peaks = {name: peak_bytes(form) for name, form in both.items()}
     known = {name: peak for name, peak in peaks.items() if peak is not None}
-    return {
-        "library": library,
-        "dtype": dtype,
-        "call": call,
-        "rows": len(ids),
-        "popularity": popularity,
-        "S": len(np.unique(ids)),
-        "times": times_record(timed),
-        "peak_bytes": known if len(known) == len(peaks) else None,
-        "foreign_cores": foreign,
-    }
+    return CompatCase(
+        library, dtype, call, len(ids), popularity, len(np.unique(ids)), times,
+        known if len(known) == len(peaks) else None, foreign,
+    )  # fmt: skip
 
 
 def ratio(case: CompatCase) -> float:
     """How many times as long vLLM's form takes."""
-    return case["times"]["vllm"]["q50"] / case["times"]["sgmv"]["q50"]
+    return case.times["vllm"].q50 / case.times["sgmv"].q50
 
 
-def markdown(record: CompatRecord) -> str:
+def tables(record: CompatRecord) -> list[Table]:
     """A line for each call and number of rows; ratios over the popularities."""
-    cases = record["cases"]
-    kinds = list(dict.fromkeys((case["library"], case["dtype"]) for case in cases))
+    cases = record.cases
+    kinds = list(dict.fromkeys((case.library, case.dtype) for case in cases))
     heads = [f"{library} {dtype}" for library, dtype in kinds]
-    lines = [
-        f"{source(record)}: vLLM's form / sgmv, geometric mean and worst over the "
-        "popularities, above 1 sgmv is faster; and the peak memory of a call in MiB, vLLM's form "
-        f"and sgmv, of {heads[-1]} and the popularity that needs most.",
-        "",
-        "| call | rows | " + " | ".join(heads) + " | peak MiB |",
-        "| --- | ---: " + "| ---: " * (len(kinds) + 1) + "|",
-    ]
-    for call in dict.fromkeys(case["call"] for case in cases):
-        for n in dict.fromkeys(case["rows"] for case in cases):
-            same = [case for case in cases if (case["call"], case["rows"]) == (call, n)]
+    rows = []
+    for call in dict.fromkeys(case.call for case in cases):
+        for n in dict.fromkeys(case.rows for case in cases):
+            same = [case for case in cases if (case.call, case.rows) == (call, n)]
             cells = []
             for kind in kinds:
-                ratios = [ratio(c) for c in same if (c["library"], c["dtype"]) == kind]
-                cells.append(f"{geomean(ratios):.3g}x ({min(ratios):.3g}x)" if ratios else "-")
-            lines.append(f"| {call} | {n} | {' | '.join(cells)} | {_peaks(same, kinds[-1])} |")
-    late = [case for case in cases if case["rows"] >= GOAL_ROWS and ratio(case) < GOAL]
+                ratios = [ratio(c) for c in same if (c.library, c.dtype) == kind]
+                mean = geometric_mean(ratios) if ratios else 0.0
+                cells.append(f"{mean:.3g}x ({min(ratios):.3g}x)" if ratios else "-")
+            rows.append([call, str(n), *cells, _peaks(same, kinds[-1])])
+    return [Table(["call", "rows", *heads, "peak MiB"], rows, 1, (*legend(record), below(record)))]
+
+
+def legend(record: CompatRecord) -> list[str]:
+    last = record.cases[-1]
+    return [
+        f"{source(record)}: vLLM's form / sgmv, geometric mean and worst over the popularities, "
+        "above 1 sgmv is faster; and the peak memory of a call in MiB, vLLM's form and sgmv, of "
+        f"{last.library} {last.dtype} and the popularity that needs most."
+    ]
+
+
+def below(record: CompatRecord) -> str:
+    """The cases that miss the goal, each with the rate at which it reads its weights."""
+    late = [case for case in record.cases if case.rows >= GOAL_ROWS and ratio(case) < GOAL]
     told = [
-        f"{case['library']} {case['dtype']} {case['call']}, {case['rows']} {case['popularity']} "
+        f"{case.library} {case.dtype} {case.call}, {case.rows} {case.popularity} "
         f"rows: {ratio(case):.3g}x, {weight_bytes(record, case) / 1e6:.3g} MB of weights at "
-        f"{weight_bytes(record, case) / case['times']['sgmv']['q50'] / 1e3:.0f} GB/s"
+        f"{weight_bytes(record, case) / case.times['sgmv'].q50 / 1e3:.0f} GB/s"
         for case in late
     ]
-    lines += ["", f"Below {GOAL:g}x from {GOAL_ROWS} rows on: {'; '.join(told) or 'none'}."]
-    return "\n".join(lines)
+    return f"Below {GOAL:g}x from {GOAL_ROWS} rows on: {'; '.join(told) or 'none'}."
+
+
+def page(record: CompatRecord, _name: str) -> str:
+    """The table of docs/engines.md, between what its figures are and what misses the goal."""
+    return "\n".join([*legend(record), "", tables(record)[0].markdown(), "", below(record)])
 
 
 def weight_bytes(record: CompatRecord, case: CompatCase) -> int:
     """What the call's weights take, each segment's once."""
-    h, qkv = record["h"], record["qkv"]
-    widths = len(qkv) * h + sum(qkv) if case["call"] == "qkv" else h
-    return case["S"] * record["rank"] * widths * dtype_of(case["dtype"]).itemsize
+    h, qkv = record.h, record.qkv
+    widths = len(qkv) * h + sum(qkv) if case.call == "qkv" else h
+    return case.S * record.rank * widths * dtype_of(case.dtype).itemsize
 
 
 def _peaks(cases: Sequence[CompatCase], kind: tuple[str, str]) -> str:
     known = [
-        case["peak_bytes"]
-        for case in cases
-        if (case["library"], case["dtype"]) == kind and case["peak_bytes"]
+        case.peak_bytes for case in cases if (case.library, case.dtype) == kind and case.peak_bytes
     ]
     if not known:
         return "-"
@@ -341,50 +325,25 @@ def _peaks(cases: Sequence[CompatCase], kind: tuple[str, str]) -> str:
     )
 
 
-def print_table(record: CompatRecord, console: Console) -> None:
-    for line in markdown(record).splitlines():
-        console.print(line)
-    warn_if_noisy(record["cases"], console)
-
-
-def save(record: CompatRecord, path: Path) -> None:
-    """Write the record as JSON. Raises RecordError unless it follows the schema."""
-    save_as(CompatRecord, SCHEMA, record, path)
-
-
-def load(path: Path) -> CompatRecord:
-    """Read and validate a record. Raises RecordError, naming the file."""
-    return load_as(CompatRecord, SCHEMA, path, "python -m benchmarks compat")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, save; returns 0."""
-    from benchmarks import readme
-
-    parser = Parser(
-        prog="python -m benchmarks compat", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def arguments(parser: Parser) -> None:
     parser.add_argument("--rows", nargs="+", type=at_least(1), default=ROWS)
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=CALLS)
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
-    parser.add_argument("--output", type=Path, default=Path("bench-out"))
-    args = parser.parse_args(argv)
-    if args.record and (tuple(args.rows), tuple(args.calls)) != (ROWS, CALLS):
-        raise SystemExit("--record: expected all rows and calls; leave the filters out")
-    console = Console()
-    started = time.perf_counter()
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every call on every batch, with each library that is here."""
+    sgmv.set_num_threads(args.threads)
     cases: list[CompatCase] = []
     for library, dtype in installed_kinds(console):
         cases += measure(library, dtype, args.rows, args.calls)
-    record: CompatRecord = {
-        **record_head(SCHEMA, sgmv.get_num_threads(), started),
-        "h": H,
-        "rank": RANK,
-        "qkv": list(QKV),
-        "weights": "hot",
+    return {
+        "threads": args.threads, "h": H, "rank": RANK, "qkv": list(QKV), "weights": "hot",
         "cases": cases,
-    }
-    print_table(record, console)
-    readme.keep(PREFIX, record, save, args.record, args.output, console)
-    return 0
+    }  # fmt: skip
+
+
+STUDY = Study(
+    "compat", __doc__, CompatRecord, run, tables, arguments,
+    whole=lambda args: (tuple(args.rows), tuple(args.calls)) == (ROWS, CALLS),
+    pages={("docs/engines.md", "compat"): page},
+)  # fmt: skip

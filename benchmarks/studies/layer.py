@@ -15,43 +15,31 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from statistics import geometric_mean
+from typing import Any, ClassVar, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.batch import dtype_of, installed_kinds
-from benchmarks.console import Console
-from benchmarks.growth import check
-from benchmarks.models import MODELS
-from benchmarks.record import (
-    Head,
-    Times,
-    geomean,
-    load_as,
-    record_head,
-    save_as,
-    source,
-    warn_if_noisy,
-)
-from benchmarks.run import quietly, times_record
-from benchmarks.timing import summary
-from sgmv.console import Parser, at_least
-from sgmv.cpu import cores
+from benchmarks.batch import dtype_of, in_library, installed_kinds
+from benchmarks.clock import quietly, summary
+from benchmarks.gate import check_rows
+from benchmarks.record import Head, Times, source
+from benchmarks.study import Study
+from benchmarks.text import Console, Table
+from sgmv.models import MODELS
 from sgmv.tensors import as_array
 
-SCHEMA = 1
-PREFIX = "layer-"
 MODEL, NAMES, RANK, ADAPTERS = "Llama-3-8B", ("q", "kv", "down"), 16, 16
 ROWS = (1, 16, 64, 256)
 ROUNDS, TURN_S, LEAST_CALLS = 6, 0.15, 3
 
 
-class LayerCase(TypedDict):
+class LayerCase(msgspec.Struct, forbid_unknown_fields=True):
     """One layer and batch. `times`: of the base product, and of add_lora by threads, "1" first."""
 
     library: str
@@ -67,6 +55,8 @@ class LayerCase(TypedDict):
 class LayerRecord(Head):
     """One run of this file."""
 
+    STUDY: ClassVar[str] = "layer"
+    threads: int
     model: str
     rank: int
     adapters: int
@@ -102,12 +92,7 @@ def operands(library: str, dtype: str, h_in: int, h_out: int, rows: int) -> Oper
         return Operands(x, lambda: x @ W.T, stack, ids)
     import torch
 
-    def tensor(array: NDArray[Any]) -> Any:
-        if dtype == "bfloat16":
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    weight, inputs = tensor(W), tensor(x)
+    weight, inputs = in_library(library, W), in_library(library, x)
     product = partial(torch.nn.functional.linear, inputs, weight)
     return Operands(x, lambda: as_array("y", product()), stack, ids)
 
@@ -119,7 +104,7 @@ def measure(
     h_in, h_out = MODELS[MODEL].layer(layer)
     o = operands(library, dtype, h_in, h_out, rows)
     segments = sgmv.segment(o.ids)
-    check(o.base(), o.x, o.stack, o.ids)
+    check_rows(o.base(), o.x, o.stack, o.ids)
 
     def turns() -> dict[str, list[int]]:
         found: dict[str, list[int]] = {"base": []}
@@ -140,71 +125,40 @@ def measure(
         return found
 
     found, foreign = quietly(turns)
-    times = times_record({name: summary(samples) for name, samples in found.items()})
-    return {
-        "library": library, "dtype": dtype, "layer": layer, "h_in": h_in, "h_out": h_out,
-        "rows": rows, "times": times, "foreign_cores": foreign,
-    }  # fmt: skip
+    times = {name: summary(samples) for name, samples in found.items()}
+    return LayerCase(library, dtype, layer, h_in, h_out, rows, times, foreign)
 
 
-def lines(record: LayerRecord) -> list[list[str]]:
-    """The table's heads, then a line per library and rows: geometric means over the layers."""
-    most = str(record["threads"])
-    found = [["base by", "rows", "base ms", "add_lora ms", "share of base", "1 thread / all"]]
+def tables(record: LayerRecord) -> list[Table]:
+    """A line per library and rows: geometric means over the layers."""
+    head = ["base by", "rows", "base ms", "add_lora ms", "share of base", "1 thread / all"]
+    most = str(record.threads)
     groups: dict[tuple[str, str, int], list[dict[str, Times]]] = {}
-    for case in record["cases"]:
-        key = case["library"], case["dtype"], case["rows"]
-        groups.setdefault(key, []).append(case["times"])
-    for (library, dtype, rows), its in groups.items():
+    for case in record.cases:
+        groups.setdefault((case.library, case.dtype, case.rows), []).append(case.times)
+    rows = []
+    for (library, dtype, n), its in groups.items():
         base, lora, alone = (
-            geomean(times[name]["q50"] / 1e3 for times in its) for name in ("base", most, "1")
+            geometric_mean(times[name].q50 / 1e3 for times in its) for name in ("base", most, "1")
         )
-        found.append(
-            [f"{library} {dtype}", str(rows), f"{base:.3g}", f"{lora:.3g}", f"{lora / base:.1%}",
+        rows.append(
+            [f"{library} {dtype}", str(n), f"{base:.3g}", f"{lora:.3g}", f"{lora / base:.1%}",
              f"{alone / lora:.2f}x"]
         )  # fmt: skip
-    return found
+    return [Table(head, rows, left=1)]
 
 
-def markdown(record: LayerRecord, name: str) -> str:
+def page(record: LayerRecord, name: str) -> str:
     """The table of docs/kernels.md, and where it comes from."""
-    head, *rest = lines(record)
-    return "\n".join(
-        [
-            f"{record['model']}'s layers ({', '.join(NAMES)}; geometric means), rank "
-            f"{record['rank']}, {record['adapters']} adapters, {source(record)}; record: "
-            f"`benchmarks/records/{name}`.",
-            "",
-            "| " + " | ".join(head) + " |",
-            "| --- " + "| ---: " * (len(head) - 1) + "|",
-            *("| " + " | ".join(line) + " |" for line in rest),
-        ]
+    head = (
+        f"{record.model}'s layers ({', '.join(NAMES)}; geometric means), rank {record.rank}, "
+        f"{record.adapters} adapters, {source(record)}; record: `benchmarks/records/{name}`."
     )
+    return f"{head}\n\n{tables(record)[0].markdown()}"
 
 
-def print_table(record: LayerRecord, console: Console) -> None:
-    console.table(lines(record))
-    warn_if_noisy(record["cases"], console)
-
-
-def load(path: Path) -> LayerRecord:
-    """Read and validate a record. Raises RecordError, naming the file."""
-    return load_as(LayerRecord, SCHEMA, path, "python -m benchmarks layer")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, save; returns 0."""
-    from benchmarks import readme
-
-    parser = Parser(
-        prog="python -m benchmarks layer", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=at_least(1), default=cores(), help="default: all cores")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
-    parser.add_argument("--output", type=Path, default=Path("bench-out"))
-    args = parser.parse_args(argv)
-    console, started = Console(), time.perf_counter()
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every layer and number of rows, with each library that is here."""
     cases = []
     for library, dtype in installed_kinds(console):
         if library == "torch":
@@ -214,15 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases += [
             measure(library, dtype, layer, rows, args.threads) for rows in ROWS for layer in NAMES
         ]
-    record: LayerRecord = {
-        **record_head(SCHEMA, args.threads, started),
-        "model": MODEL,
-        "rank": RANK,
-        "adapters": ADAPTERS,
-        "cases": cases,
-    }
-    print_table(record, console)
-    readme.keep(
-        PREFIX, record, partial(save_as, LayerRecord, SCHEMA), args.record, args.output, console
-    )
-    return 0
+    return {
+        "threads": args.threads, "model": MODEL, "rank": RANK, "adapters": ADAPTERS, "cases": cases
+    }  # fmt: skip
+
+
+STUDY = Study(
+    "layer", __doc__, LayerRecord, run, tables, pages={("docs/kernels.md", "layer"): page}
+)

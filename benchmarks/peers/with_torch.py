@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.batch import Batch
-from benchmarks.peers_numpy import gather_refuses
+from benchmarks.peers.with_numpy import gather_refuses
 from sgmv.cpu import cores
 
 Run = Callable[[NDArray[Any], NDArray[Any], Batch], None]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +24,17 @@ from benchmarks.batch import (
     popularity_ids,
 )  # fmt: skip
 from benchmarks.ceilings import Ceilings
+from benchmarks.clock import NEVER, Budget, Deadline, Variant, alternate, quietly, time_quietly
 from benchmarks.gate import GateError, check_case
-from benchmarks.grid import Case
-from benchmarks.machine import cpu_use, foreign_cores
 from benchmarks.peers import PEERS, TURNS, left_out, rests
-from benchmarks.record import CallTimes, CaseRecord, Times, is_quiet, ratios, significant
-from benchmarks.timing import NEVER, Budget, Deadline, Timing, Variant, alternate
+from benchmarks.record import Times, is_quiet, significant
+from benchmarks.studies.grid.cases import Case
+from benchmarks.studies.grid.records import CallTimes, CaseRecord, ratios
 
 # From ids, sgmv also sorts: timed apart up to here, where sorting could be seen.
 IDS_ROWS = 64
 MIXED = "mixed"
-ATTEMPTS = 4
 PREPARING_S = 0.25  # a case's arrays and its gate, roughly
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def _those(groups: Sequence[Group], wanted: Callable[[Case], bool]) -> list[Grou
 
 
 def _noise(record: CaseRecord) -> float:
-    return record["foreign_cores"] or 0.0
+    return record.foreign_cores or 0.0
 
 
 def about_s(cases: int, threads: int, budget: Budget) -> float:
@@ -218,29 +216,7 @@ def measure(
     # y grows with every call and leaves float16's range in the end: no news, and no matter to time.
     with np.errstate(over="ignore", invalid="ignore"):
         times, foreign = quietly(partial(alternate, turns, terms.budget, until), attempts=1)
-    return _case_record(case, batch, checked, times_record(times), skipped, foreign, terms)
-
-
-def time_quietly(
-    turns: Sequence[Variant], budget: Budget
-) -> tuple[dict[str, Timing], float | None]:
-    """Timings, and the cores that other processes kept busy meanwhile: see `quietly`."""
-    return quietly(partial(alternate, turns, budget))
-
-
-def quietly(measure: Callable[[], T], attempts: int = ATTEMPTS) -> tuple[T, float | None]:
-    """What a measurement gives, and the cores that other processes kept busy meanwhile.
-
-    Semantics: repeated, up to `attempts` times in all, while others are busy; the quietest one
-    counts, whatever its timings are. Beside one other busy process on two cores, numpy's threaded
-    product took ten times its time (256 rows, one segment): such a case would flatter sgmv.
-    """
-    made: list[tuple[T, float | None]] = []
-    while not made or (len(made) < attempts and not is_quiet(made[-1][1])):
-        before = cpu_use()
-        found = measure()
-        made.append((found, foreign_cores(before, cpu_use())))
-    return min(made, key=lambda attempt: attempt[1] or 0.0)
+    return _case_record(case, batch, checked, times, skipped, foreign, terms)
 
 
 def add_lora_with_segments(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
@@ -251,14 +227,6 @@ def add_lora_with_segments(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> No
 def add_lora_from_ids(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
     """Call sgmv with adapter ids: it sorts in each call."""
     sgmv.add_lora(y, x, batch.pool.stack, batch.adapter_ids)
-
-
-def times_record(times: dict[str, Timing]) -> dict[str, Times]:
-    """Timings as the record holds them."""
-    return {
-        name: {k: v if k == "calls" else significant(v) for k, v in asdict(timing).items()}  # type: ignore[misc]
-        for name, timing in times.items()
-    }
 
 
 Updates = dict[str, tuple[Callable[[Any, Any, Batch], None], Callable[[], object]]]
@@ -302,25 +270,12 @@ def _case_record(
     shares = {}
     for count, name in zip(terms.threads, variants, strict=True):
         limit = terms.ceilings.limit_s(batch.footprint(), batch.flops(), count)
-        shares[name] = significant(limit * 1e6 / times[name]["q50"])
-    return {
-        "h_in": case.h_in,
-        "h_out": case.h_out,
-        "names": list(case.names),
-        "rank": case.rank,
-        "rows": case.rows,
-        "popularity": case.popularity,
-        "dtype": case.dtype,
-        "S": len(batch.slots),
-        "footprint": batch.footprint(),
-        "flops": batch.flops(),
-        "checked_rows": checked,
-        "times": times,
-        "ratios": ratios(times, variants),
-        "shares": shares,
-        "skipped": skipped,
-        "foreign_cores": foreign,
-    }
+        shares[name] = significant(limit * 1e6 / times[name].q50)
+    return CaseRecord(
+        case.h_in, case.h_out, list(case.names), case.rank, case.rows, case.popularity, case.dtype,
+        len(batch.slots), batch.footprint(), batch.flops(), checked, times,
+        ratios(times, variants), shares, skipped, foreign,
+    )  # fmt: skip
 
 
 def _slots(members: list[tuple[Case, NDArray[np.int64]]]) -> int:
@@ -338,8 +293,7 @@ def call_us() -> CallTimes:
     calls = {"segments": add_lora_with_segments, "ids": add_lora_from_ids}
     turns = [Variant(name, partial(call, batch.y, batch.x, batch)) for name, call in calls.items()]
     times, _foreign = time_quietly(turns, Budget())
-    found = {name: significant(timing.q50) for name, timing in times.items()}
-    return {"segments": found["segments"], "ids": found["ids"]}
+    return CallTimes(times["segments"].q50, times["ids"].q50)
 
 
 def first_use_s() -> float:

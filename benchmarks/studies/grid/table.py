@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-from benchmarks.console import Console, Span
-from benchmarks.goals import goals
 from benchmarks.peers import PEERS
-from benchmarks.record import (
+from benchmarks.record import is_quiet
+from benchmarks.studies.grid.goals import goals
+from benchmarks.studies.grid.records import (
     CaseRecord,
     Record,
     SummaryLine,
     by_dtype,
     case_label,
-    is_quiet,
     main_variant,
     noisy_cases,
     summarise,
 )  # fmt: skip
+from benchmarks.text import LOSS, Console, Span, microseconds, ratio_text
 
 ROOM = 5  # baselines that fit beside the rest of a row
-LOSS = "!"  # a mark, not only a colour: it must survive a pipe and colour blindness
 NOISY = "?"
 
 
@@ -31,14 +30,14 @@ def print_table(record: Record, console: Console, only: Container[str] | None = 
     """
     main = main_variant(record)
     baselines = closest(record, ROOM)
-    one = "sgmv@1" if 1 in record["threads"] else main
+    one = "sgmv@1" if 1 in record.threads else main
     head = ["r", "n", "popularity", "S", f"{main} us", *([f"{one} us"] if one != main else [])]
     head += [*(PEERS[name].short for name in baselines), "limit"]
     groups: dict[tuple[int, int, str, str], list[CaseRecord]] = {}
-    for case in record["cases"]:
+    for case in record.cases:
         if only is not None and case_label(case) not in only:
             continue
-        key = (case["h_in"], case["h_out"], case["dtype"], ", ".join(case["names"]))
+        key = (case.h_in, case.h_out, case.dtype, ", ".join(case.names))
         groups.setdefault(key, []).append(case)
     rows = {key: [_row(c, main, one, baselines) for c in found] for key, found in groups.items()}
     widths = [
@@ -50,7 +49,7 @@ def print_table(record: Record, console: Console, only: Container[str] | None = 
         console.print(_clip("{} > {} {}: {}".format(*key)), "bold")
         console.spans(_align([(text, "dim") for text in head], widths))
         for case, row in zip(groups[key], block, strict=True):
-            mark = "" if is_quiet(case["foreign_cores"]) else NOISY
+            mark = "" if is_quiet(case.foreign_cores) else NOISY
             console.spans(_align(row, widths, mark=mark))
     console.print()
     for line in footnotes(record) if only is None else []:
@@ -64,7 +63,7 @@ def print_table(record: Record, console: Console, only: Container[str] | None = 
 
 def ran(record: Record) -> list[str]:
     """The baselines that were timed in any case, in the order of PEERS."""
-    return [name for name in PEERS if any(name in case["times"] for case in record["cases"])]
+    return [name for name in PEERS if any(name in case.times for case in record.cases)]
 
 
 def closest(record: Record, count: int) -> list[str]:
@@ -80,8 +79,8 @@ def print_summary(record: Record, console: Console) -> None:
     main = main_variant(record)
     for dtype, part in by_dtype(record).items():
         noisy = len(noisy_cases(part))
-        beside = f" ({noisy} of {len(part['cases'])} cases noisy)" if noisy else ""
-        for threads in sorted(record["threads"], reverse=True):
+        beside = f" ({noisy} of {len(part.cases)} cases noisy)" if noisy else ""
+        for threads in sorted(record.threads, reverse=True):
             variant = f"sgmv@{threads}"
             lines = summarise(part, variant)
             if variant != main:
@@ -130,13 +129,13 @@ def print_goals(record: Record, console: Console) -> None:
 def footnotes(record: Record) -> list[str]:
     """What the columns mean, and on what terms the baselines ran."""
     main = main_variant(record)
-    blas = record["blas"]
+    blas = record.blas
     return [
         f"Ratios: baseline time / {main} time, at the median; {LOSS} marks a loss; - did not run.",
         "limit: share of the roofline, max(bytes / bandwidth at this footprint, FLOP / FMA peak).",
         "Segments (sgmv), row lists and weights as each baseline wants them made beforehand;",
         "weights hot: each call reads the same ones.",
-        f"numpy's BLAS: {blas['name']}, threads: {blas['threads'] or 'its default'}.",
+        f"numpy's BLAS: {blas.name}, threads: {blas.threads or 'its default'}.",
     ]
 
 
@@ -146,45 +145,26 @@ def noise(record: Record) -> list[str]:
     if not noisy:
         return []
     return [
-        f"WARNING: other processes ran during {len(noisy)} of {len(record['cases'])} cases, marked "
+        f"WARNING: other processes ran during {len(noisy)} of {len(record.cases)} cases, marked "
         f"{NOISY}: do not trust these.",
         "--patience SECONDS times them again after the table.",
     ]
 
 
-def ratio_text(ratio: float) -> str:
-    """A ratio in few characters, a loss marked.
-
-    >>> ratio_text(1.234), ratio_text(0.5), ratio_text(123.4)
-    ('1.23x', '0.50x!', '123x')
-    """
-    digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
-    return f"{ratio:.{digits}f}x" + (LOSS if ratio < 1 else "")
-
-
-def microseconds(value: float) -> str:
-    """Three or more significant digits, no more than needed.
-
-    >>> microseconds(8.123), microseconds(1234.5)
-    ('8.12', '1234')
-    """
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
 def _row(case: CaseRecord, main: str, one: str, baselines: Sequence[str]) -> list[Span]:
     found: list[Span] = [
-        (str(case["rank"]), ""),
-        (str(case["rows"]), ""),
-        (case["popularity"], ""),
-        (str(case["S"]), ""),
-        (microseconds(case["times"][main]["q50"]), "bold"),
+        (str(case.rank), ""),
+        (str(case.rows), ""),
+        (case.popularity, ""),
+        (str(case.S), ""),
+        (microseconds(case.times[main].q50), "bold"),
     ]
     if one != main:
-        found.append((microseconds(case["times"][one]["q50"]), ""))
+        found.append((microseconds(case.times[one].q50), ""))
     for name in baselines:
-        ratio = case["ratios"][main].get(name)
+        ratio = case.ratios[main].get(name)
         found.append(("-", "dim") if ratio is None else _ratio(ratio))
-    found.append((f"{case['shares'][main]:.0%}", ""))
+    found.append((f"{case.shares[main]:.0%}", ""))
     return found
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.models import LAYERS, MODELS, shapes
+from benchmarks.batch import DTYPES, ONE_ROW
 from reference.workloads import POPULARITIES
+from sgmv.models import LAYERS, MODELS
 
-# With one row the four popularities are the same batch: it is timed once, under this name.
-ONE_ROW = "one row"
-DTYPES = ("float32", "float16", "bfloat16")
 RANKS = (8, 16, 64)
 FULL_ROWS = (1, 4, 16, 64, 256, 2048)
 QUICK_ROWS = (1, 4, 16, 64, 256, 1024)
@@ -91,6 +89,19 @@ def cases(mode: str, filters: Filters) -> list[Case]:
     return sorted(unique, key=lambda c: (c.dtype, c.h_in, c.h_out, c.rank, c.rows))
 
 
+def shapes(models: Sequence[str], layers: Sequence[str]) -> dict[tuple[int, int], list[str]]:
+    """{(h_in, h_out): ["model layer", ...]}: layers of one shape share one entry.
+
+    >>> shapes(["Llama-3-8B", "Mistral-7B"], ["down"])
+    {(14336, 4096): ['Llama-3-8B down', 'Mistral-7B down']}
+    """
+    found: dict[tuple[int, int], list[str]] = {}
+    for model in models:
+        for layer in layers:
+            found.setdefault(MODELS[model].layer(layer), []).append(f"{model} {layer}")
+    return found
+
+
 def _product(
     models: Sequence[str],
     layers: Sequence[str],
@@ -101,7 +112,7 @@ def _product(
 ) -> list[Case]:
     return [
         Case(h_in, h_out, rank, n, popularity, dtype, tuple(names))
-        for (h_in, h_out), names in shapes(list(models), list(layers)).items()
+        for (h_in, h_out), names in shapes(models, layers).items()
         for dtype in dtypes
         for rank in ranks
         for n in rows

@@ -7,9 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
+
+from benchmarks.machine import cpu_use, foreign_cores
+from benchmarks.record import Times, is_quiet, significant
+
+T = TypeVar("T")
+ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -60,19 +68,9 @@ class Deadline:
 NEVER = Deadline(math.inf)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Quantiles over the timed calls. Units: microseconds."""
-
-    q20: float
-    q50: float
-    q80: float
-    calls: int
-
-
 def alternate(
     variants: Sequence[Variant], budget: Budget, until: Deadline = NEVER
-) -> dict[str, Timing]:
+) -> dict[str, Times]:
     """The quantiles of all variants, over all their `turns`."""
     found = turns(variants, budget, until)
     return {name: summary(chain(*samples)) for name, samples in found.items()}
@@ -123,8 +121,30 @@ def _turn(call: Callable[[], object], budget: Budget) -> list[int]:
     return times
 
 
-def summary(nanoseconds: Iterable[int]) -> Timing:
+def summary(nanoseconds: Iterable[int]) -> Times:
     """The quantiles of such calls."""
     times = list(nanoseconds)
-    q20, q50, q80 = np.quantile(times, (0.2, 0.5, 0.8)) / 1e3
-    return Timing(float(q20), float(q50), float(q80), len(times))
+    q20, q50, q80 = (significant(q / 1e3) for q in np.quantile(times, (0.2, 0.5, 0.8)))
+    return Times(q20, q50, q80, len(times))
+
+
+def time_quietly(
+    variants: Sequence[Variant], budget: Budget
+) -> tuple[dict[str, Times], float | None]:
+    """Timings, and the cores that other processes kept busy meanwhile: see `quietly`."""
+    return quietly(partial(alternate, variants, budget))
+
+
+def quietly(measure: Callable[[], T], attempts: int = ATTEMPTS) -> tuple[T, float | None]:
+    """What a measurement gives, and the cores that other processes kept busy meanwhile.
+
+    Semantics: repeated, up to `attempts` times in all, while others are busy; the quietest one
+    counts, whatever its timings are. Beside one other busy process on two cores, numpy's threaded
+    product took ten times its time (256 rows, one segment): such a case would flatter sgmv.
+    """
+    made: list[tuple[T, float | None]] = []
+    while not made or (len(made) < attempts and not is_quiet(made[-1][1])):
+        before = cpu_use()
+        found = measure()
+        made.append((found, foreign_cores(before, cpu_use())))
+    return min(made, key=lambda attempt: attempt[1] or 0.0)

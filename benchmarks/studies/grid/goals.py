@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import geometric_mean
 
-from benchmarks.grid import QUICK_LAYER, QUICK_MODEL
-from benchmarks.models import MODELS
-from benchmarks.record import CaseRecord, Record, geomean, main_variant
+from benchmarks.studies.grid.cases import QUICK_LAYER, QUICK_MODEL
+from benchmarks.studies.grid.records import CaseRecord, Record, main_variant
+from sgmv.models import MODELS
 
 LARGE = 8 << 20  # bytes of weights beyond which decode should follow their size
 LAYER = MODELS[QUICK_MODEL].layer(QUICK_LAYER)
@@ -51,28 +52,28 @@ class Goal:
 def goals(record: Record) -> list[Goal]:
     """Every goal, in the order in which they were set."""
     main = main_variant(record)
-    single = [case for case in record["cases"] if case["dtype"] == "float32"]
-    half = [case for case in record["cases"] if case["dtype"] == "bfloat16"]
-    peak = record["ceilings"]["peak"][str(max(record["threads"]))]
+    single = [case for case in record.cases if case.dtype == "float32"]
+    half = [case for case in record.cases if case.dtype == "bfloat16"]
+    peak = record.ceilings.peak[str(max(record.threads))]
 
     def share(case: CaseRecord) -> float:
-        return case["shares"][main]
+        return case.shares[main]
 
     def of_peak(case: CaseRecord) -> float:
-        return case["flops"] / (case["times"][main]["q50"] * 1e-6) / peak
+        return case.flops / (case.times[main].q50 * 1e-6) / peak
 
     def against(peer: str) -> Callable[[CaseRecord], float]:
-        return lambda case: case["ratios"][main][peer]
+        return lambda case: case.ratios[main][peer]
 
     def closest(case: CaseRecord) -> float:
-        return min(case["ratios"][main].values())
+        return min(case.ratios[main].values())
 
-    segments = [case for case in single if "by_segment" in case["ratios"][main]]
-    compared = [case for case in single if case["ratios"][main]]
-    few = [case for case in single if 2 <= case["rows"] / case["S"] <= 8]
-    distinct = [case for case in single if case["popularity"] == "distinct"]
-    prefill = [case for case in single if case["rows"] == 2048]
-    halves = [case for case in half if "torch_native" in case["ratios"][main]]
+    segments = [case for case in single if "by_segment" in case.ratios[main]]
+    compared = [case for case in single if case.ratios[main]]
+    few = [case for case in single if 2 <= case.rows / case.S <= 8]
+    distinct = [case for case in single if case.popularity == "distinct"]
+    prefill = [case for case in single if case.rows == 2048]
+    halves = [case for case in half if "torch_native" in case.ratios[main]]
     against_single = _pairs(half, single, main)
     return [
         _goal("float32 against numpy's segments", 3.0, "x", segments, against("by_segment")),
@@ -83,12 +84,12 @@ def goals(record: Record) -> list[Goal]:
         _goal("segments of 2 to 8 rows, of the limit", 0.85, "%", few, share),
         Goal(
             "bfloat16 against float32, distinct, over 8 MiB", 1.9,
-            geomean(against_single) if against_single else None, "x", len(against_single),
+            geometric_mean(against_single) if against_single else None, "x", len(against_single),
         ),
         *(
             _goal(
                 f"2048 rows, {popularity}, r = {rank}, of the FMA peak", wanted, "%",
-                [c for c in prefill if (c["popularity"], c["rank"]) == (popularity, rank)], of_peak,
+                [c for c in prefill if (c.popularity, c.rank) == (popularity, rank)], of_peak,
             )
             for popularity, rank, wanted in (
                 ("identical", 64, 0.75), ("identical", 16, 0.57), ("uniform", 16, 0.40),
@@ -99,32 +100,32 @@ def goals(record: Record) -> list[Goal]:
                 f"bfloat16, 2048 rows, identical, r = {rank}, against torch's mm", 1.3, "x",
                 [
                     c for c in halves
-                    if (c["rows"], c["popularity"], c["rank"]) == (2048, "identical", rank)
-                    and (c["h_in"], c["h_out"]) == LAYER
+                    if (c.rows, c.popularity, c.rank) == (2048, "identical", rank)
+                    and (c.h_in, c.h_out) == LAYER
                 ],
                 against("torch_native"),
             )
             for rank in (16, 64)
         ),
-        Goal("one call beyond its kernels, Segments", 3.0, record["call_us"]["segments"], "us", 1),
-        Goal("one call beyond its kernels, from ids", 5.0, record["call_us"]["ids"], "us", 1),
+        Goal("one call beyond its kernels, Segments", 3.0, record.call_us.segments, "us", 1),
+        Goal("one call beyond its kernels, from ids", 5.0, record.call_us.ids, "us", 1),
     ]  # fmt: skip
 
 
 def _pairs(half: Iterable[CaseRecord], single: Iterable[CaseRecord], main: str) -> list[float]:
     """Time in float32 over time in bfloat16, of distinct batches with large weights."""
-    times = {_key(case): case["times"][main]["q50"] for case in single}
+    times = {_key(case): case.times[main].q50 for case in single}
     return [
-        times[_key(case)] / case["times"][main]["q50"]
+        times[_key(case)] / case.times[main].q50
         for case in half
-        if case["popularity"] == "distinct"
-        and case["S"] * case["rank"] * (case["h_in"] + case["h_out"]) * 4 > LARGE
+        if case.popularity == "distinct"
+        and case.S * case.rank * (case.h_in + case.h_out) * 4 > LARGE
         and _key(case) in times
     ]
 
 
 def _key(case: CaseRecord) -> tuple[object, ...]:
-    return tuple(case[name] for name in ("h_in", "h_out", "rank", "rows", "popularity"))
+    return tuple(getattr(case, name) for name in ("h_in", "h_out", "rank", "rows", "popularity"))
 
 
 def _goal(
@@ -135,7 +136,7 @@ def _goal(
     figure: Callable[[CaseRecord], float],
 ) -> Goal:
     """The geometric mean of a figure over cases."""
-    found = geomean(map(figure, cases)) if cases else None
+    found = geometric_mean(map(figure, cases)) if cases else None
     return Goal(what, wanted, found, unit, len(cases))
 
 
@@ -145,8 +146,8 @@ def _worst(
     return Goal(what, wanted, min(map(figure, cases), default=None), "x", len(cases))
 
 
-def markdown(record: Record) -> str:
-    """The goals as a table."""
+def page(record: Record, _name: str) -> str:
+    """The goals as the table of docs/kernels.md."""
     lines = ["| goal | cases | wanted | found | |", "| --- | ---: | ---: | ---: | --- |"]
     for goal in goals(record):
         cells = (goal.what, str(goal.cases), goal.text(goal.wanted), goal.text(goal.found))

@@ -10,39 +10,34 @@ stand at once 1.9 GiB). Weights are hot, segments made before, as in the other t
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, TypedDict
+from itertools import cycle
+from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import sgmv
 from benchmarks import machine
 from benchmarks.batch import popularity_ids
-from benchmarks.console import Console
-from benchmarks.record import Head, Times, is_quiet, load_as, record_head, validate_as
-from benchmarks.run import time_quietly, times_record
-from benchmarks.timing import Budget, Variant
-from reference import bounds, by_row, compare
-from sgmv.console import Parser, at_least
-from sgmv.cpu import cores
+from benchmarks.clock import Budget, Variant, time_quietly
+from benchmarks.figures import COLOURS, MARKERS, band
+from benchmarks.gate import check_rows
+from benchmarks.record import Head, Times
+from benchmarks.study import Study
+from benchmarks.text import Console, Table
 
-SCHEMA = 1
-PREFIX = "growth-"
 H_IN, H_OUT, RANK = 1024, 1024, 16
 MOST_ROWS, MOST_ADAPTERS = 16384, 10_000
 LOADED = (1, 4, 16, 64, 256, 1024, 4096, MOST_ADAPTERS)
 FEW_ROWS = 64
 DISTINCT_WEIGHTS = 64  # adapters repeat these values, each in memory of its own
 END = 8  # the slope is that of the points from the largest / END on
-CHECKED_ROWS = 6
 BUDGET = Budget(rounds=5, turn_s=0.02)
 
 
@@ -73,7 +68,7 @@ class Fit:
         return np.asarray(self.a + self.b * np.asarray(n, np.float64))
 
 
-class PointRecord(TypedDict):
+class PointRecord(msgspec.Struct, forbid_unknown_fields=True):
     """`rows` and `S` of the batch, adapters `loaded`, at n on the axis."""
 
     n: int
@@ -83,7 +78,7 @@ class PointRecord(TypedDict):
     times: Times
 
 
-class SeriesRecord(TypedDict):
+class SeriesRecord(msgspec.Struct, forbid_unknown_fields=True):
     """One curve as it was measured; `foreign_cores` as in the other record."""
 
     name: str
@@ -95,6 +90,8 @@ class SeriesRecord(TypedDict):
 class GrowthRecord(Head):
     """One run of this file: raw times; fits are computed from them where they are shown."""
 
+    STUDY: ClassVar[str] = "growth"
+    threads: int
     h_in: int
     h_out: int
     rank: int
@@ -172,101 +169,77 @@ def measure(series: Series, threads: int, budget: Budget = BUDGET) -> SeriesReco
     turns, facts = [], {}
     for n, (stack, ids) in batches.items():
         segments = sgmv.segment(ids)
-        check(y[: len(ids)], x[: len(ids)], stack, ids)
+        check_rows(y[: len(ids)], x[: len(ids)], stack, ids)
         call = partial(sgmv.add_lora, y[: len(ids)], x[: len(ids)], stack, segments)
         turns.append(Variant(str(n), call))
-        facts[n] = {"rows": len(ids), "S": len(segments.adapter_ids), "loaded": len(stack.ids)}
-    timed, foreign = time_quietly(turns, budget)
-    times = times_record(timed)
-    points: list[Any] = [{"n": n, **facts[n], "times": times[str(n)]} for n in series.sizes]
-    return {
-        "name": series.name, "axis": series.axis, "foreign_cores": foreign, "points": points
-    }  # fmt: skip
-
-
-def check(
-    y: NDArray[Any], x: NDArray[Any], stack: sgmv.AdapterStack, ids: NDArray[np.int64]
-) -> None:
-    """Hold rows at both ends and between to the reference: wrong results are not timed."""
-    rows = np.unique(np.linspace(0, len(ids) - 1, CHECKED_ROWS).astype(np.int64))
-    adapters = {int(i): stack[int(i)] for i in ids[rows]}
-    expected = by_row.add_lora(y[rows], x[rows], adapters, ids[rows])
-    bound = bounds.add_lora_bound(y[rows], x[rows], adapters, ids[rows], expected=expected)
-    result = sgmv.add_lora(y.copy(), x, stack, ids)
-    compare.check(result[rows], expected, bound, f"{len(stack.ids)} adapters, {len(ids)} rows")
+        facts[n] = len(ids), len(segments.adapter_ids), len(stack.ids)
+    times, foreign = time_quietly(turns, budget)
+    points = [PointRecord(n, *facts[n], times[str(n)]) for n in series.sizes]
+    return SeriesRecord(series.name, series.axis, foreign, points)
 
 
 def fitted(series: SeriesRecord) -> Fit:
     """The line through a curve's medians."""
     return fit(
-        [point["n"] for point in series["points"]],
-        [point["times"]["q50"] for point in series["points"]],
+        [point.n for point in series.points],
+        [point.times.q50 for point in series.points],
     )
 
 
-def table(record: GrowthRecord) -> list[list[str]]:
-    """One line per curve, after the heads."""
-    lines = [["", "n", "a us", "b us per n", "deviates", "slope", "t(last) / t(first)"]]
-    for series in record["series"]:
-        found, points = fitted(series), series["points"]
+def tables(record: GrowthRecord) -> list[Table]:
+    """One line per curve."""
+    head = ["", "n", "a us", "b us per n", "deviates", "slope", "t(last) / t(first)"]
+    rows = []
+    for series in record.series:
+        found, points = fitted(series), series.points
         first, last = points[0], points[-1]
-        ratio = last["times"]["q50"] / first["times"]["q50"]
-        lines.append(
+        rows.append(
             [
-                series["name"], f"{first['n']}..{last['n']}", f"{found.a:.3g}", f"{found.b:.3g}",
-                f"{found.deviation:.0%}", f"{found.slope:.2f}", f"{ratio:.3g}",
+                series.name, f"{first.n}..{last.n}", f"{found.a:.3g}", f"{found.b:.3g}",
+                f"{found.deviation:.0%}", f"{found.slope:.2f}",
+                f"{last.times.q50 / first.times.q50:.3g}",
             ]
         )  # fmt: skip
-    return lines
-
-
-def print_table(record: GrowthRecord, console: Console) -> None:
-    console.table(table(record), left=1)
-    for note in (
+    notes = (
         "t = a + b n by least squares on relative error; deviates: largest |fit - t| / t;",
         f"slope: of log t over log n, from the largest n / {END} on.",
-        f"Medians, {record['threads']} threads, {record['h_in']} > {record['rank']} > "
-        f"{record['h_out']} {record['dtype']}, weights {record['weights']}.",
-    ):
-        console.print(note, "dim")
-    noisy = [s["name"] for s in record["series"] if not is_quiet(s["foreign_cores"])]
-    if noisy:
-        console.print(f"WARNING: other processes ran during: {', '.join(noisy)}", "bold red")
+        f"Medians, {record.threads} threads, {record.h_in} > {record.rank} > {record.h_out} "
+        f"{record.dtype}, weights {record.weights}.",
+    )
+    return [Table(head, rows, 1, notes)]
 
 
-def save(record: GrowthRecord, path: Path) -> None:
-    """Write JSON with one point per line, so that two records can be compared with diff."""
-    validate_as(GrowthRecord, SCHEMA, record)
-    head: Mapping[str, object] = {**record, "series": []}
-    parts = []
-    for series in record["series"]:
-        points = ",\n".join(json.dumps(point) for point in series["points"])
-        empty = json.dumps({**series, "points": []})
-        parts.append(empty.replace('"points": []', f'"points": [\n{points}\n]'))
-    text = json.dumps(head, indent=1).replace('"series": []', '"series": [\n%s\n]')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text % ",\n".join(parts) + "\n")
+def figure(record: GrowthRecord) -> Figure:
+    """Two panels, over rows and over adapters: time of one call, each curve with its line."""
+    names = list(dict.fromkeys(series.axis for series in record.series))
+    found = Figure(figsize=(4.4 * len(names), 4.4), layout="constrained")
+    axes = found.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        shown = [series for series in record.series if series.axis == name]
+        looks = zip(cycle(COLOURS), cycle(MARKERS), strict=False)
+        for series, (colour, marker) in zip(shown, looks, strict=False):
+            n = np.array([point.n for point in series.points])
+            times = [point.times for point in series.points]
+            band(
+                axis, n, times, colour, marker=marker, markersize=4.5, linestyle="none",
+                label=series.name,
+            )  # fmt: skip
+            line = np.geomspace(n[0], n[-1], 200)
+            axis.plot(line, fitted(series).at(line), color=colour, linewidth=1.2)
+        axis.set(xscale="log", yscale="log", xlabel=name)
+        axis.grid(True, color="#dddddd", linewidth=0.6)
+        axis.legend(fontsize=8, framealpha=0.9, loc="upper left")
+    axes[0].set_ylabel("time of one call (µs)")
+    found.suptitle(
+        f"{record.h_in} → {record.rank} → {record.h_out}, {record.dtype}, "
+        f"{record.threads} threads: medians, band 20-80 %, lines t = a + b n",
+        fontsize=11,
+    )
+    return found
 
 
-def load(path: Path) -> GrowthRecord:
-    """Read and validate a record. Raises RecordError, naming the file."""
-    return load_as(GrowthRecord, SCHEMA, path, "python -m benchmarks growth")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, save; returns 0."""
-    from benchmarks import figures, readme
-
-    parser = Parser(
-        prog="python -m benchmarks growth", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=at_least(1), default=cores(), help="default: all cores")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/records/")
-    parser.add_argument("--output", type=Path, default=Path("bench-out"))
-    args = parser.parse_args(argv)
-    console = Console()
-    started = time.perf_counter()
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every curve that there is memory for."""
     bytes_each = RANK * (H_IN + H_OUT) * 4
     room = machine.available_memory() // 2
     loaded = [count for count in LOADED if count * bytes_each * 1.5 < room]
@@ -276,25 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for curve in curves(MOST_ROWS, loaded):
         console.print(f"  {curve.name}")
         series.append(measure(curve, args.threads))
-    record: GrowthRecord = {
-        **record_head(SCHEMA, args.threads, started),
-        "h_in": H_IN,
-        "h_out": H_OUT,
-        "rank": RANK,
-        "dtype": "float32",
-        "weights": "hot",
-        "series": series,
-    }
-    print_table(record, console)
-    quiet = all(is_quiet(each["foreign_cores"]) for each in series)
-    written = [
-        readme.destination(PREFIX, args.record, quiet, args.output, record["machine"], console)
-    ]
-    save(record, written[0])
-    if find_spec("matplotlib"):
-        written.append(figures.draw_growth(record, written[0].parent))
-    console.print(f"written: {', '.join(map(str, written))}")
-    return 0
+    return {
+        "threads": args.threads, "h_in": H_IN, "h_out": H_OUT, "rank": RANK, "dtype": "float32",
+        "weights": "hot", "series": series,
+    }  # fmt: skip
 
 
 def _doublings(most: int) -> list[int]:
@@ -305,3 +263,6 @@ def _doublings(most: int) -> list[int]:
     """
     powers = [1 << k for k in range(most.bit_length()) if 1 << k < most]
     return [*powers, most]
+
+
+STUDY = Study("growth", __doc__, GrowthRecord, run, tables, figures={"growth.png": figure})

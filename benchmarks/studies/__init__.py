@@ -1,0 +1,1 @@
+"""The studies. `registry.py` has a line for each."""

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 Span = tuple[str, str]  # text, and a rich style ("" for none)
+UNDECIDED = "~"  # the interval of a ratio spans 1
 LOSS = "!"  # a mark, not only a colour: it must survive a pipe and colour blindness
 
 
@@ -96,14 +97,15 @@ class Console:
             yield advance
 
 
-def ratio_text(ratio: float) -> str:
-    """A ratio in few characters, a loss marked.
+def ratio_text(ratio: float, interval: tuple[float, float] | None = None) -> str:
+    """A ratio in few characters, with a mark if it is a loss or if its interval spans 1.
 
-    >>> ratio_text(1.234), ratio_text(0.5), ratio_text(123.4)
-    ('1.23x', '0.50x!', '123x')
+    >>> ratio_text(1.234), ratio_text(0.5), ratio_text(123.4), ratio_text(0.98, (0.9, 1.1))
+    ('1.23x', '0.50x!', '123x', '0.98x~')
     """
     digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
-    return f"{ratio:.{digits}f}x" + (LOSS if ratio < 1 else "")
+    undecided = interval is not None and interval[0] <= 1 <= interval[1]
+    return f"{ratio:.{digits}f}x" + (UNDECIDED if undecided else LOSS if ratio < 1 else "")
 
 
 def microseconds(value: float) -> str:

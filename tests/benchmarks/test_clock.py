@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 
-from benchmarks.clock import Budget, Variant, alternate
+from benchmarks.clock import Budget, Variant, alternate, interval
 from tests.help.benched import Clock
 
 pytestmark = pytest.mark.once
@@ -41,3 +42,26 @@ def test_variants_take_turns_after_untimed_calls() -> None:
     assert calls == ["set A", "A", "set B", "B"]
     assert {name: timing.calls for name, timing in times.items()} == {"A": 3, "B": 3}
     assert all(0 < t.q20 <= t.q50 <= t.q80 for t in times.values())
+
+
+def rounds(*medians: float) -> list[list[int]]:
+    return [[int(median * 1000)] for median in medians]
+
+
+def test_an_interval_is_as_wide_as_rounds_differ() -> None:
+    """A machine that slows down hits both sides of a round, and moves no ratio."""
+    assert interval(rounds(1, 2, 3, 4), rounds(2, 4, 6, 8)) == (2.0, 2.0)
+    low, high = interval(rounds(1, 1, 1, 1), rounds(0.9, 1.1, 0.8, 1.2)) or pytest.fail("none")
+    assert 0.8 <= low < 0.95 < 1.05 < high <= 1.2
+    assert interval(rounds(1), rounds(2)) is None
+
+
+def test_intervals_hold_the_true_ratio_as_often_as_they_say() -> None:
+    """Of 20 rounds with normal noise, at most a tenth of the intervals miss it."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(200):
+        ours, theirs = (rounds(*(10 * (1 + rng.normal(0, 0.1, 20)))) for _ in range(2))
+        low, high = interval(ours, theirs) or pytest.fail("none")
+        missed += not low <= 1 <= high
+    assert missed <= 20

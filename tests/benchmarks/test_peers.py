@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gate
+from benchmarks import clock, gate
 from benchmarks.batch import Batch, dtype_of, make_batch, make_pool
 from benchmarks.peers import PEERS, SPIN_S, TURNS, mkl, with_torch
 from benchmarks.record import Times
@@ -104,8 +104,8 @@ def test_turns_wait_for_the_threads_before_them(monkeypatch: pytest.MonkeyPatch)
         seen.extend(turns)
         return real(turns, *limits)
 
-    real = run.alternate
-    monkeypatch.setattr(run, "alternate", alternate)
+    real = clock.turns
+    monkeypatch.setattr(clock, "turns", alternate)
     pool = make_pool(32, 16, 4, 4, np.dtype(np.float32), seed=0)
     case = Case(32, 16, 4, 4, "distinct", "float32", ())
     run.measure(case, pool, np.arange(4), run.Terms([1], ONE_CALL, 0, FLAT))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from benchmarks import record as records
+from benchmarks.clock import Budget
 from benchmarks.peers import PEERS
 from benchmarks.record import load
-from benchmarks.studies.grid import table
+from benchmarks.studies.grid import command as grid
+from benchmarks.studies.grid import readme, run, table
+from benchmarks.studies.grid.cases import Case
 from benchmarks.studies.grid.command import STUDY
-from benchmarks.studies.grid.records import Record
+from benchmarks.studies.grid.records import Record, case_label
 from benchmarks.text import Console
-from tests.help.benched import synthetic_record
+from tests.help.benched import FLAT, synthetic_record
 
 pytestmark = pytest.mark.once
 
@@ -56,3 +62,48 @@ def test_busy_machine_is_told_and_not_recorded(
     STUDY.keep(record, args, Console())
     (written,) = records.RECORDS.iterdir()
     assert written.name.startswith("quick-")
+
+
+def test_a_ratio_is_undecided_where_its_interval_spans_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = synthetic_record()
+    record.cases[0].intervals = {"sgmv@2": {"by_segment": (1.8, 2.2)}}
+    record.cases[1].intervals = {"sgmv@2": {"by_segment": (0.4, 1.1)}}
+    table.print_table(record, Console())
+    shown = capsys.readouterr().out
+    assert "2.00x " in shown
+    assert "0.50x~" in shown
+    assert "0.50x!" not in shown
+    assert "| 0.50x~ |" in readme.cases_table(record, "") + readme.cases_table(
+        replace(record, cases=record.cases[1:]), ""
+    )
+
+
+def test_the_worst_cases_are_timed_again_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, seen = synthetic_record(), list[tuple[str, int]]()
+    cases = [
+        Case(c.h_in, c.h_out, c.rank, c.rows, c.popularity, c.dtype, tuple(c.names))
+        for c in record.cases
+    ]
+    win, loss = cases
+    groups = [run.Group(lambda: None, [(case, None) for case in cases])]  # type: ignore[arg-type,return-value,list-item]
+
+    def measure(case: Case, pool: Any, ids: Any, terms: run.Terms, until: Any) -> Any:
+        seen.append((case.popularity, terms.budget.rounds))
+        found = copy.deepcopy(record.cases[cases.index(case)])
+        found.ratios["sgmv@2"]["by_segment"] = 1.25
+        return found
+
+    monkeypatch.setattr(run, "measure", measure)
+    terms = run.Terms([1, 2], Budget(rounds=3), 0, FLAT)
+    records = dict(zip(cases, record.cases, strict=True))
+    record.again = grid.worst_again(groups, records, terms, 1, Console())
+    assert seen == [("identical", 6)]
+    table.print_again(record, Console())
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert (row[-4], row[-2]) == ("0.50x!", "1.25x")
+    assert [case_label(case) for case in record.again] == [loss.label()]
+    assert win.label() != loss.label()

@@ -10,6 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import sgmv
 from benchmarks import gate, machine
 from benchmarks.batch import DTYPES, dtype_of
 from benchmarks.ceilings import Ceilings, probe
-from benchmarks.clock import Budget, Deadline
+from benchmarks.clock import NEVER, Budget, Deadline
 from benchmarks.peers import PEERS, TURNS, left_out
 from benchmarks.record import check, made, noisy, significant
 from benchmarks.studies.grid import figures, goals, readme, run, table
@@ -102,8 +103,11 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(f"timed again: {len(changed)} rows changed, {still}", "bold")
         if changed:
             _print(record, console, changed)
+    if args.repeat_worst:
+        record.again = worst_again(groups, records, terms, args.repeat_worst, console)
+        table.print_again(record, console)
     console.print()
-    return {name: getattr(record, name) for name in [*fields, "noisy"]}
+    return {name: getattr(record, name) for name in [*fields, "noisy", "again"]}
 
 
 def _corpus(grid: Sequence[Case], threads: Sequence[int], console: Console) -> Gate:
@@ -169,6 +173,23 @@ def _timed_again(
         console.print("interrupted", "yellow")
 
 
+def worst_again(
+    groups: Sequence[run.Group],
+    records: Mapping[Case, CaseRecord],
+    terms: run.Terms,
+    count: int,
+    console: Console,
+) -> list[CaseRecord]:
+    """The cases with the lowest ratios, so many, timed by themselves for twice the rounds."""
+    main = f"sgmv@{max(terms.threads)}"
+    compared = [case for case, found in records.items() if found.ratios[main]]
+    worst = sorted(compared, key=lambda case: min(records[case].ratios[main].values()))[:count]
+    longer = replace(terms, budget=replace(terms.budget, rounds=2 * terms.budget.rounds))
+    again: dict[Case, CaseRecord] = {}
+    _timed(run.those(groups, worst.__contains__), again, longer, NEVER, console)
+    return [again[case] for case in worst]
+
+
 def _print(record: Record, console: Console, only: Sequence[str] | None = None) -> None:
     """The table, or its rows of these cases; the summary; what found no time; the goals."""
     table.print_table(record, console, only)
@@ -218,6 +239,10 @@ def arguments(parser: Parser) -> None:
         "--patience", type=seconds, metavar="SECONDS",
         help="after the table, time again the cases beside which other processes ran, so long; "
         f"0 = none (default: {PATIENCE_S['quick']:.0f}, with --full {PATIENCE_S['full']:.0f})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeat-worst", type=at_least(1), metavar="K",
+        help="time the K cases of the lowest ratios again by themselves, and show both figures",
     )  # fmt: skip
     parser.add_argument(
         "--memory-gib", type=float, metavar="GIB",

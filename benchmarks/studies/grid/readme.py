@@ -79,6 +79,11 @@ def _cells(case: CaseRecord, main: str, baselines: Sequence[str]) -> list[str]:
         case.popularity,
         str(case.S),
         microseconds(case.times[main].q50),
-        *(ratio_text(ratios[name]) if name in ratios else "-" for name in baselines),
+        *(
+            ratio_text(ratios[name], case.intervals.get(main, {}).get(name))
+            if name in ratios
+            else "-"
+            for name in baselines
+        ),
         f"{case.shares[main]:.0%}",
     ]

@@ -14,7 +14,7 @@ from benchmarks.record import Head, Times, is_quiet, noisy, significant
 from benchmarks.studies.grid.cases import label
 
 
-class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
+class CaseRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One timed case.
 
     `names`: the layers of this shape. `S`: segments. `footprint`: bytes touched by one call (the
@@ -23,7 +23,8 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     were held to a coarser bound. `times`: by variant; "sgmv@2" is sgmv with 2 threads and segments
     made before, "sgmv@2 ids" the same from adapter ids; the others are baselines. `ratios`: by sgmv
     variant and baseline, baseline time / sgmv time at the median: above 1, sgmv is faster.
-    `shares`: by sgmv variant, the roofline's time limit / time. `skipped`: baselines that did not
+    `shares`: by sgmv variant, the roofline's time limit / time. `intervals`: of each ratio, by
+    `clock.interval`; older records have none. `skipped`: baselines that did not
     run, and why. `foreign_cores`: cores that other processes kept busy meanwhile, on average; None
     where the system does not say.
     """
@@ -44,6 +45,7 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     shares: dict[str, float]
     skipped: dict[str, str]
     foreign_cores: float | None
+    intervals: dict[str, dict[str, tuple[float, float]]] = msgspec.field(default_factory=dict)
 
 
 class CeilingsRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,7 +78,8 @@ class Record(Head, omit_defaults=True):
     """One run. `threads`: of sgmv, the last is the main one. `untimed`: cases left out, and why.
 
     `weights`: "hot", each call reads the same weights again. `noisy`: labels of the cases beside
-    which other processes ran, also when they were timed again.
+    which other processes ran, also when they were timed again. `again`: the worst cases, timed by
+    themselves.
     """
 
     SCHEMA: ClassVar[int] = 2
@@ -91,6 +94,7 @@ class Record(Head, omit_defaults=True):
     untimed: dict[str, str]
     cases: list[CaseRecord]
     noisy: list[str] = msgspec.field(default_factory=list)
+    again: list[CaseRecord] = msgspec.field(default_factory=list)
 
 
 def main_variant(record: Record) -> str:

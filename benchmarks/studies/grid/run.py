@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
+from benchmarks import clock
 from benchmarks.batch import (
     Batch,
     Pool,
@@ -24,10 +26,19 @@ from benchmarks.batch import (
     popularity_ids,
 )  # fmt: skip
 from benchmarks.ceilings import Ceilings
-from benchmarks.clock import NEVER, Budget, Deadline, Variant, alternate, quietly, time_quietly
+from benchmarks.clock import (
+    NEVER,
+    Budget,
+    Deadline,
+    Variant,
+    interval,
+    quietly,
+    summary,
+    time_quietly,
+)
 from benchmarks.gate import GateError, check_case
 from benchmarks.peers import PEERS, TURNS, left_out, rests
-from benchmarks.record import Times, is_quiet, significant
+from benchmarks.record import is_quiet, significant
 from benchmarks.studies.grid.cases import Case
 from benchmarks.studies.grid.records import CallTimes, CaseRecord, ratios
 
@@ -163,12 +174,13 @@ def smallest_first(groups: Sequence[Group]) -> list[Group]:
 
 def unsettled(groups: Sequence[Group], records: dict[Case, CaseRecord]) -> list[Group]:
     """Groups of the cases that are not timed yet; then of those timed beside other processes."""
-    untimed = _those(groups, lambda case: case not in records)
-    noisy = _those(groups, lambda case: case in records and not is_quiet(_noise(records[case])))
+    untimed = those(groups, lambda case: case not in records)
+    noisy = those(groups, lambda case: case in records and not is_quiet(_noise(records[case])))
     return untimed + noisy
 
 
-def _those(groups: Sequence[Group], wanted: Callable[[Case], bool]) -> list[Group]:
+def those(groups: Sequence[Group], wanted: Callable[[Case], bool]) -> list[Group]:
+    """The groups with their wanted cases, but for those without any."""
     found = [
         Group(group.make, [(case, ids) for case, ids in group.cases if wanted(case)])
         for group in groups
@@ -215,8 +227,8 @@ def measure(
     ]
     # y grows with every call and leaves float16's range in the end: no news, and no matter to time.
     with np.errstate(over="ignore", invalid="ignore"):
-        times, foreign = quietly(partial(alternate, turns, terms.budget, until), attempts=1)
-    return _case_record(case, batch, checked, times, skipped, foreign, terms)
+        taken, foreign = quietly(partial(clock.turns, turns, terms.budget, until), attempts=1)
+    return _case_record(case, batch, checked, taken, skipped, foreign, terms)
 
 
 def add_lora_with_segments(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
@@ -261,12 +273,21 @@ def _case_record(
     case: Case,
     batch: Batch,
     checked: int,
-    times: dict[str, Times],
+    taken: dict[str, list[list[int]]],
     skipped: dict[str, str],
     foreign: float | None,
     terms: Terms,
 ) -> CaseRecord:
+    times = {name: summary(chain(*turns)) for name, turns in taken.items()}
     variants = [f"sgmv@{count}" for count in terms.threads]
+    intervals = {
+        variant: {
+            name: found
+            for name in taken
+            if name in PEERS and (found := interval(taken[variant], taken[name]))
+        }
+        for variant in variants
+    }
     shares = {}
     for count, name in zip(terms.threads, variants, strict=True):
         limit = terms.ceilings.limit_s(batch.footprint(), batch.flops(), count)
@@ -274,7 +295,7 @@ def _case_record(
     return CaseRecord(
         case.h_in, case.h_out, list(case.names), case.rank, case.rows, case.popularity, case.dtype,
         len(batch.slots), batch.footprint(), batch.flops(), checked, times,
-        ratios(times, variants), shares, skipped, foreign,
+        ratios(times, variants), shares, skipped, foreign, intervals,
     )  # fmt: skip
 
 

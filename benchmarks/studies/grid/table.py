@@ -17,7 +17,7 @@ from benchmarks.studies.grid.records import (
     noisy_cases,
     summarise,
 )  # fmt: skip
-from benchmarks.text import LOSS, Console, Span, microseconds, ratio_text
+from benchmarks.text import LOSS, UNDECIDED, Console, Span, Table, microseconds, ratio_text
 
 ROOM = 5  # baselines that fit beside the rest of a row
 NOISY = "?"
@@ -126,12 +126,41 @@ def print_goals(record: Record, console: Console) -> None:
         console.spans(_align(cells, [62, 10, 10], left=(0,)))
 
 
+def print_again(record: Record, console: Console) -> None:
+    """The worst cases, each beside its closest baseline, as first timed and by itself again."""
+    main = main_variant(record)
+    first = {case_label(case): case for case in record.cases}
+    rows = []
+    for case in record.again:
+        name = closest_of(first[case_label(case)], main)
+        both = [
+            [ratio_text(its.ratios[main][name], spread), "-" if spread is None else _span(spread)]
+            for its in (first[case_label(case)], case)
+            for spread in [its.intervals.get(main, {}).get(name)]
+        ]
+        rows.append([case_label(case), PEERS[name].title, *both[0], *both[1]])
+    console.print()
+    console.print("the worst cases, timed again by themselves", "bold")
+    console.table(Table(["case", "against", "first", "95 %", "again", "95 %"], rows, left=2))
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2f}-{interval[1]:.2f}"
+
+
+def closest_of(case: CaseRecord, main: str) -> str:
+    """The baseline that took the least time."""
+    ratios = case.ratios[main]
+    return min(ratios, key=lambda name: ratios[name])
+
+
 def footnotes(record: Record) -> list[str]:
     """What the columns mean, and on what terms the baselines ran."""
     main = main_variant(record)
     blas = record.blas
     return [
         f"Ratios: baseline time / {main} time, at the median; {LOSS} marks a loss; - did not run.",
+        f"{UNDECIDED} marks a ratio that is undecided: its 95 % interval over rounds spans 1.",
         "limit: share of the roofline, max(bytes / bandwidth at this footprint, FLOP / FMA peak).",
         "Segments (sgmv), row lists and weights as each baseline wants them made beforehand;",
         "weights hot: each call reads the same ones.",
@@ -162,14 +191,16 @@ def _row(case: CaseRecord, main: str, one: str, baselines: Sequence[str]) -> lis
     if one != main:
         found.append((microseconds(case.times[one].q50), ""))
     for name in baselines:
-        ratio = case.ratios[main].get(name)
-        found.append(("-", "dim") if ratio is None else _ratio(ratio))
+        ratio, spread = case.ratios[main].get(name), case.intervals.get(main, {}).get(name)
+        found.append(("-", "dim") if ratio is None else _ratio(ratio, spread))
     found.append((f"{case.shares[main]:.0%}", ""))
     return found
 
 
-def _ratio(ratio: float) -> Span:
-    return ratio_text(ratio), "green" if ratio >= 1 else "bold red"
+def _ratio(ratio: float, interval: tuple[float, float] | None = None) -> Span:
+    text = ratio_text(ratio, interval)
+    styles = {LOSS: "bold red", UNDECIDED: "yellow"}
+    return text, styles.get(text[-1], "green")
 
 
 def _align(
@@ -184,7 +215,7 @@ def _align(
         if i in left:
             spans.append((text.ljust(width) + "  ", style))
         else:
-            hang = "" if text.endswith(LOSS) else " "
+            hang = "" if text.endswith((LOSS, UNDECIDED)) else " "
             spans.append((f"{text}{hang}".rjust(width + 1) + " ", style))
     return spans
 

@@ -159,16 +159,19 @@ def time_quietly(
     return quietly(partial(alternate, variants, budget))
 
 
-def quietly(measure: Callable[[], T], attempts: int = ATTEMPTS) -> tuple[T, float | None]:
+def quietly(
+    measure: Callable[[], T], attempts: int = ATTEMPTS, pids: Sequence[int] = ()
+) -> tuple[T, float | None]:
     """What a measurement gives, and the cores that other processes kept busy meanwhile.
 
     Semantics: repeated, up to `attempts` times in all, while others are busy; the quietest one
     counts, whatever its timings are. Beside one other busy process on two cores, numpy's threaded
     product took ten times its time (256 rows, one segment): such a case would flatter sgmv.
+    What `pids` use, processes that the measurement is made in, is not others'.
     """
     made: list[tuple[T, float | None]] = []
     while not made or (len(made) < attempts and not is_quiet(made[-1][1])):
-        before = cpu_use()
+        before = cpu_use(pids)
         found = measure()
-        made.append((found, foreign_cores(before, cpu_use())))
+        made.append((found, foreign_cores(before, cpu_use(pids))))
     return min(made, key=lambda attempt: attempt[1] or 0.0)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.clock import Budget, Variant, alternate, interval
+from benchmarks.machine import cpu_use
 from tests.help.benched import Clock
 
 pytestmark = pytest.mark.once
@@ -65,3 +70,15 @@ def test_intervals_hold_the_true_ratio_as_often_as_they_say() -> None:
         low, high = interval(ours, theirs) or pytest.fail("none")
         missed += not low <= 1 <= high
     assert missed <= 20
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say")
+def test_what_a_started_process_uses_is_not_others() -> None:
+    program = "import time; end = time.perf_counter() + 0.4\nwhile time.perf_counter() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        before = [cpu_use(), cpu_use([process.pid])]
+        time.sleep(0.2)
+        after = [cpu_use(), cpu_use([process.pid])]
+        pairs = zip(before, after, strict=True)
+        alone, counted = (late.own - early.own for early, late in pairs if early and late)
+    assert counted > alone + 0.02

@@ -1,0 +1,83 @@
+"""Two trees are timed in turn, each by its own process, and a wrong one is not timed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks.machine import commit
+from benchmarks.record import ROOT, load
+from benchmarks.studies import against
+from benchmarks.studies.against import AgainstRecord
+from tests.help.benched import must_not_run
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(commit(ROOT).hash == "unknown", reason="no git to take a commit from"),
+]
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few columns, and no compiling: the processes start without the jit."""
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    sizes = {"H": 24, "STARTS": 2, "ROUNDS": 3, "TURN_S": 0.0, "SETTLE_S": 0.0}
+    for name, value in sizes.items():
+        monkeypatch.setattr(against, name, value)
+
+
+def test_both_trees_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["against", "HEAD", "--rows", "3", "--threads", "1", "--output", str(tmp_path)]
+    assert command.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^3 +identical +1 .*(faster|slower|undecided)$", shown, re.M)
+    record = load(AgainstRecord, tmp_path / "against.json")
+    assert record.against == "HEAD"
+    assert [case.S for case in record.cases] == [3, 2, 3, 1]
+    assert all(case.times.keys() == {"this", "commit"} for case in record.cases)
+    assert all(case.times["this"].calls >= 6 and case.interval for case in record.cases)
+
+
+@pytest.mark.parametrize("wrong", against.SIDES)
+def test_a_wrong_tree_is_not_timed(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout = against.checkout
+
+    def planted(ref: str | None, folder: Path) -> None:
+        checkout(ref, folder)
+        if folder.name == wrong:
+            with (folder / "sgmv" / "__init__.py").open("a") as file:
+                file.write("\n_right = add_lora\n\ndef add_lora(y, *rest):\n")
+                file.write("    _right(y, *rest)\n    y[-1, -1] += 1\n")
+
+    monkeypatch.setattr(against, "checkout", planted)
+    monkeypatch.setattr(against, "turns", must_not_run)
+    argv = ["against", "HEAD", "--rows", "2", "--threads", "1", "--output", str(tmp_path)]
+    assert command.main(argv) == 1
+    assert re.search(rf"RED, nothing was timed; {wrong}:", capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_commit_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"REF: expected a commit .* got no-such-thing"):
+        command.main(["against", "no-such-thing", "--no-save"])
+
+
+def test_turns_alternate_and_swap_their_places() -> None:
+    log: list[str] = []
+
+    class Fake(against.Side):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def turn(self) -> list[int]:
+            log.append(self.name)
+            return [1]
+
+    found = against.turns([Fake("a"), Fake("b")])
+    assert "".join(log) == "abbaab"
+    assert found == [[[1]] * 3, [[1]] * 3]

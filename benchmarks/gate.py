@@ -18,7 +18,7 @@ import sgmv
 from benchmarks.batch import Batch, Pool
 from benchmarks.peers.with_numpy import by_segment
 from reference import bounds, by_row, compare, workloads
-from sgmv import amx
+from sgmv.backend import flushes
 
 # (y, x, adapters, adapter_ids, scalings): adds the deltas to y in place.
 Kernel = Callable[[NDArray[Any], NDArray[Any], Mapping[int, Any], NDArray[Any], Any], None]
@@ -66,7 +66,7 @@ def corpus_failures(
             y = case.y.copy()
             try:
                 kernel(y, case.x, case.adapters, case.adapter_ids, case.scalings)
-                case.check(y, flushes=case.x.dtype.name == "bfloat16" and amx.is_on())
+                case.check(y, flushes=flushes(None, case.x.dtype, case.x.dtype))
             except Exception as error:  # a crash is a failing case, and the next one still runs
                 failures.append(f"{case.name}, {number} threads: {type(error).__name__}: {error}")
     return count, failures

@@ -1,7 +1,8 @@
 """Which kernels serve a call: the first of these that this CPU and the float types allow.
 
 backend   amx      x and weights of bfloat16: shrink by tile products, expand by the tiles
-          tiles    float32, float16 and bfloat16 in every mix; vectors of 256 or 512 bits
+          tiles    float32, float16 and bfloat16 in every mix; vectors of 256 or 512 bits; shrink of
+                   bfloat16 alone by the CPU's own products, where it has them (AVX512_BF16)
           loops    every float type, every CPU: the readable form, and a cross-check
 """
 
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sgmv import amx
-from sgmv.cpu import VECTOR_BITS
+from sgmv.cpu import SUMS_BFLOAT16, VECTOR_BITS
 from sgmv.dtypes import BITS, FLOAT64, sum_dtype
 from sgmv.errors import ValueRangeError
 from sgmv.kernels import loops, tiles
@@ -80,6 +81,14 @@ def choose(backend: str | None, v: Dtype, bfloat16: bool = False) -> str:
     if backend and backend not in able:
         raise ValueRangeError("backend", _alternatives(v), backend, "leave it out")
     return next(name for name in BACKENDS[BACKENDS.index(asked) :] if name in able)
+
+
+def flushes(backend: str | None, x: Dtype, weights: Dtype) -> bool:
+    """Whether shrink takes subnormal numbers for 0, as the CPU's own products of bfloat16 do."""
+    if x.name != "bfloat16" or weights.name != "bfloat16":
+        return False
+    chosen = choose(backend, sum_dtype(x, weights), bfloat16=True)
+    return chosen == "amx" or (chosen == "tiles" and SUMS_BFLOAT16)
 
 
 def _alternatives(v: Dtype) -> str:

@@ -15,6 +15,7 @@ from sgmv.kernels.cpu import features
 
 JITTED = cpu.JITTED  # False where kernels run as plain Python
 VECTOR_BITS = cpu.VECTOR_BITS  # 512, 256, or 0 where tiles have no vectors
+SUMS_BFLOAT16 = cpu.SUMS_BFLOAT16  # whether tiles use its products of bfloat16
 CPUINFO = Path("/proc/cpuinfo")
 USED = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),

@@ -42,5 +42,12 @@ VECTOR_BITS = Setting(
     "`0`, `256`, `512`",
     "the CPU's",
     "The width of the vectors that tiles are compiled for; `0`: the plain loops alone.",
-)  # read by kernels/cpu.py, which imports nothing from outside
-SETTINGS = (NUM_THREADS, BACKEND, AMX, VECTOR_BITS)
+)
+BFLOAT16 = Setting(
+    "SGMV_BFLOAT16",
+    "`exact`",
+    "the CPU's products, if it has AVX512_BF16",
+    "`exact`: tiles multiply bfloat16 as float32, which keeps subnormal numbers and is slower.",
+)
+# The last two are read by kernels/cpu.py, which imports nothing from outside.
+SETTINGS = (NUM_THREADS, BACKEND, AMX, VECTOR_BITS, BFLOAT16)

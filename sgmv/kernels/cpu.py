@@ -30,3 +30,9 @@ def _vector_bits() -> int:
 
 
 VECTOR_BITS = _vector_bits()
+# The CPU's own instructions for bfloat16: they round as the tiles do, and sum products in pairs,
+# which takes subnormal numbers for 0.
+ROUNDS_BFLOAT16 = bool(VECTOR_BITS) and all(
+    features().get(name) for name in ("avx512bf16", "avx512vl", "avx512dq")
+)
+SUMS_BFLOAT16 = ROUNDS_BFLOAT16 and os.environ.get("SGMV_BFLOAT16") != "exact"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from sgmv.kernels.cpu import VECTOR_BITS
+from sgmv.kernels.cpu import ROUNDS_BFLOAT16, SUMS_BFLOAT16, VECTOR_BITS
 from sgmv.kernels.jit import INT64
 from sgmv.kernels.records import offset
 
@@ -33,6 +33,7 @@ def lanes(element):
 
 
 VECTOR = lanes(F32)
+SUBNORMAL = 0x20  # of VFPCLASSPS
 ZERO = ir.Constant(VECTOR, [0.0] * LANES)
 
 
@@ -132,7 +133,24 @@ class Emit:
         self._call(name, ir.VoidType(), [value, pointer, ir.Constant(I32, align), mask])
 
     def _bfloat16(self, value):
-        # In integers: the CPU's own instruction would turn subnormal numbers to zero.
+        if not ROUNDS_BFLOAT16:
+            return self._bfloat16_by_integers(value)
+        b, vector = self.builder, lanes(I16)
+        name = f"llvm.x86.avx512bf16.cvtneps2bf16.{VECTOR_BITS}"
+        rounded = self._call(name, vector, [value])
+        # It takes subnormal numbers for zero.
+        flags = lanes(ir.IntType(1)), [value, ir.Constant(I32, SUBNORMAL)]
+        subnormal = self._call(f"llvm.x86.avx512.fpclass.ps.{VECTOR_BITS}", *flags)
+        none = ir.Constant(ir.IntType(LANES), 0)
+        before = b.block
+        with b.if_then(b.icmp_unsigned("!=", b.bitcast(subnormal, none.type), none), likely=False):
+            kept, there = self._bfloat16_by_integers(value), b.block
+        result = b.phi(vector)
+        result.add_incoming(rounded, before)
+        result.add_incoming(kept, there)
+        return result
+
+    def _bfloat16_by_integers(self, value):
         b = self.builder
         bits = b.bitcast(value, lanes(I32))
         odd = b.and_(b.lshr(bits, numbers(16)), numbers(1))
@@ -140,6 +158,24 @@ class Emit:
         quiet = b.or_(bits, numbers(0x400000))
         upper = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
         return b.trunc(b.lshr(upper, numbers(16)), lanes(I16))
+
+    def products(self, x_like, w_like):
+        """How to sum products of x and w along k: read, multiply, and the k that a vector holds.
+
+        read(address, stored, mask) gives a vector; multiply(a, b, sums) adds a * b to the sums.
+        Where the CPU sums products of bfloat16, lane i gets those of k = 2i + 1 and 2i, in this
+        order, each rounded once; subnormal numbers, read or made, count as 0.
+        """
+        if SUMS_BFLOAT16 and x_like == w_like == types.int16:
+            return self._pairs, self._add_pairs, 2 * LANES
+        return self.load, self.fma, LANES
+
+    def _pairs(self, address, stored, mask):
+        read = self.read(address, ir.VectorType(I16, 2 * LANES), size(stored), mask)
+        return self.builder.bitcast(read, lanes(I32))
+
+    def _add_pairs(self, a, b, sums):
+        return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{VECTOR_BITS}", VECTOR, [sums, a, b])
 
     def broadcast(self, address):
         """The one float32 at this address, in every lane."""

@@ -29,7 +29,8 @@ expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y 
           Other engines' weights are not packed: a task packs what it is about to read (panels.py).
 
 Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
-every K_BLOCK whatever the tile, and blocks are added in ascending order; in expand, every element
+every K_BLOCK whatever the tile, and blocks are added in ascending order (for bfloat16 with
+AVX512_BF16, lane k // 2 % LANES, an odd k before the even one below it); in expand, every element
 adds j = 0, 1, 2, ... in one register. Neither depends on MR or NR: a row's tile may have any shape.
 
 Edge rules as in loops.py: nothing past a rank, a row or a column is read or written. The last
@@ -71,23 +72,25 @@ def _shrink_tile(e, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w
     last = e.add(ranks, -1)
     w_rows = [e.add(w, e.multiply(w_stride, e.at_most(q, last))) for q in range(nr)]
 
+    read, multiply, per_vector = e.products(x_like, w_like)
+
     def step(k, sums, mask=None):
         sums = list(sums)
         kx, kw = e.multiply(k, size(x_like)), e.multiply(k, size(w_like))
-        values = [e.load(e.add(row, kx), x_like, mask) for row in x_rows]
+        values = [read(e.add(row, kx), x_like, mask) for row in x_rows]
         for q in range(nr):
-            weight = e.load(e.add(w_rows[q], kw), w_like, mask)
+            weight = read(e.add(w_rows[q], kw), w_like, mask)
             for m in range(mr):
-                sums[m * nr + q] = e.fma(values[m], weight, sums[m * nr + q])
+                sums[m * nr + q] = multiply(values[m], weight, sums[m * nr + q])
         return sums
 
     def masked_step(k, sums):
-        return step(k, sums, e.below(e.builder.sub(width, k)))
+        return step(k, sums, e.below(e.builder.sub(width, k), per_vector))
 
     zero = ir.Constant(INT64, 0)
-    whole = e.builder.and_(width, ir.Constant(INT64, -LANES))
-    sums = e.loop(zero, whole, LANES, [ZERO] * (mr * nr), step)
-    sums = e.loop(whole, width, LANES, sums, masked_step)
+    whole = e.builder.and_(width, ir.Constant(INT64, -per_vector))
+    sums = e.loop(zero, whole, per_vector, [ZERO] * (mr * nr), step)
+    sums = e.loop(whole, width, per_vector, sums, masked_step)
 
     row = ir.VectorType(F32, nr)
     present = e.below(ranks, nr)

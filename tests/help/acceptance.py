@@ -16,7 +16,7 @@ import pytest
 import sgmv
 from reference.workloads import Workload, corpus
 from sgmv import amx
-from sgmv.backend import BACKENDS
+from sgmv.backend import BACKENDS, flushes
 from sgmv.cpu import VECTOR_BITS
 
 
@@ -72,7 +72,7 @@ def check_case(case: Workload) -> None:
         y = case.y.copy()
         assert sgmv.add_lora(y, case.x, stack, case.adapter_ids, backend=backend) is y
         check(case, y, backend)
-        check(case, in_two_steps(case, stack, segments, backend), f"{backend}, in two steps")
+        check(case, in_two_steps(case, stack, segments, backend), backend, ", in two steps")
 
 
 def in_two_steps(
@@ -89,19 +89,19 @@ def in_two_steps(
     return sgmv.expand(v, stack, segments, case.y.copy(), backend=backend)
 
 
-def check(case: Workload, y: np.ndarray, how: str) -> None:
+def check(case: Workload, y: np.ndarray, backend: str, how: str = "") -> None:
     """The case's own verdict on y, and which way y was made."""
     try:
-        case.check(y, flushes=how.startswith("amx"))
+        case.check(y, flushes=flushes(backend, case.x.dtype, weight_dtype(case)))
     except AssertionError as error:
-        raise AssertionError(f"{how}: {error}") from None
+        raise AssertionError(f"{backend}{how}: {error}") from None
 
 
 def check_applied(case: Workload) -> None:
     """apply_batched's y is right, with scalings apart from the adapters."""
     pairs = {adapter_id: pair and sgmv.Adapter(*pair) for adapter_id, pair in case.adapters.items()}
     result = sgmv.apply_batched(case.x, case.W, pairs, case.adapter_ids, case.scalings)
-    case.check_applied(result, flushes=backends_of(case)[:1] == ["amx"])
+    case.check_applied(result, flushes=flushes(None, case.x.dtype, weight_dtype(case)))
 
 
 def check_reused_ids() -> None:

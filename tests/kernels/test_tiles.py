@@ -21,8 +21,11 @@ import sgmv
 from benchmarks.studies import instructions
 from reference import compare
 from reference.workloads import integer, real
+from sgmv.backend import flushes
 from sgmv.cpu import JITTED, VECTOR_BITS
+from sgmv.kernels import cpu
 from sgmv.kernels.cpu import X86
+from sgmv.kernels.emit import LANES
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of, type_mixes
 from tests.help.planting import Fault, run_python
 from tests.help.tile_checks import (
@@ -170,14 +173,18 @@ def check_load(name: str) -> None:
     stored, wide = bits.view(TYPES[name]), np.float32
     expected = stored.astype(wide)
     one, many = np.ones((1, 1), TYPES[name]), stored[:, None]
-    for how in ({"backend": b} for b in backends(np.float32)):
+    for backend in backends(np.float32):
+        how = {"backend": backend}
+        shrunk = expected.copy()
+        if flushes(backend, one.dtype, one.dtype):
+            shrunk[np.abs(shrunk) < np.finfo(np.float32).smallest_normal] = 0
         stack = sgmv.AdapterStack.from_adapters([(one, one)])
         y = np.zeros((len(bits), 1), wide)
         sgmv.add_lora(y, many, stack, np.zeros(len(bits), int), **how)
-        np.testing.assert_array_equal(y[:, 0], expected)
+        np.testing.assert_array_equal(y[:, 0], shrunk)
         stack = sgmv.AdapterStack.from_adapters([(many, np.zeros_like(stored)[None])])
         v = sgmv.shrink(one, stack, sgmv.segment([0]), **how)
-        np.testing.assert_array_equal(v[0], expected)
+        np.testing.assert_array_equal(v[0], shrunk)
         stack = sgmv.AdapterStack.from_adapters([(one, many)])
         y = np.zeros((1, len(bits)), wide)
         sgmv.add_lora(y, one, stack, [0], **how)
@@ -310,3 +317,83 @@ def test_planted_faults_are_rejected(fault: str | None) -> None:
     else:
         assert done.stdout.split() == ["planted"], done.stderr
         assert "AssertionError" in done.stderr
+
+
+PRODUCTS = """
+import sys, numpy as np, ml_dtypes, sgmv
+x, A = (np.load(path).view(ml_dtypes.bfloat16) for path in sys.argv[1:3])
+stack = sgmv.AdapterStack.from_adapters([(A, np.zeros((1, len(A)), A.dtype))])
+np.save(sys.argv[3], sgmv.shrink(x, stack, sgmv.segment([0] * len(x)), backend="tiles"))
+"""
+
+
+@jitted
+@vectors
+@pytest.mark.skipif(not cpu.ROUNDS_BFLOAT16, reason="a CPU without AVX512_BF16")
+@pytest.mark.parametrize("scale", [1.0, 2.0**-63], ids=["normal", "subnormal"])
+def test_the_cpus_products_of_bfloat16_give_the_bits_of_fused_ones(
+    tmp_path: Path, scale: float
+) -> None:
+    """An odd k before the even one below it, each rounded once; subnormal numbers are 0.
+
+    Lanes, blocks of k and what is left over are held by 2,500 k; SGMV_BFLOAT16=exact keeps
+    subnormal numbers.
+    """
+    rng = np.random.default_rng(0)
+    n, r, h_in = 7, 9, 2 * 1024 + 2 * LANES * 14 + 5
+    paths = [tmp_path / f"{name}.npy" for name in ("x", "A", "v")]
+    x, A = ((rng.standard_normal((m, h_in)) * scale).astype(ml_dtypes.bfloat16) for m in (n, r))
+    for path, array in zip(paths, (x, A), strict=False):
+        np.save(path, array.view(np.uint16))
+    found = {}
+    for setting in (None, "exact"):
+        done = run_python(PRODUCTS, arguments=[str(path) for path in paths], SGMV_BFLOAT16=setting)
+        assert done.returncode == 0, done.stderr
+        found[setting] = np.load(paths[2])
+    np.testing.assert_array_equal(found[None].view(np.int32), summed_in_pairs(x, A).view(np.int32))
+    exact = x.astype(np.float64) @ A.astype(np.float64).T
+    size = np.abs(x.astype(np.float64)) @ np.abs(A.astype(np.float64)).T
+    bound = h_in * 2.0**-23 * size + h_in * 2.0**-149
+    assert (np.abs(found["exact"] - exact) <= bound).all()
+    flushed = (np.abs(found[None] - exact) > bound).any()
+    assert flushed == (scale != 1.0)
+
+
+def summed_in_pairs(x: np.ndarray, A: np.ndarray) -> np.ndarray:
+    """What the tiles sum by the instruction's definition, every operation in numpy.
+
+    Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VDPBF16PS.
+    """
+    x, A = (flushed_to_zero(a.astype(np.float32)).astype(np.float64) for a in (x, A))
+    v = np.zeros((len(x), len(A)), np.float32)
+    for block in range(0, x.shape[1], 1024):
+        width = min(1024, x.shape[1] - block)
+        padded = -(-width // (2 * LANES)) * 2 * LANES
+        xb, Ab = np.zeros((len(x), padded)), np.zeros((len(A), padded))
+        xb[:, :width], Ab[:, :width] = (a[:, block : block + width] for a in (x, A))
+        lanes = np.zeros((len(x), len(A), LANES), np.float32)
+        for k in range(0, padded, 2 * LANES):
+            for odd in (1, 0):
+                at = slice(k + odd, k + 2 * LANES, 2)
+                products = xb[:, None, at] * Ab[None, :, at]  # exact: 16 bits times 2**something
+                lanes = flushed_to_zero(rounded_sum(products, lanes.astype(np.float64)))
+        while lanes.shape[2] > 1:
+            lanes = lanes[:, :, 0::2] + lanes[:, :, 1::2]
+        v = v + lanes[:, :, 0]
+    return v
+
+
+def flushed_to_zero(values: np.ndarray) -> np.ndarray:
+    tiny = np.abs(values) < np.finfo(np.float32).smallest_normal
+    return np.where(tiny, np.copysign(np.float32(0), values), values)
+
+
+def rounded_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A + b of float64, rounded once to float32: by way of a float64 that is rounded to odd."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    bits = total.view(np.int64)
+    toward = np.where((error > 0) == (total > 0), 1, -1)
+    bits = np.where((error != 0) & (bits & 1 == 0), bits + toward, bits)
+    return bits.view(np.float64).astype(np.float32)

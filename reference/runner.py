@@ -18,6 +18,7 @@ from reference.signatures import SIGNATURES, Handed, Kernel, SpoiledError, posed
 
 # Failed random batches that take part in the diagnosis: it holds each against many questions.
 RANDOM_EVIDENCE = 100
+MOST_BATCHES = 10_000_000  # of each type: hours
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,11 @@ def check(
     kernels = _functions(kernel, like)
     if random < 0:
         raise ValueError(f"random: expected 0 or more batches, got {random}; leave it out for none")
+    if random > MOST_BATCHES:
+        raise ValueError(
+            f"random: expected at most {MOST_BATCHES} batches, got {random}; pass fewer, and "
+            "another seed in the next run"
+        )
     types = workloads.types_of(dtypes)
     evidence: list[Evidence] = []
     failures: list[Failure] = []

@@ -89,7 +89,7 @@ ENGINES = {
         lambda question: layouts.peft(question.segments),
         lambda layout: None,
         lambda layout: (),
-        "a name per sample, as they stand",
+        "a name per sample, in their order",
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from typing import Any
 
 import llvmlite.binding
 import numba
@@ -31,8 +32,11 @@ def _vector_bits() -> int:
 
 VECTOR_BITS = _vector_bits()
 # The CPU's own instructions for bfloat16: they round as the tiles do, and sum products in pairs,
-# which takes subnormal numbers for 0.
-ROUNDS_BFLOAT16 = bool(VECTOR_BITS) and all(
+# which takes subnormal numbers for 0. The compiler would end the process over them where numba is
+# told to compile for another CPU.
+_config: Any = numba.config
+_FOR_THIS_CPU = not (_config.CPU_NAME or _config.CPU_FEATURES) and bool(_config.ENABLE_AVX)
+ROUNDS_BFLOAT16 = bool(VECTOR_BITS and _FOR_THIS_CPU) and all(
     features().get(name) for name in ("avx512bf16", "avx512vl", "avx512dq")
 )
 SUMS_BFLOAT16 = ROUNDS_BFLOAT16 and os.environ.get("SGMV_BFLOAT16") != "exact"

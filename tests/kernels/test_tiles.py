@@ -319,6 +319,30 @@ def test_planted_faults_are_rejected(fault: str | None) -> None:
         assert "AssertionError" in done.stderr
 
 
+OF_ANOTHER_CPU = [
+    {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+    {"NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"},
+    {"NUMBA_ENABLE_AVX": "0"},
+]
+
+
+@jitted
+@pytest.mark.compiles
+@pytest.mark.parametrize("variables", OF_ANOTHER_CPU, ids=["name", "features", "no AVX"])
+def test_numba_may_compile_for_another_cpu(tmp_path: Path, variables: dict[str, str]) -> None:
+    """Over an instruction that it lacks the compiler ended the process."""
+    program = (
+        "import numpy as np, ml_dtypes, sgmv\n"
+        "one = np.ones((3, 5), ml_dtypes.bfloat16)\n"
+        "stack = sgmv.AdapterStack.from_adapters([(one[:2], one[:, :2])])\n"
+        "print(sgmv.add_lora(np.zeros((3, 3), one.dtype), one, stack, [0, -1, 0]).tolist())"
+    )
+    done = run_python(program, NUMBA_CACHE_DIR=str(tmp_path), timeout=300, **variables)
+    assert done.stdout.split("\n")[0] == str([[10.0] * 3, [0.0] * 3, [10.0] * 3]), done.stderr[
+        -500:
+    ]
+
+
 PRODUCTS = """
 import sys, numpy as np, ml_dtypes, sgmv
 x, A = (np.load(path).view(ml_dtypes.bfloat16) for path in sys.argv[1:3])

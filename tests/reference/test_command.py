@@ -54,6 +54,7 @@ def test_json_on_the_command_line(files: Path) -> None:
         (["broken.py:f"], "kernel: expected broken.py to be importable, got SyntaxError"),
         (["right.py:my_kernel", "--dtypes", "int8"], "--dtypes: expected some of float16, "),
         (["right.py:my_kernel", "--random", "-1"], "--random: expected 0 or more, got -1"),
+        (["right.py:my_kernel", "--random", str(2**31)], "random: expected at most 10000000"),
         (["right.py:my_kernel", "--random", "many"], "--random: expected an integer, got many"),
         (["right.py:my_kernel", "--seed", "-1"], "--seed: expected 0 or more, got -1"),
         (["right.py:my_kernel", "--like", "cuda"], "--like: expected one of reference, punica"),

@@ -22,6 +22,7 @@ SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT = (
 )
 EVERY_TASK = 1 << 62
 NONE = -1  # the number of a task when none is left
+RANKS = -1  # in the place of a number of columns: each block's own ranks
 
 
 class Task(NamedTuple):
@@ -83,7 +84,7 @@ def leave_undone(address: int) -> None:
 @jit()
 def claim_shrink(address: int) -> Any:
     """A `Task` of shrink that no other thread will do; its number is NONE if there is none left."""
-    return claim(address, SHRINK_NEXT, record(CALL, address).shrink_cuts, 0, RANK_UNIT)
+    return claim(address, SHRINK_NEXT, record(CALL, address).shrink_cuts, RANKS, RANK_UNIT)
 
 
 @jit()
@@ -102,13 +103,14 @@ def claim_expand(address: int) -> Any:
 
 @jit()
 def claim(address: int, counter: int, cuts: int, columns: int, unit: int) -> Any:
-    """The next `Task` of a phase, one of `cuts` of a block's columns; if 0, of its ranks."""
+    """The next `Task` of a phase, one of `cuts` of a block's columns; for RANKS, of its ranks."""
     call = record(CALL, address)
     number = add_atomic(address + counter, 1)
     if number >= call.block_count * cuts:
         return Task(NONE, 0, 0, 0, 0, 0, 0)
     block = records(BLOCK, call.blocks, call.block_count)[number // cuts]
-    low, high = cut(number % cuts, cuts, columns or block.r, unit)
+    extent = block.r if columns == RANKS else columns  # there may be no column: h_out is 0
+    low, high = cut(number % cuts, cuts, extent, unit)
     return Task(number, block.slot, block.r, block.first, block.last, low, high)
 
 

@@ -131,8 +131,8 @@ FAULTS = {
     ),
     "ranks are not cut by the rank of their own block": Fault(
         "kernels.tasks",
-        "cuts, columns or block.r, unit)",
-        "cuts, columns or block.r // 8 * 8 or block.r, unit)",
+        "block.r if columns == RANKS",
+        "(block.r // 8 * 8 or block.r) if columns == RANKS",
     ),
     "every id is served by the first slot": Fault(
         "kernels.plan",

@@ -24,10 +24,10 @@ H_OUT = 2 * PANEL + 5
 class Call:
     """A call of these blocks, each cut into so many tasks."""
 
-    def __init__(self, cuts: int) -> None:
+    def __init__(self, cuts: int, h_out: int = H_OUT) -> None:
         self.blocks = np.array(BLOCKS, BLOCK)
         self.table = np.zeros(1, TABLE)
-        self.table["h_out"], self.table["panel_columns"] = H_OUT, PANEL
+        self.table["h_out"], self.table["panel_columns"] = h_out, PANEL
         self.call = on_cache_lines(CALL)
         self.call["table"], self.call["blocks"] = (
             array.ctypes.data for array in (self.table, self.blocks)
@@ -38,16 +38,19 @@ class Call:
         self.address = int(self.call.ctypes.data)
 
 
+@pytest.mark.parametrize("h_out", [H_OUT, 0])
 @pytest.mark.parametrize("cuts", [1, 2, 3, 7])
 @pytest.mark.parametrize(("claim", "unit"), [(claim_shrink, RANK_UNIT), (claim_expand, PANEL)])
-def test_tasks_are_every_part_of_every_block_once(claim: object, unit: int, cuts: int) -> None:
-    call = Call(cuts)
+def test_tasks_are_every_part_of_every_block_once(
+    claim: object, unit: int, cuts: int, h_out: int
+) -> None:
+    call = Call(cuts, h_out)
     tasks: list[Task] = []
     while (task := Task(*claim(call.address))).number != NONE:  # type: ignore[operator]
         tasks.append(task)
     assert [task.number for task in tasks] == list(range(cuts * len(BLOCKS)))
     for i, (slot, r, first, last) in enumerate(BLOCKS):
-        extent = r if unit == RANK_UNIT else H_OUT
+        extent = r if unit == RANK_UNIT else h_out
         done = np.zeros(extent, int)
         for task in tasks[i * cuts : (i + 1) * cuts]:
             assert (task.slot, task.r, task.first, task.last) == (slot, r, first, last)

@@ -254,11 +254,13 @@ FAULTS = {
         "check_shapes([2])",
     ),
     "the last k are not masked": (
-        Fault("kernels.tiles", "e.below(e.builder.sub(width, k))", "None"),
+        Fault("kernels.tiles", "e.below(e.builder.sub(width, k), per_vector)", "None"),
         "check_guards(MIXES[:1], EDGES[:4])",
     ),
     "the last k are dropped": (
-        Fault("kernels.tiles", "sums = e.loop(whole, width, LANES, sums, masked_step)", "pass"),
+        Fault(
+            "kernels.tiles", "sums = e.loop(whole, width, per_vector, sums, masked_step)", "pass"
+        ),
         "check_shapes([1])",
     ),
     "K blocks overwrite instead of adding": (

@@ -44,7 +44,7 @@ def draw_group(facts: Facts, terminal: Terminal) -> list[str]:
         "",
         *terminal.strip({"row": _texts(range(len(ids))), "adapter_ids": _texts(ids)}, ids),
         "",
-        *terminal.note("Sorted by id, stably: rows[p] stands at position p."),
+        *terminal.note("Sorted by id, stably: rows[p] is at position p."),
         "",
         *terminal.strip(
             {

@@ -29,8 +29,8 @@ def tables(folder: Path | None = None) -> dict[str, dict[str, str]]:
     """The text of every marker, by page. Raises StaleError where a study has no record."""
     found: dict[str, dict[str, str]] = {}
     for study in STUDIES.values():
+        shown = study.shown(folder) if study.pages else None
         for (page, key), make in study.pages.items():
-            shown = study.shown(folder)
             if shown is None:
                 raise StaleError(
                     f"{folder or record.RECORDS}: no record for {key} of {page}; make one with "
@@ -52,7 +52,7 @@ def rendered(page: str, text: str, parts: Mapping[str, str]) -> str:
             raise StaleError(f"{page}: expected {begin} and {end} once each; put them in")
         before, rest = text.split(begin)
         if end not in rest:
-            raise StaleError(f"{page}: {end} stands before {begin}; swap them")
+            raise StaleError(f"{page}: {end} is before {begin}; swap them")
         text = f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
     return text
 
@@ -80,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     check = parser.parse_args(argv).check
     try:
-        old = {page: (record.ROOT / page).read_text() for page in tables()}
-        new = {page: rendered(page, old[page], parts) for page, parts in tables().items()}
+        made = tables()
+        old = {page: (record.ROOT / page).read_text() for page in made}
+        new = {page: rendered(page, old[page], parts) for page, parts in made.items()}
         pages, pictures = [page for page in old if new[page] != old[page]], stale_figures()
         if check and (pages or pictures):
             raise StaleError(f"{', '.join([*pages, *pictures])}: stale; {REMEDY}")

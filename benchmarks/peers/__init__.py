@@ -1,8 +1,9 @@
-"""The baselines, one place that names them all; what each does is in `peers_*.py`.
+"""The baselines, one place that names them all; what each does is in the files beside it.
 
 Semantics of each: `y[i] += scaling * (x[i] @ A.T) @ B.T` in place, with the adapter of row i.
-Fairness: weights stand in the order and type that suits the baseline, and the rows of each segment
-are known before the clock starts, for the baselines as for sgmv; and each may use every core.
+Fairness: weights are stored in the order and type that suits the baseline, and the rows of each
+segment are known before the clock starts, for the baselines as for sgmv; and each may use every
+core.
 """
 
 from __future__ import annotations

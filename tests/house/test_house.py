@@ -34,7 +34,6 @@ ARROWS = {
 }
 MOST_LINES = 450
 MOST_ARGUMENTS = 10
-# What LLVM is to draw is passed number by number; vLLM's own call has so many.
 TOO_MANY = {"compat.vllm.ops.sgmv_expand_slice"}  # vLLM's own signature
 BANNER = re.compile(r"^\s*(?:#|//|/\*).*([-=*#~_─━═])\1{3}", re.MULTILINE)
 # Who may know numba and llvmlite; info tells their versions.

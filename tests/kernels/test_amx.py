@@ -19,6 +19,7 @@ from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels.cpu import X86
 from tests.help import acceptance, tile_checks
 from tests.help.acceptance import assert_same_bits, check_case, check_rows_keep_their_bits, stack_of
+from tests.help.bfloat16 import Matrix, flush, fused
 from tests.help.planting import Fault, plant, run_python
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -29,19 +30,6 @@ pytestmark = [
 
 
 # the model: Intel's pseudo-code of TDPBF16PS, and the order of kernels/amx.py
-
-Matrix = np.ndarray
-
-
-def flush(values: Matrix) -> Matrix:
-    return np.where(np.abs(values) < 2.0**-126, np.copysign(np.float32(0), values), values)
-
-
-def fused(a: Matrix, b: Matrix, c: Matrix) -> Matrix:
-    """A * b + c, rounded once: in float64 the product is exact, and the sum has over twice the bits
-    of a float32, so that rounding it first changes nothing (Figueroa 1995).
-    """
-    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def product(c: Matrix, a: Matrix, b: Matrix) -> Matrix:

@@ -26,7 +26,9 @@ from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels import cpu
 from sgmv.kernels.cpu import X86
 from sgmv.kernels.emit import LANES
+from sgmv.kernels.tiles import K_BLOCK
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of, type_mixes
+from tests.help.bfloat16 import flush, fused
 from tests.help.planting import Fault, run_python
 from tests.help.tile_checks import (
     EDGES,
@@ -366,7 +368,7 @@ def test_the_cpus_products_of_bfloat16_give_the_bits_of_fused_ones(
     subnormal numbers.
     """
     rng = np.random.default_rng(0)
-    n, r, h_in = 7, 9, 2 * 1024 + 2 * LANES * 14 + 5
+    n, r, h_in = 7, 9, 2 * K_BLOCK + 2 * LANES * 14 + 5
     paths = [tmp_path / f"{name}.npy" for name in ("x", "A", "v")]
     x, A = ((rng.standard_normal((m, h_in)) * scale).astype(ml_dtypes.bfloat16) for m in (n, r))
     for path, array in zip(paths, (x, A), strict=False):
@@ -390,10 +392,10 @@ def summed_in_pairs(x: np.ndarray, A: np.ndarray) -> np.ndarray:
 
     Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VDPBF16PS.
     """
-    x, A = (flushed_to_zero(a.astype(np.float32)).astype(np.float64) for a in (x, A))
+    x, A = (flush(a.astype(np.float32)) for a in (x, A))
     v = np.zeros((len(x), len(A)), np.float32)
-    for block in range(0, x.shape[1], 1024):
-        width = min(1024, x.shape[1] - block)
+    for block in range(0, x.shape[1], K_BLOCK):
+        width = min(K_BLOCK, x.shape[1] - block)
         padded = -(-width // (2 * LANES)) * 2 * LANES
         xb, Ab = np.zeros((len(x), padded)), np.zeros((len(A), padded))
         xb[:, :width], Ab[:, :width] = (a[:, block : block + width] for a in (x, A))
@@ -401,25 +403,8 @@ def summed_in_pairs(x: np.ndarray, A: np.ndarray) -> np.ndarray:
         for k in range(0, padded, 2 * LANES):
             for odd in (1, 0):
                 at = slice(k + odd, k + 2 * LANES, 2)
-                products = xb[:, None, at] * Ab[None, :, at]  # exact: 16 bits times 2**something
-                lanes = flushed_to_zero(rounded_sum(products, lanes.astype(np.float64)))
+                lanes = flush(fused(xb[:, None, at], Ab[None, :, at], lanes))
         while lanes.shape[2] > 1:
             lanes = lanes[:, :, 0::2] + lanes[:, :, 1::2]
         v = v + lanes[:, :, 0]
     return v
-
-
-def flushed_to_zero(values: np.ndarray) -> np.ndarray:
-    tiny = np.abs(values) < np.finfo(np.float32).smallest_normal
-    return np.where(tiny, np.copysign(np.float32(0), values), values)
-
-
-def rounded_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A + b of float64, rounded once to float32: by way of a float64 that is rounded to odd."""
-    total = a + b
-    part = total - a
-    error = (a - (total - part)) + (b - part)
-    bits = total.view(np.int64)
-    toward = np.where((error > 0) == (total > 0), 1, -1)
-    bits = np.where((error != 0) & (bits & 1 == 0), bits + toward, bits)
-    return bits.view(np.float64).astype(np.float32)

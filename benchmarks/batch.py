@@ -68,6 +68,42 @@ class Batch:
         widths = int(self.x.shape[1]) + int(self.y.shape[1])
         return 2 * int(self.pool.ranks[self.adapter_ids].sum()) * widths
 
+    def own_weights(self, slot: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A and wb in the adapter's own type, without a copy where they lie in that order."""
+        adapter = self.pool.adapters[slot]
+        assert adapter is not None, slot
+        return np.ascontiguousarray(adapter.A), np.ascontiguousarray(adapter.B.T)
+
+    def stacks(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A (S, max rank, h_in) and wb (S, max rank, h_out) in x's type, zero past a rank.
+
+        A view of the pool's where it holds float32 and the batch uses its first slots.
+        """
+        pool, slots = self.pool, self.slots
+        if self.x.dtype == np.float32:
+            take = slice(len(slots)) if slots == list(range(len(slots))) else slots
+            return pool.A[take], pool.wb[take]
+        A = np.zeros((len(slots), *pool.A.shape[1:]), self.x.dtype)
+        wb = np.zeros((len(slots), *pool.wb.shape[1:]), self.x.dtype)
+        for i, slot in enumerate(slots):
+            if r := pool.ranks[slot]:
+                A[i, :r], wb[i, :r] = self.own_weights(slot)
+        return A, wb
+
+
+def weights_refuse(batch: Batch) -> str:
+    """Why no baseline with weights of x's type is timed: weights of another one would be rounded.
+
+    That is another result. The pool holds any weights in float32, exactly.
+    """
+    if batch.x.dtype == np.float32:
+        return ""
+    adapters = [batch.pool.adapters[slot] for slot in batch.slots]
+    dtypes = {adapter.dtype for adapter in adapters if adapter is not None and adapter.r}
+    if others := sorted(str(dtype) for dtype in dtypes - {batch.x.dtype}):
+        return f"needs weights of x's type, {batch.x.dtype}; they are {', '.join(others)}"
+    return ""
+
 
 def dtype_of(name: str) -> np.dtype[Any]:
     """The numpy dtype of a name; bfloat16 needs ml_dtypes.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.machine import cpu_use, foreign_cores
 from benchmarks.record import Times, is_quiet, significant
@@ -72,15 +73,7 @@ NEVER = Deadline(math.inf)
 def alternate(
     variants: Sequence[Variant], budget: Budget, until: Deadline = NEVER
 ) -> dict[str, Times]:
-    """The quantiles of all variants, over all their `turns`."""
-    found = turns(variants, budget, until)
-    return {name: summary(chain(*samples)) for name, samples in found.items()}
-
-
-def turns(
-    variants: Sequence[Variant], budget: Budget, until: Deadline = NEVER
-) -> dict[str, list[list[int]]]:
-    """The times of all variants, turn by turn: A B C A B C ... Units: nanoseconds.
+    """The times of all variants, which take turns: A B C A B C ...
 
     Semantics: a turn is first untimed calls, for settle_s if the variant settles, then timed calls
     for `turn_s` (at least one, at most max_calls). After `until` no round but the first begins.
@@ -100,7 +93,7 @@ def turns(
     finally:
         if collecting:
             gc.enable()
-    return samples
+    return {name: summary(turns) for name, turns in samples.items()}
 
 
 def _settle(variant: Variant) -> None:
@@ -122,33 +115,45 @@ def _turn(call: Callable[[], object], budget: Budget) -> list[int]:
     return times
 
 
-def summary(nanoseconds: Iterable[int]) -> Times:
-    """The quantiles of such calls."""
-    times = list(nanoseconds)
-    q20, q50, q80 = (significant(q / 1e3) for q in np.quantile(times, (0.2, 0.5, 0.8)))
-    return Times(q20, q50, q80, len(times))
+def summary(turns: Sequence[Sequence[int]]) -> Times:
+    """The quantiles of all calls of some turns, and the median of each turn.
+
+    >>> summary([[1000, 3000], [4000]])
+    Times(q20=1.8, q50=3.0, q80=3.6, calls=3, rounds=[2.0, 4.0])
+    """
+    calls = list(chain(*turns))
+    q20, q50, q80 = (significant(q / 1e3) for q in np.quantile(calls, (0.2, 0.5, 0.8)))
+    rounds = [significant(float(np.median(turn)) / 1e3) for turn in turns]
+    return Times(q20, q50, q80, len(calls), rounds)
 
 
-def interval(
-    ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
-) -> tuple[float, float] | None:
-    """The 95 % interval of theirs / ours, from turns of the same rounds; None for one round.
+def drawn_medians(*sides: Sequence[float]) -> NDArray[np.float64]:
+    """The medians of rounds drawn with replacement, the same rounds for every side: (sides, DRAWS).
 
-    Semantics: rounds are drawn with replacement, the same for both sides, as a slow minute hits
-    both; the ratio is of the medians of the drawn rounds' medians (the percentile bootstrap: Efron,
-    Annals of Statistics 7, 1979). It is as wide as what rounds differ by. Of the few rounds of a
-    case it knows no more than that: 3 rounds give 27 draws, whose interval is nearly their range.
+    It is the bootstrap over rounds (Efron, Annals of Statistics 7, 1979).
+    """
+    rounds = len(sides[0])
+    drawn = np.random.default_rng(0).integers(rounds, size=(DRAWS, rounds))
+    return np.asarray(np.median(np.array(sides)[:, drawn], axis=2))
 
-    >>> interval([[10], [10], [10]], [[20], [20], [20]])
+
+def interval(*pairs: tuple[Times, Times]) -> tuple[float, float] | None:
+    """The 95 % interval of the geometric mean of theirs / ours, of each (ours, theirs).
+
+    Semantics: None without two rounds or more of each. Rounds are drawn, the same for both sides,
+    as a slow minute hits both; the interval is as wide as what rounds differ by. Of the few rounds
+    of a case it knows no more than that: 3 rounds give 27 draws, whose interval is nearly their
+    range.
+
+    >>> ten, twenty = summary([[10], [10], [10]]), summary([[20], [20], [20]])
+    >>> interval((ten, twenty))
     (2.0, 2.0)
     """
-    if len(ours) < 2:
+    if any(len(ours.rounds) < 2 or len(ours.rounds) != len(its.rounds) for ours, its in pairs):
         return None
-    medians = np.array([[np.median(turn) for turn in side] for side in (ours, theirs)])
-    rounds = medians.shape[1]
-    drawn = np.random.default_rng(0).integers(rounds, size=(DRAWS, rounds))
-    mine, other = np.median(medians[:, drawn], axis=2)
-    low, high = np.quantile(other / mine, (0.025, 0.975))
+    drawn = [drawn_medians(ours.rounds, theirs.rounds) for ours, theirs in pairs]
+    ratios = np.exp(np.mean([np.log(theirs / ours) for ours, theirs in drawn], axis=0))
+    low, high = np.quantile(ratios, (0.025, 0.975))
     return significant(low), significant(high)
 
 

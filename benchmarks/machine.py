@@ -141,7 +141,7 @@ def foreign_cores(before: CpuUse | None, after: CpuUse | None) -> float | None:
 def versions() -> dict[str, str]:
     """Versions of python and of what decides the timings; a package not installed is left out."""
     found = {"python": platform.python_version()}
-    for package in ("numpy", "numba", "llvmlite", "torch", "mkl", "ml_dtypes"):
+    for package in ("numpy", "numba", "llvmlite", "torch", "jax", "mkl", "ml_dtypes"):
         try:
             found[package] = version(package)
             if package == "torch":

@@ -26,13 +26,17 @@ class RecordError(ValueError):
     """A file that does not follow the schema: where, what was expected, what it has."""
 
 
-class Times(msgspec.Struct, forbid_unknown_fields=True):
-    """Quantiles over the timed calls. Units: microseconds."""
+class Times(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Quantiles over the timed calls, and each round's median; older records have no rounds.
+
+    Units: microseconds.
+    """
 
     q20: float
     q50: float
     q80: float
     calls: int
+    rounds: list[float] = msgspec.field(default_factory=list)
 
 
 class Head(msgspec.Struct, forbid_unknown_fields=True):

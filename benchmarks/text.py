@@ -104,8 +104,12 @@ def ratio_text(ratio: float, interval: tuple[float, float] | None = None) -> str
     ('1.23x', '0.50x!', '123x', '0.98x~')
     """
     digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
-    undecided = interval is not None and interval[0] <= 1 <= interval[1]
-    return f"{ratio:.{digits}f}x" + (UNDECIDED if undecided else LOSS if ratio < 1 else "")
+    return f"{ratio:.{digits}f}x" + (undecided(interval) or (LOSS if ratio < 1 else ""))
+
+
+def undecided(interval: tuple[float, float] | None) -> str:
+    """The mark of a ratio with an interval that spans 1."""
+    return UNDECIDED if interval is not None and interval[0] <= 1 <= interval[1] else ""
 
 
 def microseconds(value: float) -> str:

@@ -69,8 +69,8 @@ class _Plan:
     pointed_to: list[NDArray[Any]]
 
 
-def refuses(batch: Batch | None = None) -> str:
-    """Nothing but the library is needed: it takes any widths."""
+def missing() -> str:
+    """Why it is not here. Where it is, it takes any widths."""
     return "" if _path() else "mkl is not installed"
 
 

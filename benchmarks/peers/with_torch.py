@@ -8,31 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.batch import Batch
-from benchmarks.peers.with_numpy import gather_refuses
 from sgmv.cpu import cores
 
 Run = Callable[[NDArray[Any], NDArray[Any], Batch], None]
-
-
-def missing(batch: Batch | None = None) -> str:
-    """Why torch cannot be asked at all."""
-    return "" if find_spec("torch") else "torch is not installed"
-
-
-def native_refuses(batch: Batch) -> str:
-    """Only for cases of 16 bits, whose weights have the same type."""
-    if why := missing(batch):
-        return why
-    if batch.x.dtype == np.float32:
-        return "the same as torch per segment in float32"
-    return _weights_refuse(batch)
 
 
 def prepare_segments(key: str, native: bool, batch: Batch) -> None:
@@ -42,7 +26,7 @@ def prepare_segments(key: str, native: bool, batch: Batch) -> None:
     for slot, rows in zip(batch.slots, batch.rows, strict=True):
         r = int(batch.pool.ranks[slot])
         if r:
-            pair = _native(batch, slot) if native else _float32(batch, slot)
+            pair = batch.own_weights(slot) if native else _float32(batch, slot)
             A, wb = (_reader(weights)(weights) for weights in pair)
             parts.append((start, start + len(rows), A.T, wb, float(batch.pool.scalings[slot])))
         start += len(rows)
@@ -53,10 +37,7 @@ def prepare_segments(key: str, native: bool, batch: Batch) -> None:
 def by_segment(key: str, y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
     """torch, one segment at a time: rows sorted once, `addmm_` per segment, rows put back."""
     tensor, widen, order, parts = batch.prepared[key]
-    whole = tensor(y)
-    x_sorted, y_sorted = tensor(x), whole
-    if order is not None:
-        x_sorted, y_sorted = x_sorted.index_select(0, order), y_sorted.index_select(0, order)
+    whole, x_sorted, y_sorted = _sorted(tensor, order, y, x)
     if widen:
         x_sorted, y_sorted = x_sorted.float(), y_sorted.float()
     for start, end, A_T, wb, scaling in parts:
@@ -67,10 +48,44 @@ def by_segment(key: str, y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None
         whole.copy_(y_sorted)
 
 
+def packed_refuses(batch: Batch) -> str:
+    """Where oneDNN has no products of that type, or this torch no packing."""
+    torch = _torch()
+    if not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
+        return f"torch {torch.__version__} has no oneDNN"
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "" if supported else "oneDNN has no bfloat16 products on this CPU"
+
+
+def prepare_packed(batch: Batch) -> None:
+    """The segments' weights in the order that oneDNN prefers for as many rows."""
+    pack, tensor = _torch().ops.mkldnn._reorder_linear_weight, _reader(batch.x)
+    parts, start = [], 0
+    for slot, rows in zip(batch.slots, batch.rows, strict=True):
+        end = start + len(rows)
+        if batch.pool.ranks[slot]:
+            A, wb = batch.own_weights(slot)
+            both = [pack(tensor(np.ascontiguousarray(each)), len(rows)) for each in (A, wb.T)]
+            parts.append((start, end, *both, float(batch.pool.scalings[slot])))
+        start = end
+    linear = _torch().ops.mkldnn._linear_pointwise
+    batch.prepared["onednn"] = (linear, _reader(batch.x), _order(batch), parts)
+
+
+def packed(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
+    """Two linear operations per segment, the second one adds to the rows of y."""
+    linear, tensor, order, parts = batch.prepared["onednn"]
+    whole, x_sorted, y_sorted = _sorted(tensor, order, y, x)
+    for start, end, A, B, scaling in parts:
+        v = linear(x_sorted[start:end], A, None, "none", [], "").mul_(scaling)
+        rows = y_sorted[start:end]
+        rows.copy_(linear.binary(v, rows, B, None, "add"))
+    if order is not None:
+        whole.index_copy_(0, order, y_sorted)
+
+
 def grouped_refuses(batch: Batch) -> str:
     """Not on the CPU before torch 2.9, and at first only for widths of whole 16 bytes."""
-    if why := missing(batch) or _weights_refuse(batch):
-        return why
     pool = batch.pool
     h_in, r, h_out = pool.A.shape[2], pool.A.shape[1], pool.wb.shape[2]
     return _grouped_refusal(_reader(batch.x)(batch.x).dtype, h_in, r, h_out)
@@ -79,7 +94,7 @@ def grouped_refuses(batch: Batch) -> str:
 def prepare_grouped(batch: Batch) -> None:
     """One stack of weights in the order of the segments; its ranks are padded to the widest."""
     torch = _torch()
-    A, wb = _stacks(batch)
+    A, wb = map(_reader(batch.x), batch.stacks())
     lengths = [len(rows) for rows in batch.rows]
     ends = torch.from_numpy(np.cumsum(lengths).astype(np.int32))
     scalings = np.repeat(batch.pool.scalings[batch.slots], lengths)[:, np.newaxis]
@@ -100,11 +115,6 @@ def grouped(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
     v = grouped_mm(x_sorted, A_T, offs=ends)
     delta = grouped_mm(v.mul_(scaling), wb, offs=ends)
     tensor(y).add_(delta if back is None else delta.index_select(0, back))
-
-
-def server_refuses(batch: Batch) -> str:
-    """The servers hold weights in the type of their activations."""
-    return missing(batch) or _weights_refuse(batch)
 
 
 def prepare_sglang(batch: Batch) -> None:
@@ -135,10 +145,6 @@ def sglang(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
         y_all[start:end].addmm_(v[start:end, :r], B_T)
 
 
-def vllm_refuses(batch: Batch) -> str:
-    return server_refuses(batch) or gather_refuses(batch)
-
-
 def prepare_vllm(batch: Batch) -> None:
     """Stacked weights and a slot per row. Scaling is multiplied into B when it is loaded."""
     torch = _torch()
@@ -155,6 +161,14 @@ def vllm(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
     whole = tensor(y)
     v = torch.einsum("nk,nrk->nr", tensor(x).float(), A[place].float())
     whole += torch.einsum("nr,ncr->nc", v.to(whole.dtype), B[place].to(whole.dtype))
+
+
+def _sorted(tensor: Any, order: Any, y: NDArray[Any], x: NDArray[Any]) -> tuple[Any, Any, Any]:
+    """All of y, and the rows of x and y in the order of segments: views where it is theirs."""
+    whole, x_all = tensor(y), tensor(x)
+    if order is None:
+        return whole, x_all, whole
+    return whole, x_all.index_select(0, order), whole.index_select(0, order)
 
 
 def _reader(like: NDArray[Any]) -> Callable[[NDArray[Any]], Any]:
@@ -190,16 +204,6 @@ def _grouped_refusal(dtype: Any, h_in: int, r: int, h_out: int) -> str:
     return ""
 
 
-def _weights_refuse(batch: Batch) -> str:
-    """Weights of another 16-bit type would have to be rounded first: another result."""
-    if batch.x.dtype == np.float32:  # the pool holds any weights in it, exactly
-        return ""
-    dtypes = {batch.pool.adapters[slot].dtype for slot in batch.slots if batch.pool.ranks[slot]}  # type: ignore[union-attr]
-    if others := sorted(str(dtype) for dtype in dtypes - {batch.x.dtype}):
-        return f"needs weights of x's type, {batch.x.dtype}; they are {', '.join(others)}"
-    return ""
-
-
 def _order(batch: Batch) -> Any:
     """The sorting permutation of the rows as a tensor, None where they are sorted already."""
     order = np.concatenate(batch.rows)
@@ -211,34 +215,10 @@ def _float32(batch: Batch, slot: int) -> tuple[NDArray[Any], NDArray[Any]]:
     return pool.A[slot, :r], pool.wb[slot, :r]
 
 
-def _native(batch: Batch, slot: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A and wb in the adapter's own type, without a copy where they lie in that order."""
-    adapter = batch.pool.adapters[slot]
-    assert adapter is not None, slot
-    return np.ascontiguousarray(adapter.A), np.ascontiguousarray(adapter.B.T)
-
-
-def _stacks(batch: Batch) -> tuple[Any, Any]:
-    """(S, max rank, h_in) and (S, max rank, h_out) in the case's own type, zero past a rank.
-
-    A view of the pool's where it holds float32 and the batch uses its first slots.
-    """
-    pool, slots, tensor = batch.pool, batch.slots, _reader(batch.x)
-    if batch.x.dtype == np.float32:
-        take = slice(len(slots)) if slots == list(range(len(slots))) else slots
-        return tensor(pool.A[take]), tensor(pool.wb[take])
-    A = np.zeros((len(slots), *pool.A.shape[1:]), batch.x.dtype)
-    wb = np.zeros((len(slots), *pool.wb.shape[1:]), batch.x.dtype)
-    for i, slot in enumerate(slots):
-        if r := pool.ranks[slot]:
-            A[i, :r], wb[i, :r] = _native(batch, slot)
-    return tensor(A), tensor(wb)
-
-
 def _server_stacks(batch: Batch) -> tuple[Any, Any]:
     """The servers' order: A (S, max rank, h_in) and B (S, h_out, max rank); made once per case."""
     if "server" not in batch.prepared:
-        A, wb = _stacks(batch)
+        A, wb = map(_reader(batch.x), batch.stacks())
         batch.prepared["server"] = (A, wb.transpose(1, 2).contiguous())
     stacks: tuple[Any, Any] = batch.prepared["server"]
     return stacks

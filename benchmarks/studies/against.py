@@ -34,7 +34,7 @@ from benchmarks import record, worker
 from benchmarks.batch import popularity_ids
 from benchmarks.clock import interval, quietly, summary
 from benchmarks.gate import CHECKED_ROWS, spread
-from benchmarks.record import Head, Times, significant
+from benchmarks.record import Head, Times
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table, ratio_text
 from reference import bounds, by_row, compare
@@ -48,16 +48,12 @@ SIDES = ("this", "commit")
 
 
 class AgainstCase(msgspec.Struct, forbid_unknown_fields=True):
-    """One batch. `ratio`: the commit's time / this tree's, with its interval over pairs of
-    processes.
-    """
+    """One batch. A round of `times` is a pair of processes."""
 
     rows: int
     popularity: str
     S: int
     times: dict[str, Times]
-    ratio: float
-    interval: tuple[float, float] | None
     foreign_cores: float | None
 
 
@@ -180,16 +176,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                         kept.append(list(chain(*its)))
     cases = []
     for (n, popularity), sides_taken in taken.items():
-        both_times = [summary(chain(*starts)) for starts in sides_taken]
-        ratio = significant(both_times[1].q50 / both_times[0].q50)
+        times = dict(zip(SIDES, map(summary, sides_taken), strict=True))
         S = len(set(popularity_ids(popularity, n, seed=0).tolist()))
         known = [busy for busy in noise[n, popularity] if busy is not None]
-        cases.append(
-            AgainstCase(
-                n, popularity, S, dict(zip(SIDES, both_times, strict=True)), ratio,
-                interval(*sides_taken), max(known, default=None),
-            )
-        )  # fmt: skip
+        cases.append(AgainstCase(n, popularity, S, times, max(known, default=None)))
     return {"threads": args.threads, "against": args.ref, "dtype": args.dtype, "cases": cases}
 
 
@@ -198,13 +188,14 @@ def tables(found: AgainstRecord) -> list[Table]:
     head = ["n", "popularity", "S", "this us", f"{found.against} us", "ratio", "95 %", ""]
     rows = []
     for case in found.cases:
-        low, high = case.interval or (0.0, float("inf"))
+        this, other = (case.times[name] for name in SIDES)
+        low, high = interval((this, other)) or (0.0, float("inf"))
         verdict = "faster" if low > 1 else "slower" if high < 1 else "undecided"
         rows.append(
             [
                 str(case.rows), case.popularity, str(case.S),
-                *(f"{case.times[name].q50:.1f}" for name in SIDES),
-                ratio_text(case.ratio, (low, high)), f"{low:.3f}-{high:.3f}", verdict,
+                f"{this.q50:.1f}", f"{other.q50:.1f}",
+                ratio_text(other.q50 / this.q50, (low, high)), f"{low:.3f}-{high:.3f}", verdict,
             ]
         )  # fmt: skip
     note = (

@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 
 import sgmv
 from benchmarks.batch import dtype_of, in_library, installed_kinds, popularity_ids
-from benchmarks.clock import Budget, Variant, time_quietly
+from benchmarks.clock import Budget, Variant, interval, time_quietly
 from benchmarks.gate import spread
 from benchmarks.peers import rests
 from benchmarks.record import Head, Times, source
 from benchmarks.study import Study
-from benchmarks.text import Console, Table
+from benchmarks.text import Console, Table, undecided
 from reference import bounds, by_row, compare
 from reference.workloads import POPULARITIES
 from sgmv.compat import vllm
@@ -274,11 +274,19 @@ def tables(record: CompatRecord) -> list[Table]:
             same = [case for case in cases if (case.call, case.rows) == (call, n)]
             cells = []
             for kind in kinds:
-                ratios = [ratio(c) for c in same if (c.library, c.dtype) == kind]
-                mean = geometric_mean(ratios) if ratios else 0.0
-                cells.append(f"{mean:.3g}x ({min(ratios):.3g}x)" if ratios else "-")
+                its = [c for c in same if (c.library, c.dtype) == kind]
+                cells.append(_ratios(its) if its else "-")
             rows.append([call, str(n), *cells, _peaks(same, kinds[-1])])
     return [Table(["call", "rows", *heads, "peak MiB"], rows, 1, (*legend(record), below(record)))]
+
+
+def _ratios(cases: Sequence[CompatCase]) -> str:
+    """Geometric mean and worst; a mark where the interval spans 1."""
+    pairs = [(case.times["sgmv"], case.times["vllm"]) for case in cases]
+    worst = min(cases, key=ratio)
+    mark = undecided(interval((worst.times["sgmv"], worst.times["vllm"])))
+    mean = f"{geometric_mean(map(ratio, cases)):.3g}x{undecided(interval(*pairs))}"
+    return f"{mean} ({ratio(worst):.3g}x{mark})"
 
 
 def legend(record: CompatRecord) -> list[str]:

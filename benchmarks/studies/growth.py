@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 import sgmv
 from benchmarks import machine
 from benchmarks.batch import popularity_ids
-from benchmarks.clock import Budget, Variant, time_quietly
+from benchmarks.clock import Budget, Variant, interval, time_quietly
 from benchmarks.figures import COLOURS, MARKERS, band
 from benchmarks.gate import check_rows
 from benchmarks.record import Head, Times
 from benchmarks.study import Study
-from benchmarks.text import Console, Table
+from benchmarks.text import Console, Table, undecided
 
 H_IN, H_OUT, RANK = 1024, 1024, 16
 MOST_ROWS, MOST_ADAPTERS = 16384, 10_000
@@ -197,7 +197,8 @@ def tables(record: GrowthRecord) -> list[Table]:
             [
                 series.name, f"{first.n}..{last.n}", f"{found.a:.3g}", f"{found.b:.3g}",
                 f"{found.deviation:.0%}", f"{found.slope:.2f}",
-                f"{last.times.q50 / first.times.q50:.3g}",
+                f"{last.times.q50 / first.times.q50:.3g}"
+                f"{undecided(interval((first.times, last.times)))}",
             ]
         )  # fmt: skip
     notes = (

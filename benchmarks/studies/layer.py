@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 import sgmv
 from benchmarks.batch import dtype_of, in_library, installed_kinds
-from benchmarks.clock import quietly, summary
+from benchmarks.clock import interval, quietly, summary
 from benchmarks.gate import check_rows
 from benchmarks.record import Head, Times, source
 from benchmarks.study import Study
-from benchmarks.text import Console, Table
+from benchmarks.text import Console, Table, undecided
 from sgmv.models import MODELS
 from sgmv.tensors import as_array
 
@@ -106,12 +106,15 @@ def measure(
     segments = sgmv.segment(o.ids)
     check_rows(o.base(), o.x, o.stack, o.ids)
 
-    def turns() -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {"base": []}
+    def turns() -> dict[str, list[list[int]]]:
+        found: dict[str, list[list[int]]] = {"base": []}
         for _ in range(rounds):
+            base: list[int] = []
+            found["base"].append(base)
             for count in dict.fromkeys((1, threads)):
                 sgmv.set_num_threads(count)
-                lora = found.setdefault(str(count), [])
+                lora: list[int] = []
+                found.setdefault(str(count), []).append(lora)
                 end, calls = time.perf_counter() + TURN_S, -1  # the first one is not counted
                 while calls < LEAST_CALLS or time.perf_counter() < end:
                     start = time.perf_counter_ns()
@@ -119,7 +122,7 @@ def measure(
                     middle = time.perf_counter_ns()
                     sgmv.add_lora(y, o.x, o.stack, segments)
                     if calls >= 0:
-                        found["base"].append(middle - start)
+                        base.append(middle - start)
                         lora.append(time.perf_counter_ns() - middle)
                     calls += 1
         return found
@@ -141,9 +144,10 @@ def tables(record: LayerRecord) -> list[Table]:
         base, lora, alone = (
             geometric_mean(times[name].q50 / 1e3 for times in its) for name in ("base", most, "1")
         )
+        spread = interval(*((times[most], times["1"]) for times in its))
         rows.append(
             [f"{library} {dtype}", str(n), f"{base:.3g}", f"{lora:.3g}", f"{lora / base:.1%}",
-             f"{alone / lora:.2f}x"]
+             f"{alone / lora:.2f}x{undecided(spread)}"]
         )  # fmt: skip
     return [Table(head, rows, left=1)]
 

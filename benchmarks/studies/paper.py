@@ -198,7 +198,7 @@ def cold(call: Callable[[], object], flush: Callable[[], object], repeats: int) 
         start = time.perf_counter_ns()
         call()
         nanoseconds.append(time.perf_counter_ns() - start)
-    return summary(nanoseconds)
+    return summary([[call] for call in nanoseconds])
 
 
 def axis_table(record: PaperRecord) -> Table:

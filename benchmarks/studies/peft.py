@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.clock import Budget, Variant, alternate, quietly, summary, turns
+from benchmarks.clock import Budget, Variant, alternate, drawn_medians, time_quietly
 from benchmarks.gate import spread
 from benchmarks.record import Head, Times, significant, source
 from benchmarks.study import Study
@@ -57,7 +57,6 @@ LLAMA = Model(2048, 8192, heads=32, kv_heads=8, head_dim=64)  # Llama-3.2-1B's c
 LAYERS, VOCABULARY, RANK, STEPS = 2, 1024, 16, 2
 GOAL = 0.25  # of what PEFT's own mixed batch adds
 CHECKED_ROWS = 6
-DRAWS = 1000
 DECODE_ROUNDS, PREFILL_ROUNDS, INSIDE_ROUNDS = 60, 40, 12
 ONCE = Budget(rounds=1, turn_s=0.0)  # for what takes many times as long, so that no turns matter
 
@@ -104,8 +103,8 @@ CASES = [Case(*types, *batch) for types in TYPES for batch in BATCHES]
 class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     """One case as it was measured; `times` by variant, `foreign_cores` as in the other record.
 
-    `steps`: the forward passes of one timed call. `rounds`: by variant, but for one_at_a_time, each
-    round's call. `inside`: what LoRA adds within the adapted layers, in each clocked call.
+    `steps`: the forward passes of one timed call, which is a round. `inside`: what LoRA adds within
+    the adapted layers, in each clocked call.
     Units: microseconds.
     """
 
@@ -116,7 +115,6 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     tokens: int
     steps: int
     times: dict[str, Times]
-    rounds: dict[str, list[float]]
     inside: dict[str, list[float]]
     foreign_cores: float | None
 
@@ -124,7 +122,7 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
 class PeftRecord(Head):
     """One run of this file: raw times; what LoRA adds is computed from them where it is shown."""
 
-    SCHEMA: ClassVar[int] = 3
+    SCHEMA: ClassVar[int] = 4
     STUDY: ClassVar[str] = "peft"
     threads: int
     hidden: int
@@ -196,21 +194,17 @@ def measure(case: Case, models: Models) -> CaseRecord:
         for call in calls.values():
             call()
         variants = [Variant(name, call, settles=False) for name, call in calls.items()]
-        samples, foreign = quietly(partial(turns, variants, Budget(case.rounds, turn_s=0.0)))
+        timed, foreign = time_quietly(variants, Budget(case.rounds, turn_s=0.0))
         clocked = {"peft": models.peft, "sgmv": models.sgmv}
         inside: dict[str, list[float]] = {name: [] for name in clocked}
         for _ in range(INSIDE_ROUNDS):
             for name, model in clocked.items():
                 inside[name].append(significant(inside_us(model, calls[name])))
-        timed = {name: summary(chain(*its)) for name, its in samples.items()}
         alone = partial(one_at_a_time, run, models.peft, tokens, names)
         timed |= alternate([Variant("one_at_a_time", alone)], ONCE)
-    rounds = {
-        name: [significant(call / 1e3) for call in chain(*its)] for name, its in samples.items()
-    }
     return CaseRecord(
         case.dtype, case.adapter_dtype, case.adapters, case.samples, case.tokens, case.steps, timed,
-        rounds, inside, foreign,
+        inside, foreign,
     )  # fmt: skip
 
 
@@ -321,9 +315,9 @@ def adapter_of(module: Any, name: str) -> sgmv.Adapter | None:
 
 def added(case: CaseRecord, variant: str) -> NDArray[np.float64]:
     """What LoRA adds to a step, round by round; all of it at once if there was none. Units: ms."""
-    if variant not in case.rounds:
+    its, base = (np.array(case.times[name].rounds) for name in (variant, "base"))
+    if len(its) != len(base):
         return np.array([per_step(case, variant) - per_step(case, "base")])
-    its, base = (np.array(case.rounds[name]) for name in (variant, "base"))
     each: NDArray[np.float64] = (its - base) / case.steps / 1e3
     return each
 
@@ -331,13 +325,11 @@ def added(case: CaseRecord, variant: str) -> NDArray[np.float64]:
 def share(case: CaseRecord) -> tuple[float, float]:
     """What sgmv adds as a part of what PEFT adds, and its standard error.
 
-    Semantics: a ratio of medians over rounds; its standard deviation among draws of as many rounds,
-    with replacement (the bootstrap: Efron, Annals of Statistics 7, 1979).
+    Semantics: a ratio of medians over rounds; its standard deviation among `drawn_medians`.
     """
-    ours, theirs = added(case, "sgmv"), added(case, "peft")
-    drawn = np.random.default_rng(0).integers(len(ours), size=(DRAWS, len(ours)))
-    shares = np.median(ours[drawn], axis=1) / np.median(theirs[drawn], axis=1)
-    return float(np.median(ours) / np.median(theirs)), float(np.std(shares))
+    ours, theirs = (added(case, variant) for variant in ("sgmv", "peft"))
+    mine, other = drawn_medians(ours.tolist(), theirs.tolist())
+    return float(np.median(ours) / np.median(theirs)), float(np.std(mine / other))
 
 
 def per_step(case: CaseRecord, variant: str) -> float:

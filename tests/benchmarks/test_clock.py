@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.clock import Budget, Variant, alternate, interval
+from benchmarks.clock import Budget, Variant, alternate, interval, summary
 from benchmarks.machine import cpu_use
+from benchmarks.record import Times
 from tests.help.benched import Clock
 
 pytestmark = pytest.mark.once
@@ -49,16 +50,23 @@ def test_variants_take_turns_after_untimed_calls() -> None:
     assert all(0 < t.q20 <= t.q50 <= t.q80 for t in times.values())
 
 
-def rounds(*medians: float) -> list[list[int]]:
-    return [[int(median * 1000)] for median in medians]
+def rounds(*medians: float) -> Times:
+    return summary([[int(median * 1000)] for median in medians])
 
 
 def test_an_interval_is_as_wide_as_rounds_differ() -> None:
     """A machine that slows down hits both sides of a round, and moves no ratio."""
-    assert interval(rounds(1, 2, 3, 4), rounds(2, 4, 6, 8)) == (2.0, 2.0)
-    low, high = interval(rounds(1, 1, 1, 1), rounds(0.9, 1.1, 0.8, 1.2)) or pytest.fail("none")
+    double, noisy = rounds(2, 4, 6, 8), rounds(0.9, 1.1, 0.8, 1.2)
+    assert interval((rounds(1, 2, 3, 4), double)) == (2.0, 2.0)
+    low, high = interval((rounds(1, 1, 1, 1), noisy)) or pytest.fail("none")
     assert 0.8 <= low < 0.95 < 1.05 < high <= 1.2
-    assert interval(rounds(1), rounds(2)) is None
+    assert interval((rounds(1), rounds(2))) is None
+    assert interval((rounds(1, 2), rounds(2, 4, 6))) is None, "not of the same rounds"
+
+
+def test_the_interval_of_a_mean_is_that_of_all_its_ratios() -> None:
+    ours, double, eightfold = (rounds(*(size * t for t in (1, 2, 3))) for size in (1, 2, 8))
+    assert interval((ours, double), (ours, eightfold)) == (4.0, 4.0)
 
 
 def test_intervals_hold_the_true_ratio_as_often_as_they_say() -> None:
@@ -67,7 +75,7 @@ def test_intervals_hold_the_true_ratio_as_often_as_they_say() -> None:
     missed = 0
     for _ in range(200):
         ours, theirs = (rounds(*(10 * (1 + rng.normal(0, 0.1, 20)))) for _ in range(2))
-        low, high = interval(ours, theirs) or pytest.fail("none")
+        low, high = interval((ours, theirs)) or pytest.fail("none")
         missed += not low <= 1 <= high
     assert missed <= 20
 

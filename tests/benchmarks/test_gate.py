@@ -80,7 +80,7 @@ def test_red_corpus_gate_times_nothing(
     monkeypatch.setattr(workloads, "corpus", few_corpus_cases)
     monkeypatch.setattr(gate, "sgmv_kernel", kernel)
     monkeypatch.setattr(grid, "probe", must_not_run)
-    monkeypatch.setattr(clock, "turns", must_not_run)
+    monkeypatch.setattr(clock, "alternate", must_not_run)
     status = command.main(["--rows", "1", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert status == 1
@@ -97,7 +97,7 @@ def test_red_case_gate_times_nothing(
     monkeypatch.setattr(workloads, "corpus", few_corpus_cases)
     monkeypatch.setattr(run, "add_lora_with_segments", twice)
     monkeypatch.setattr(grid, "probe", lambda threads, repeats: FLAT)
-    monkeypatch.setattr(clock, "turns", must_not_run)
+    monkeypatch.setattr(clock, "alternate", must_not_run)
     argv = ["--model", "Qwen2.5-7B", "--layer", "kv", "--rank", "8", "--rows", "4"]
     status = command.main([*argv, "--threads", "1", "--output", str(tmp_path)])
     printed = capsys.readouterr().out

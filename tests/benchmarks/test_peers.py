@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import clock, gate
+from benchmarks import clock, gate, peers
 from benchmarks.batch import Batch, dtype_of, make_batch, make_pool
-from benchmarks.peers import PEERS, SPIN_S, TURNS, mkl, with_torch
+from benchmarks.peers import LIBRARIES, PEERS, TURNS, mkl, with_jax, with_torch
 from benchmarks.record import Times
 from benchmarks.studies.grid import figures, readme, run, table
 from benchmarks.studies.grid.cases import Case
@@ -91,10 +91,9 @@ def test_baselines_read_what_they_are_given(name: str, layout: str) -> None:
 
 def test_every_baseline_has_a_turn_a_look_and_threads() -> None:
     assert sorted(TURNS) == sorted(PEERS)
-    assert set(figures.LOOKS) == {"main", "one", *PEERS}
-    assert {peer.pool for peer in PEERS.values()} == set(SPIN_S)
-    pools = [pool for pool, _ in itertools.groupby(PEERS[name].pool for name in TURNS)]
-    assert len(pools) == len(set(pools)), "each pool's turns stand together"
+    assert len(set(figures.LOOKS.values())) == len(PEERS) + 2
+    turns = [library for library, _ in itertools.groupby(PEERS[name].library for name in TURNS)]
+    assert turns == list(LIBRARIES), "each library's turns follow each other"
 
 
 def test_turns_wait_for_the_threads_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,24 +103,25 @@ def test_turns_wait_for_the_threads_before_them(monkeypatch: pytest.MonkeyPatch)
         seen.extend(turns)
         return real(turns, *limits)
 
-    real = clock.turns
-    monkeypatch.setattr(clock, "turns", alternate)
+    real = clock.alternate
+    monkeypatch.setattr(clock, "alternate", alternate)
     pool = make_pool(32, 16, 4, 4, np.dtype(np.float32), seed=0)
     case = Case(32, 16, 4, 4, "distinct", "float32", ())
     run.measure(case, pool, np.arange(4), run.Terms([1], ONE_CALL, 0, FLAT))
     settle = {turn.name: turn.settle_s for turn in seen}
-    assert settle["sgmv@1"] >= SPIN_S["numpy"]
-    assert settle["sgmv@1 ids"] < SPIN_S["torch"]
-    assert settle["by_segment"] < SPIN_S["torch"]
+    spin_s = {name: library.spin_s for name, library in LIBRARIES.items()}
+    assert settle["sgmv@1"] >= spin_s["numpy"]
+    assert settle["sgmv@1 ids"] < spin_s["torch"]
+    assert settle["by_segment"] < spin_s["torch"]
 
 
 def test_missing_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(with_torch, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
     monkeypatch.setattr(mkl, "_path", lambda: "")
     pool = make_pool(32, 16, 4, 4, np.dtype(np.float32), seed=0)
     case = Case(32, 16, 4, 4, "distinct", "float32", ())
     record = run.measure(case, pool, np.arange(4), run.Terms([1], ONE_CALL, 0, FLAT))
-    away = {name for name, peer in PEERS.items() if peer.pool != "numpy"}
+    away = {name for name, peer in PEERS.items() if peer.library != "numpy"}
     assert set(record.skipped) == away
     assert {why.split(" ", 1)[1] for why in record.skipped.values()} == {"is not installed"}
     assert not away & set(record.times)
@@ -157,6 +157,28 @@ def test_weights_of_another_type_are_not_rounded_behind_ones_back() -> None:
         assert "they are float32" in PEERS[name].refuses(half)
     assert PEERS["sglang"].refuses(batch) == ""
     assert PEERS["torch"].refuses(half) == ""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_packed_by_onednn_are_those_of_their_segment(layout: str) -> None:
+    """In float32, which every CPU has; it is timed in bfloat16, which few have."""
+    pytest.importorskip("torch")
+    batch = make_batch(small_pool(), np.array(LAYOUTS[layout]), seed=5)
+    with_torch.prepare_packed(batch)
+    assert gate.check_case(batch, {"packed": with_torch.packed}, 0) == len(batch.y)
+    assert "timed in bfloat16 alone" in PEERS["onednn"].refuses(batch)
+
+
+def test_jax_is_not_asked_for_what_takes_long() -> None:
+    batch = make_batch(small_pool(), np.array([0, 1]), seed=5)
+    assert with_jax.dense_refuses(batch) == ""
+    wide = replace(batch, slots=list(range(10**6)))
+    assert "cap 1.1e+09" in with_jax.dense_refuses(wide)
+
+
+def test_the_table_of_baselines_names_each_one() -> None:
+    rows = peers.table().rows
+    assert [row[:2] for row in rows] == [[peer.title, peer.library] for peer in PEERS.values()]
 
 
 def test_sglang_merges_neighbours_only() -> None:

@@ -45,27 +45,22 @@ def synthetic_record() -> peft.PeftRecord:
     def times(**milliseconds: float) -> Any:
         return {
             name: {"q20": t * 900, "q50": t * 1000, "q80": t * 1100, "calls": 5}
+            | ({} if name == "one_at_a_time" else {"rounds": rounds(t - milliseconds["base"])})
             for name, t in milliseconds.items()
         }
 
-    def rounds(**added: float) -> Any:
-        slow = [160.0, 320.0, 170.0]
-        off = [0.0, 0.0, 90.0]
-        return {
-            name: [1000 * (t + more + wrong) for t, wrong in zip(slow, off, strict=True)]
-            if more
-            else [1000 * t for t in slow]
-            for name, more in added.items()
-        }
+    def rounds(added: float) -> list[float]:
+        slow, off = [160.0, 320.0, 170.0], [0.0, 0.0, 90.0 if added else 0.0]
+        return [1000 * (t + added + wrong) for t, wrong in zip(slow, off, strict=True)]
 
     sizes = {"dtype": "bfloat16", "adapter_dtype": "float32", "adapters": 16, "samples": 32}
     cases: list[Any] = [
         {**sizes, "tokens": 1, "steps": 8, "foreign_cores": 0.0,
          "times": times(base=160, peft=240, sgmv=168, one_at_a_time=2560),
-         "rounds": rounds(base=0, peft=80, sgmv=8), "inside": {"peft": [7e4], "sgmv": [6300.0]}},
+         "inside": {"peft": [7e4], "sgmv": [6300.0]}},
         {**sizes, "tokens": 64, "steps": 1, "foreign_cores": None,
          "times": times(base=200, peft=208, sgmv=204, one_at_a_time=250),
-         "rounds": rounds(base=0, peft=8, sgmv=4), "inside": {"peft": [8e3], "sgmv": [3e3]}},
+         "inside": {"peft": [8e3], "sgmv": [3e3]}},
     ]  # fmt: skip
     found: Any = {
         "schema": PeftRecord.SCHEMA, "date": "2025-01-01T00:00:00+00:00", "threads": 2,
@@ -97,7 +92,7 @@ def test_the_error_of_a_share_is_that_of_its_medians() -> None:
     noise = 1000 * rng.normal(0, 2, n)
     base = 1000 * rng.normal(200, 50, n)
     for name, added in (("base", 0.0), ("peft", 80_000.0), ("sgmv", 8_000.0 + noise)):
-        case.rounds[name] = list(base + added)
+        case.times[name].rounds = list(base + added)
     part, error = peft.share(case)
     expected = 2 * math.sqrt(math.pi / 2 / n) / 80
     assert abs(part - 0.1) < 3 * expected
@@ -236,8 +231,8 @@ def test_command_records_what_was_quiet(
     (path,) = (tmp_path / "records").glob("peft*.json")
     (recorded,) = load(PeftRecord, path).cases
     assert recorded.times.keys() == {"base", "peft", "sgmv", "one_at_a_time"}
-    assert {name: len(its) for name, its in recorded.rounds.items()} == {
-        "base": 3, "peft": 3, "sgmv": 3
+    assert {name: len(its.rounds) for name, its in recorded.times.items()} == {
+        "base": 3, "peft": 3, "sgmv": 3, "one_at_a_time": 1
     }  # fmt: skip
     assert {name: len(its) for name, its in recorded.inside.items()} == {"peft": 2, "sgmv": 2}
     assert sgmv.get_num_threads() == 1

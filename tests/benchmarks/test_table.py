@@ -68,8 +68,8 @@ def test_a_ratio_is_undecided_where_its_interval_spans_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     record = synthetic_record()
-    record.cases[0].intervals = {"sgmv@2": {"by_segment": (1.8, 2.2)}}
-    record.cases[1].intervals = {"sgmv@2": {"by_segment": (0.4, 1.1)}}
+    for case, rounds in zip(record.cases, ([18.0, 22.0], [4.0, 11.0]), strict=True):
+        case.times["sgmv@2"].rounds, case.times["by_segment"].rounds = [10.0, 10.0], rounds
     table.print_table(record, Console())
     shown = capsys.readouterr().out
     assert "2.00x " in shown

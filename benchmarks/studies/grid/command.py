@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 import sgmv
-from benchmarks import gate, machine
+from benchmarks import gate, machine, peers
 from benchmarks.batch import DTYPES, dtype_of
 from benchmarks.ceilings import Ceilings, probe
 from benchmarks.clock import NEVER, Budget, Deadline
@@ -273,7 +273,7 @@ def plan_lines(
 ) -> list[str]:
     """What will be timed, against what, and for how long."""
     absent = left_out()
-    titles = [PEERS[name].title for name in TURNS if PEERS[name].pool not in absent]
+    titles = [PEERS[name].title for name in TURNS if PEERS[name].library not in absent]
     about = round(run.about_s(cases, len(threads), budget) + 10, -1)
     left = first_pass.left()
     latest = f"{left:.0f} s at the most" if left < math.inf else "longer on a busy machine"
@@ -356,6 +356,7 @@ STUDY = _Grid(
         ("README.md", "summary"): readme.summary_table,
         ("README.md", "cases"): readme.cases_table,
         ("docs/kernels.md", "goals"): goals.page,
+        ("docs/kernels.md", "peers"): lambda _record, _name: peers.table().markdown(),
     },
     figures={"latency.png": figures.latency, "roofline.png": figures.roofline},
     files=("full-", "quick-"),

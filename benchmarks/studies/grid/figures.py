@@ -10,17 +10,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.batch import ONE_ROW
 from benchmarks.figures import COLOURS, MARKERS, band
-from benchmarks.peers import PEERS
+from benchmarks.peers import LIBRARIES, PEERS
 from benchmarks.studies.grid.records import CaseRecord, Record, main_variant
 
 # Okabe and Ito's colours, then Tol's; the kind of a line tells whose threads it ran on.
-LOOKS = {
-    "main": ("#0072B2", "o"), "one": ("#56B4E9", "s"), "by_segment": ("#D55E00", "^"),
-    "by_row": ("#E69F00", "v"), "einsum": ("#CC79A7", "D"), "torch": ("#009E73", "P"),
-    "torch_native": ("#117733", "X"), "grouped_mm": ("#44AA99", "p"), "mkl": ("#000000", "*"),
-    "sglang": ("#882255", "<"), "vllm": ("#777777", ">"),
-}  # fmt: skip
-DASHES = {"sgmv": "-", "numpy": "-", "torch": "--", "mkl": ":"}
+LOOKS = {"main": ("#0072B2", "o"), "one": ("#56B4E9", "s")}
+LOOKS |= {name: peer.look for name, peer in PEERS.items()}
 LEGEND_COLUMNS = 3
 
 
@@ -156,11 +151,13 @@ def roofs(record: Record, count: str) -> list[tuple[str, float]]:
 
 def _lines(record: Record) -> list[tuple[str, str, str, str]]:
     """(variant, key of LOOKS, label, kind of line), the library's first."""
-    most, solid = max(record.threads), DASHES["sgmv"]
+    most, solid = max(record.threads), "-"
     lines = [(main_variant(record), "main", f"sgmv, {most} thread{'s' * (most > 1)}", solid)]
     if most > 1 and 1 in record.threads:
         lines.append(("sgmv@1", "one", "sgmv, 1 thread", solid))
-    return lines + [(name, name, peer.title, DASHES[peer.pool]) for name, peer in PEERS.items()]
+    return lines + [
+        (name, name, peer.title, LIBRARIES[peer.library].dashes) for name, peer in PEERS.items()
+    ]
 
 
 def _bytes(size: float) -> str:

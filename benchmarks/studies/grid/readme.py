@@ -80,9 +80,7 @@ def _cells(case: CaseRecord, main: str, baselines: Sequence[str]) -> list[str]:
         str(case.S),
         microseconds(case.times[main].q50),
         *(
-            ratio_text(ratios[name], case.intervals.get(main, {}).get(name))
-            if name in ratios
-            else "-"
+            ratio_text(ratios[name], case.interval(main, name)) if name in ratios else "-"
             for name in baselines
         ),
         f"{case.shares[main]:.0%}",

@@ -9,24 +9,24 @@ from typing import ClassVar
 
 import msgspec
 
+from benchmarks.clock import interval
 from benchmarks.machine import Blas
 from benchmarks.record import Head, Times, is_quiet, noisy, significant
 from benchmarks.studies.grid.cases import label
 
 
-class CaseRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     """One timed case.
 
     `names`: the layers of this shape. `S`: segments. `footprint`: bytes touched by one call (the
-    weights once per segment, x, y read and written). `flops`: of shrink and expand.
-    `checked_rows`: rows held to the reference's elementwise bound before timing; all other rows
-    were held to a coarser bound. `times`: by variant; "sgmv@2" is sgmv with 2 threads and segments
-    made before, "sgmv@2 ids" the same from adapter ids; the others are baselines. `ratios`: by sgmv
-    variant and baseline, baseline time / sgmv time at the median: above 1, sgmv is faster.
-    `shares`: by sgmv variant, the roofline's time limit / time. `intervals`: of each ratio, by
-    `clock.interval`; older records have none. `skipped`: baselines that did not
-    run, and why. `foreign_cores`: cores that other processes kept busy meanwhile, on average; None
-    where the system does not say.
+    weights once per segment, x, y read and written). `flops`: of shrink and expand. `checked_rows`:
+    rows held to the reference's elementwise bound before timing; all other rows were held to a
+    coarser bound. `times`: by variant; "sgmv@2" is sgmv with 2 threads and segments made before,
+    "sgmv@2 ids" the same from adapter ids; the others are baselines. `ratios`: by sgmv variant and
+    baseline, baseline time / sgmv time at the median: above 1, sgmv is faster. `shares`: by sgmv
+    variant, the roofline's time limit / time. `skipped`: baselines that did not run, and why.
+    `foreign_cores`: cores that other processes kept busy meanwhile, on average; None where the
+    system does not say.
     """
 
     h_in: int
@@ -45,7 +45,10 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     shares: dict[str, float]
     skipped: dict[str, str]
     foreign_cores: float | None
-    intervals: dict[str, dict[str, tuple[float, float]]] = msgspec.field(default_factory=dict)
+
+    def interval(self, variant: str, baseline: str) -> tuple[float, float] | None:
+        """Of this ratio, over rounds; older records have none."""
+        return interval((self.times[variant], self.times[baseline]))
 
 
 class CeilingsRecord(msgspec.Struct, forbid_unknown_fields=True):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,10 @@ from benchmarks.batch import (
     popularity_ids,
 )  # fmt: skip
 from benchmarks.ceilings import Ceilings
-from benchmarks.clock import (
-    NEVER,
-    Budget,
-    Deadline,
-    Variant,
-    interval,
-    quietly,
-    summary,
-    time_quietly,
-)
+from benchmarks.clock import NEVER, Budget, Deadline, Variant, quietly, time_quietly
 from benchmarks.gate import GateError, check_case
 from benchmarks.peers import PEERS, TURNS, left_out, rests
-from benchmarks.record import is_quiet, significant
+from benchmarks.record import Times, is_quiet, significant
 from benchmarks.studies.grid.cases import Case
 from benchmarks.studies.grid.records import CallTimes, CaseRecord, ratios
 
@@ -195,7 +185,7 @@ def _noise(record: CaseRecord) -> float:
 def about_s(cases: int, threads: int, budget: Budget) -> float:
     """Seconds that so many cases take on a quiet machine with the baselines installed, roughly."""
     absent = left_out()
-    pools = [PEERS[name].pool for name in TURNS if PEERS[name].pool not in absent]
+    pools = [PEERS[name].library for name in TURNS if PEERS[name].library not in absent]
     pools = ["sgmv"] * (threads + 1) + pools  # once more from ids
     turn_s = budget.turn_s + Variant("", lambda: None).settle_s
     return cases * (budget.rounds * (len(pools) * turn_s + sum(rests(pools))) + PREPARING_S)
@@ -220,15 +210,15 @@ def measure(
         Variant(name, partial(update, y, batch.x, batch), before)
         for name, (update, before) in variants.items()
     ]
-    pools = [PEERS[name].pool if name in PEERS else "sgmv" for name in variants]
+    pools = [PEERS[name].library if name in PEERS else "sgmv" for name in variants]
     turns = [
         replace(turn, settle_s=max(turn.settle_s, rest))
         for turn, rest in zip(turns, rests(pools), strict=True)
     ]
     # y grows with every call and leaves float16's range in the end: no news, and no matter to time.
     with np.errstate(over="ignore", invalid="ignore"):
-        taken, foreign = quietly(partial(clock.turns, turns, terms.budget, until), attempts=1)
-    return _case_record(case, batch, checked, taken, skipped, foreign, terms)
+        times, foreign = quietly(partial(clock.alternate, turns, terms.budget, until), attempts=1)
+    return _case_record(case, batch, checked, times, skipped, foreign, terms)
 
 
 def add_lora_with_segments(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
@@ -273,21 +263,12 @@ def _case_record(
     case: Case,
     batch: Batch,
     checked: int,
-    taken: dict[str, list[list[int]]],
+    times: dict[str, Times],
     skipped: dict[str, str],
     foreign: float | None,
     terms: Terms,
 ) -> CaseRecord:
-    times = {name: summary(chain(*turns)) for name, turns in taken.items()}
     variants = [f"sgmv@{count}" for count in terms.threads]
-    intervals = {
-        variant: {
-            name: found
-            for name in taken
-            if name in PEERS and (found := interval(taken[variant], taken[name]))
-        }
-        for variant in variants
-    }
     shares = {}
     for count, name in zip(terms.threads, variants, strict=True):
         limit = terms.ceilings.limit_s(batch.footprint(), batch.flops(), count)
@@ -295,7 +276,7 @@ def _case_record(
     return CaseRecord(
         case.h_in, case.h_out, list(case.names), case.rank, case.rows, case.popularity, case.dtype,
         len(batch.slots), batch.footprint(), batch.flops(), checked, times,
-        ratios(times, variants), shares, skipped, foreign, intervals,
+        ratios(times, variants), shares, skipped, foreign,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from benchmarks.text import LOSS, UNDECIDED, Console, Span, Table, microseconds,
 
 ROOM = 5  # baselines that fit beside the rest of a row
 NOISY = "?"
+DASH: Span = ("-", "dim")
 
 
 def print_table(record: Record, console: Console, only: Container[str] | None = None) -> None:
@@ -136,7 +137,7 @@ def print_again(record: Record, console: Console) -> None:
         both = [
             [ratio_text(its.ratios[main][name], spread), "-" if spread is None else _span(spread)]
             for its in (first[case_label(case)], case)
-            for spread in [its.intervals.get(main, {}).get(name)]
+            for spread in [its.interval(main, name)]
         ]
         rows.append([case_label(case), PEERS[name].title, *both[0], *both[1]])
     console.print()
@@ -191,8 +192,8 @@ def _row(case: CaseRecord, main: str, one: str, baselines: Sequence[str]) -> lis
     if one != main:
         found.append((microseconds(case.times[one].q50), ""))
     for name in baselines:
-        ratio, spread = case.ratios[main].get(name), case.intervals.get(main, {}).get(name)
-        found.append(("-", "dim") if ratio is None else _ratio(ratio, spread))
+        ran = name in case.times
+        found.append(_ratio(case.ratios[main][name], case.interval(main, name)) if ran else DASH)
     found.append((f"{case.shares[main]:.0%}", ""))
     return found
 

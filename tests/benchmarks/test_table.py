@@ -99,8 +99,8 @@ def test_the_worst_cases_are_timed_again_by_themselves(
 
     monkeypatch.setattr(run, "measure", measure)
     terms = run.Terms([1, 2], Budget(rounds=3), 0, FLAT)
-    records = dict(zip(cases, record.cases, strict=True))
-    record.again = grid.worst_again(groups, records, terms, 1, Console())
+    timing = grid.Timing(groups, terms, Console(), dict(zip(cases, record.cases, strict=True)))
+    record.again = timing.worst(1)
     assert seen == [("identical", 6)]
     table.print_again(record, Console())
     row = capsys.readouterr().out.splitlines()[-1].split()

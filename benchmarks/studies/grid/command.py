@@ -10,7 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(f"not timed: {label}: {why}", "yellow")
     if not grid:
         raise Red("no case was left to time")
-    groups = run.smallest_first(groups)
-    records: dict[Case, CaseRecord] = {}
-    _timed(groups, records, terms, first_pass, console)
+    timing = Timing(run.smallest_first(groups), terms, console)
+    records = timing.time(timing.groups, first_pass)
     fields = {
         "mode": "adapters" if args.adapters else args.mode,
         "seed": args.seed,
@@ -93,10 +92,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     record = filled(blank, grid, records)
     _print(record, console)
 
-    if patience_s and run.unsettled(groups, records):
+    if patience_s and run.unsettled(timing.groups, records):
         before = dict(records)
-        patience = Deadline(now() + patience_s, now)
-        _timed_again(groups, records, terms, patience, console)
+        timing.again(Deadline(now() + patience_s, now))
         record = filled(blank, grid, records)
         changed = [case.label() for case in grid if records.get(case) is not before.get(case)]
         still = f"{len(record.noisy)} of {len(records)} cases are noisy now"
@@ -104,7 +102,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         if changed:
             _print(record, console, changed)
     if args.repeat_worst:
-        record.again = worst_again(groups, records, terms, args.repeat_worst, console)
+        record.again = timing.worst(args.repeat_worst)
         table.print_again(record, console)
     console.print()
     return {name: getattr(record, name) for name in [*fields, "noisy", "again"]}
@@ -141,53 +139,46 @@ def filled(blank: Record, grid: Sequence[Case], records: Mapping[Case, CaseRecor
     return record
 
 
-def _timed(
-    groups: Sequence[run.Group],
-    records: dict[Case, CaseRecord],
-    terms: run.Terms,
-    until: Deadline,
-    console: Console,
-) -> None:
-    """Time these cases, under a bar. Raises Red if one of them is wrong."""
-    try:
-        with console.progress(sum(len(group.cases) for group in groups)) as step:
-            run.time_cases(groups, records, terms, until, step)
-    except gate.GateError as error:
-        raise Red("gate: RED, not timed", error) from error
+@dataclass
+class Timing:
+    """The cases of a run, by group, and the records of those that are timed."""
 
+    groups: Sequence[run.Group]
+    terms: run.Terms
+    console: Console
+    records: dict[Case, CaseRecord] = field(default_factory=dict)
 
-def _timed_again(
-    groups: Sequence[run.Group],
-    records: dict[Case, CaseRecord],
-    terms: run.Terms,
-    until: Deadline,
-    console: Console,
-) -> None:
-    """Time the cases without a time, then the noisy ones, over and over while there is time."""
-    console.print()
-    console.print(f"noisy cases again, for at most {until.left():.0f} s; Ctrl-C ends it", "bold")
-    try:
-        while (again := run.unsettled(groups, records)) and until.left() > 0:
-            _timed(again, records, terms, until, console)
-    except KeyboardInterrupt:
-        console.print("interrupted", "yellow")
+    def time(self, groups: Sequence[run.Group], until: Deadline) -> dict[Case, CaseRecord]:
+        """Time these, under a bar. Raises Red if one of them is wrong."""
+        try:
+            with self.console.progress(sum(len(group.cases) for group in groups)) as step:
+                run.time_cases(groups, self.records, self.terms, until, step)
+        except gate.GateError as error:
+            raise Red("gate: RED, not timed", error) from error
+        return self.records
 
+    def again(self, until: Deadline) -> None:
+        """Time those without a time, then the noisy ones, over and over while there is time."""
+        self.console.print()
+        self.console.print(
+            f"noisy cases again, for at most {until.left():.0f} s; Ctrl-C ends it", "bold"
+        )
+        try:
+            while (waiting := run.unsettled(self.groups, self.records)) and until.left() > 0:
+                self.time(waiting, until)
+        except KeyboardInterrupt:
+            self.console.print("interrupted", "yellow")
 
-def worst_again(
-    groups: Sequence[run.Group],
-    records: Mapping[Case, CaseRecord],
-    terms: run.Terms,
-    count: int,
-    console: Console,
-) -> list[CaseRecord]:
-    """The cases with the lowest ratios, so many, timed by themselves for twice the rounds."""
-    main = f"sgmv@{max(terms.threads)}"
-    compared = [case for case, found in records.items() if found.ratios[main]]
-    worst = sorted(compared, key=lambda case: min(records[case].ratios[main].values()))[:count]
-    longer = replace(terms, budget=replace(terms.budget, rounds=2 * terms.budget.rounds))
-    again: dict[Case, CaseRecord] = {}
-    _timed(run.those(groups, worst.__contains__), again, longer, NEVER, console)
-    return [again[case] for case in worst]
+    def worst(self, count: int) -> list[CaseRecord]:
+        """The `count` cases with the lowest ratios, timed by themselves for twice the rounds."""
+        main = f"sgmv@{max(self.terms.threads)}"
+        lowest = {case: min(its.values()) for case, found in self.records.items()
+                  if (its := found.ratios[main])}  # fmt: skip
+        worst = sorted(lowest, key=lambda case: lowest[case])[:count]
+        budget = replace(self.terms.budget, rounds=2 * self.terms.budget.rounds)
+        alone = Timing(self.groups, replace(self.terms, budget=budget), self.console)
+        again = alone.time(run.those(self.groups, worst.__contains__), NEVER)
+        return [again[case] for case in worst]
 
 
 def _print(record: Record, console: Console, only: Sequence[str] | None = None) -> None:

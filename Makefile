@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # A file of tests is one process: those that follow find its kernels compiled.
 TESTS = $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: help bench test test-all pages explorer check format readme clean
+.PHONY: help bench test test-all pages explorer report check format readme clean
 
 help:  ## this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ pages: $(VENV)/test.installed  ## each block and command of README and docs/, in
 
 explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch (ARGS=--no-open)
 	$(RUN) -m sgmv explorer $(ARGS)
+
+report: $(VENV)/bench.installed  ## a page of the committed benchmark records (ARGS="--records FOLDER" for yours)
+	$(RUN) -m benchmarks report $(ARGS)
 
 check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, and that a wheel holds sgmv alone
 	$(RUN) -m ruff check .

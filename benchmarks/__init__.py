@@ -9,10 +9,11 @@
     python -m benchmarks paper      Punica's roofline and microbenchmarks
     python -m benchmarks against  this tree beside another commit, in turn
     python -m benchmarks pages      tables and figures of the pages, from the committed records
+    python -m benchmarks report     one HTML page of records, to sort, to filter and to compare
 
 Each of them is a `study.Study` in `studies/`, which `registry` lists. What they share:
 
-    machine -> record -> clock -> gate, ceilings -> study -> text, figures, pages
+    machine -> record -> clock -> gate, ceilings -> study -> text, figures, pages, report
 
 `batch` has a case's arrays and `peers` the baselines. The words `n`, `r`, `h_in`, `h_out`, `S` are
 those of the library.

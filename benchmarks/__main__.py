@@ -1,4 +1,4 @@
-"""python -m benchmarks: one study, or the pages made from records."""
+"""python -m benchmarks: one study, or what is made from records."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None, now: Callable[[], float] = time.perf
     try:
         from benchmarks import pages
         from benchmarks.registry import DEFAULT, STUDIES
+        from benchmarks.report import write
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in ("rich", "matplotlib", "msgspec", "threadpoolctl"):
@@ -19,11 +20,12 @@ def main(argv: Sequence[str] | None = None, now: Callable[[], float] = time.perf
         raise SystemExit(f"{package} is not installed; pip install -e '.[bench]'") from error
 
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["pages"]:
-        return pages.main(words[1:])
+    makers = {"pages": pages.main, "report": write.main}
+    if words and words[0] in makers:
+        return makers[words[0]](words[1:])
     if words and words[0] in STUDIES:
         return STUDIES[words[0]].main(words[1:], now=now)
-    others = (f"python -m benchmarks {name}" for name in [*STUDIES, "pages"])
+    others = (f"python -m benchmarks {name}" for name in [*STUDIES, *makers])
     return DEFAULT.main(
         words, "python -m benchmarks", f"Others, each with a --help: {', '.join(others)}", now
     )

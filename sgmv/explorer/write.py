@@ -96,8 +96,9 @@ def write_html(
             "device": device.name, "kernel": kernel, "release": release,
         },
     }  # fmt: skip
-    target = Path(path)
-    target.write_text(_page(data), encoding="utf-8")
+    folder, target = files("sgmv.explorer"), Path(path)
+    page = assembled(lambda name: (folder / name).read_text(encoding="utf-8"), data)
+    target.write_text(page, encoding="utf-8")
     return target
 
 
@@ -116,18 +117,24 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
 
 def _run(given: argparse.Namespace) -> str:
     try:
-        path = write_html(given.path).resolve()
+        path = write_html(given.path)
     except OSError as error:
         raise SgmvError(
             "PATH", "a file that can be written", str(error), "name another place"
         ) from error
+    return presented(path, given.no_open)
+
+
+def presented(path: Path, no_open: bool = False) -> str:
+    """Open a page where there is a screen; returns what to print of it."""
+    address = path.resolve().as_uri()
     screen = sys.platform in ("darwin", "win32") or os.environ.get(
         "DISPLAY", os.environ.get("WAYLAND_DISPLAY")
     )
-    if given.no_open:
-        return f"written: {path.as_uri()}"
-    opened = bool(screen) and webbrowser.open(path.as_uri())
-    return f"{'opened' if opened else 'written; open it in a browser'}: {path.as_uri()}"
+    if no_open:
+        return f"written: {address}"
+    opened = bool(screen) and webbrowser.open(address)
+    return f"{'opened' if opened else 'written; open it in a browser'}: {address}"
 
 
 def _docs(page: Path) -> list[dict[str, str]]:
@@ -143,12 +150,8 @@ def _docs(page: Path) -> list[dict[str, str]]:
     ]
 
 
-def _page(data: dict[str, Any]) -> str:
-    """The template with all that it names put in its place."""
-    folder = files("sgmv.explorer")
-
-    def read(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8")
+def assembled(read: Callable[[str], str], data: dict[str, Any]) -> str:
+    """page.html with all that it names put in its place, and the data as JSON; `read` has files."""
 
     def style(found: re.Match[str]) -> str:
         return f"<style>\n{read(found[1])}</style>"
@@ -158,7 +161,8 @@ def _page(data: dict[str, Any]) -> str:
 
     page = re.sub(r'<link rel="stylesheet" href="(.+?)">', style, read("page.html"))
     page = re.sub(r'<script src="(.+?)"></script>', script, page)
-    text = json.dumps(data).replace("</", "<\\/")  # a device's name may not end the element
+    text = json.dumps(data, separators=(",", ":"))
+    text = text.replace("</", "<\\/")  # a device's name may not end the element
     return page.replace(' id="data">', f' id="data">{text}', 1)
 
 

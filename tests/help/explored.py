@@ -37,6 +37,10 @@ SCRIPT = "".join(
 HANG, FIX, CLIFF, DISTINCT = 4, 5, 6, 2  # places of stories
 HUNG = [1] * 50 + [0] + [1] * 82  # segments of 1 and 132 rows
 NODE = shutil.which("node")
+CHECKS = (ROOT / "tests" / "page" / "page_checks.js").read_text()
+BEYOND = """[...document.querySelectorAll("figure svg text")].filter((text) => {
+  const [a, b] = [text, text.closest("figure")].map((each) => each.getBoundingClientRect());
+  return a.left < b.left - 6 || a.right > b.right + 6; }).map((text) => text.textContent)"""
 NO_CHROMIUM = "no Chromium on the path: apt-get install chromium"
 needs_chromium = pytest.mark.skipif(FOUND is None, reason=NO_CHROMIUM)
 Javascript = Callable[[str, str], Any]
@@ -119,6 +123,13 @@ def emulators() -> list[dict[str, Any]]:
     """The emulator's figures of every case, as JSON would bring them."""
     figures: list[dict[str, Any]] = json.loads(json.dumps([c.launch().figures() for c in CASES]))
     return figures
+
+
+def examined(page: Page, *names: str) -> dict[str, list[str]]:
+    """What the named functions of page_checks.js find."""
+    calls = ", ".join(f"{name}: {name}()" for name in names)
+    found: dict[str, list[str]] = page.evaluate(f"(() => {{{CHECKS}\nreturn {{{calls}}}}})()")
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def text(page: Page, name: str) -> str:

@@ -1,4 +1,4 @@
-// What can be measured of how the explorer looks; tests/page/test_looks.py runs it in the page.
+// What can be measured of how a page looks; `examined` of tests/help/explored.py runs it in the page.
 // Each function returns what is wrong, in words.
 "use strict";
 
@@ -192,7 +192,7 @@ function wrong_numbers() {
   const texts = drawn("p, li, h2, h3, text, .help").map((each) => each.textContent);
   texts.push(...drawn("[aria-label]").map((each) => each.getAttribute("aria-label")));
   return texts.flatMap(
-    (text) => text.match(/(?<![\d.,~-])\b1 (?:more |thread )?[a-z]+s\b(?<!is)/g) ?? [],
+    (text) => text.match(/(?<![\d.,~-])\b1 (?!ms\b)(?:more |thread )?[a-z]+s\b(?<!is)/g) ?? [],
   );
 }
 

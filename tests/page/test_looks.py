@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.help.chromium import Page
-from tests.help.explored import CLIFF, DISTINCT, HANG, choose, follow, needs_chromium, stories, text
+from tests.help.explored import (
+    BEYOND,
+    CHECKS,
+    CLIFF,
+    DISTINCT,
+    HANG,
+    choose,
+    examined,
+    follow,
+    needs_chromium,
+    stories,
+    text,
+)
 
 pytestmark = pytest.mark.once
 
 
-BEYOND = """[...document.querySelectorAll("figure svg text")].filter((text) => {
-  const [a, b] = [text, text.closest("figure")].map((each) => each.getBoundingClientRect());
-  return a.left < b.left - 6 || a.right > b.right + 6; }).map((text) => text.textContent)"""
-CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 UNUSUAL: list[dict[str, object]] = [  # beside the stories
     {"ids": "0"},
     {"ids": "7, 0*132, -1*3, 999999999*2", "kernel": "punica_bgmv_expand"},
@@ -29,13 +36,6 @@ UNUSUAL: list[dict[str, object]] = [  # beside the stories
     {"ids": "-1*9", "r": 17},
     {"ids": "0, 1*65, 2*129", "release": "1.0.0", "versus": "release"},
 ]
-
-
-def examined(page: Page, *names: str) -> dict[str, list[str]]:
-    """What the named functions of page_checks.js find."""
-    calls = ", ".join(f"{name}: {name}()" for name in names)
-    found: dict[str, list[str]] = page.evaluate(f"(() => {{{CHECKS}\nreturn {{{calls}}}}})()")
-    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def states(page: Page) -> Iterator[str]:

@@ -46,7 +46,9 @@ def test_every_committed_record_is_in_the_page(tmp_path: Path) -> None:
         shown = [
             (table.head, table.rows, table.left, list(table.notes)) for table in study.tables(found)
         ]
-        in_page = [tuple(t[name] for name in ("head", "rows", "left", "notes")) for t in each["tables"]]
+        in_page = [
+            tuple(t[name] for name in ("head", "rows", "left", "notes")) for t in each["tables"]
+        ]
         assert in_page == shown
         assert bool(each["grid"]) == (study is DEFAULT)
         assert bool(each["growth"]) == (study.name == "growth")
@@ -98,9 +100,7 @@ def test_records_of_two_folders_keep_their_names_apart(tmp_path: Path) -> None:
     assert {path.stem, f"mine/{path.stem}"} <= set(names)
 
 
-def test_the_command_writes_and_tells(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "report.html"
     assert main(["report", str(path), "--no-open"]) == 0
     assert capsys.readouterr().out == f"written: {path.as_uri()}\n"

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.once
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-COMMANDS = {*STUDIES, "pages"}
+COMMANDS = {*STUDIES, "pages", "report"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 NAMES = [page.name for page in PAGES]
 

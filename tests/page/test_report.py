@@ -83,7 +83,9 @@ def reset(page: Page) -> None:
 def test_it_opens_on_the_largest_record_and_says_the_answer(report: Page) -> None:
     found = full()
     count = len(found.cases)
-    assert text(report, "verdict-title").endswith(f"times as fast as the closest peer, over {count} cases")
+    assert text(report, "verdict-title").endswith(
+        f"times as fast as the closest peer, over {count} cases"
+    )
     assert found.commit.hash[:10] in text(report, "verdict")
     assert f"other processes ran during 0 of {count} cases" in text(report, "verdict")
     assert "no intervals" in text(report, "verdict")
@@ -164,8 +166,10 @@ def test_ratios_intervals_and_marks_are_in_the_table(report: Page) -> None:
     press(report, "cases", "by_segment")
     cells = report.evaluate(
         "(() => { const rows = [...document.querySelectorAll('#cases tr')];"
-        "const at = [...rows[0].cells].findIndex((e) => e.innerText.startsWith('numpy per segment'));"
-        "return rows.slice(1).map((row) => [...row.cells[at].children].map((e) => [e.className, e.innerText]))})()"
+        "const head = (each) => each.innerText.startsWith('numpy per segment');"
+        "const at = [...rows[0].cells].findIndex(head);"
+        "const told = (each) => [each.className, each.innerText];"
+        "return rows.slice(1).map((row) => [...row.cells[at].children].map(told)); })()"
     )
     assert {cell[0][0] for cell in cells} == {"win", "loss", "undecided"}
     for (kind, ratio), (_, interval), (_, peer) in cells:
@@ -195,7 +199,10 @@ def test_two_records_are_set_side_by_side(report: Page) -> None:
     assert "Choose a record B" in text(report, "beside-now")
 
 
-STATE = "({ state, cases: shown.cases.length, first: document.querySelector('#cases tbody').innerText })"
+STATE = (
+    "({ state, cases: shown.cases.length,"
+    " first: document.querySelector('#cases tbody').innerText })"
+)
 
 
 def reloaded(page: Page) -> tuple[Any, Any]:
@@ -269,7 +276,12 @@ def test_the_page_works_by_keyboard(report: Page) -> None:
 
 def test_a_reader_of_the_screen_hears_every_figure(report: Page) -> None:
     images = [each["name"] for each in report.accessible() if each["role"] == "image"]
-    for part in ("Roofline with 2 threads", "Time of one call over rows", "B’s time / A’s time", "float32: ratio of each peer"):
+    for part in (
+        "Roofline with 2 threads",
+        "Time of one call over rows",
+        "B’s time / A’s time",
+        "float32: ratio of each peer",
+    ):
         assert any(name.startswith(part) for name in images), part
     assert all(images)
 
@@ -294,7 +306,10 @@ def test_it_fits_and_can_be_read(report: Page, width: int, dark: bool) -> None:
         ("faint_texts", "document.getElementById('verdict-body').style.opacity = 0.5"),
         ("faint_labels", "document.querySelector('#roof text').style.fill = '#999'"),
         ("faint_shapes", "document.querySelector('#latency .curve').style.opacity = 0.2"),
-        ("overlaps", "document.querySelectorAll('#latency text').forEach((e) => e.setAttribute('x', 40))"),
+        (
+            "overlaps",
+            "document.querySelectorAll('#latency text').forEach((e) => e.setAttribute('x', 40))",
+        ),
         ("wrong_numbers", "document.getElementById('cases-now').textContent = '1 cases'"),
     ],
 )

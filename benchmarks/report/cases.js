@@ -41,10 +41,11 @@ function case_columns(cases, variant, record_quiet) {
 }
 
 function ratio_cells(ratio) {
-  const [, low, high] = ratio;
+  const [middle, low, high] = ratio;
+  const digits = ratio_digits(middle);
   return [
     node("b", { class: ratio_kind(ratio) }, ratio_text(ratio)),
-    low === undefined ? "" : quiet(`${fixed(low, 2)}–${fixed(high, 2)}`),
+    low === undefined ? "" : quiet(`${fixed(low, digits)}–${fixed(high, digits)}`),
   ];
 }
 

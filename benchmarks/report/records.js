@@ -147,8 +147,10 @@ function fixed(value, digits) {
   return (tie ? (2 * Math.round(scaled / 2)) / 10 ** digits : value).toFixed(digits);
 }
 
+const ratio_digits = (ratio) => (ratio < 10 ? 2 : ratio < 100 ? 1 : 0);
+
 function ratio_text([ratio, low, high]) {
-  const digits = ratio < 10 ? 2 : ratio < 100 ? 1 : 0;
+  const digits = ratio_digits(ratio);
   const mark = is_undecided([ratio, low, high]) ? UNDECIDED : is_loss([ratio]) ? LOSS : "";
   return `${fixed(ratio, digits)}x${mark}`;
 }

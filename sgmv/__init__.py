@@ -27,7 +27,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import sgmv.interpreter  # noqa: F401  # isort: split  # first: the rest hangs in a subinterpreter
-from sgmv.adapter import Adapter, load_peft
+from sgmv.adapter import Adapter, PeftAdapter, load_peft
+from sgmv.embedding import add_lora_embedding
 from sgmv.errors import SgmvError
 from sgmv.expand import expand
 from sgmv.info import info
@@ -67,9 +68,11 @@ def __dir__() -> list[str]:
 __all__ = [
     "Adapter",
     "AdapterStack",
+    "PeftAdapter",
     "Segments",
     "SgmvError",
     "add_lora",
+    "add_lora_embedding",
     "apply_batched",
     "apply_single",
     "expand",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +13,9 @@ import numpy as np
 from sgmv.checks import check_matrix, check_scaling
 from sgmv.dtypes import Array, promote
 from sgmv.errors import DtypeError, SgmvError, ShapeError
-from sgmv.peft import read_module, read_modules
+from sgmv.files import shown
+from sgmv.peft import PathLike, Read, read_module, read_modules
+from sgmv.peft_models import in_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ class Adapter:
         return promote(self.A.dtype, self.B.dtype)
 
     @classmethod
-    def from_peft(cls, directory: str | os.PathLike[str], module: str) -> Adapter:
+    def from_peft(cls, directory: PathLike, module: str) -> Adapter:
         """Read one module's adapter from a directory that PEFT wrote.
 
         Semantics: `load_peft(directory)[module]`, reading that module alone.
@@ -84,7 +87,9 @@ class Adapter:
         sgmv.errors.PeftError: directory: expected a PEFT adapter directory, got no-such-place \
 (no such directory); pass a local directory that save_pretrained wrote (nothing is downloaded)
         """
-        return cls(*read_module(directory, module))
+        found = read_module(directory, module)
+        _warn(directory, found)
+        return cls(*found.layers[module])
 
     def __repr__(self) -> str:
         return (
@@ -93,7 +98,38 @@ class Adapter:
         )
 
 
-def load_peft(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> dict[str, Adapter]:
+class PeftAdapter(dict[str, Adapter]):
+    """What `load_peft` has read: the adapter of each layer by the layer's name, and what is beside.
+
+    Semantics: a dict, with two attributes more.
+
+    embeddings  the names of those layers that are embeddings: their A is (r, vocabulary), and a
+                token's delta is that of a one-hot x, `scaling * A[:, token] @ B.T`
+    saved       parameter -> array: what the adapter replaces in the model, as a classification
+                head's "score.weight" (labels, h_in), or an embedding whose vocabulary has grown.
+                A delta of such a layer is added to the product of its saved weight
+
+    Source: peft 0.21, `modules_to_save` and `save_embedding_layers`, lora.Embedding.
+
+    >>> PeftAdapter({}).saved
+    {}
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Adapter],
+        embeddings: Collection[str] = (),
+        saved: Mapping[str, Array] | None = None,
+    ) -> None:
+        super().__init__(layers)
+        self.embeddings = frozenset(embeddings)
+        self.saved = dict(saved or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.embeddings, self.saved)
+
+
+def load_peft(directory: PathLike, model: object = None) -> PeftAdapter:
     """Read every adapted layer of a directory that PEFT's `save_pretrained` wrote.
 
     Semantics: `{module: Adapter(A, B, scaling)}`, where
@@ -102,21 +138,27 @@ def load_peft(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) ->
         else the config's r, lora_alpha. A key is a regular expression for the module's whole name
         or its end after a dot; with "^" in front, for the whole name alone.
 
-    directory  local path; holds adapter_config.json and adapter_model.safetensors
+    directory  local path; holds adapter_config.json and adapter_model.safetensors, or .bin, which
+               needs torch 2.6; or MLX's adapters.safetensors; or diffusers' file, or is its path
+    model      where the adapter is to run: a torch module, {name: (h_in, h_out)}, or names. The
+               names are then the model's own, also for an adapter of an older release of it
+    returns    `PeftAdapter`, a dict; what the adapter replaces in the model is in its `saved`
     module     the layer's name in the base model, as in "model.layers.0.self_attn.q_proj"
                without what wrappers add: torch.compile, FSDP, DDP, checkpointing
-    A (r, h_in), B (h_out, r)  as on disk: float32, float16, ml_dtypes.bfloat16 or float64
+    A (r, h_in), B (h_out, r)  as on disk: float32, float16, ml_dtypes.bfloat16 or float64, and
+               float8 as float16
 
     fan_in_fan_out says that the base layer keeps its weight as (h_in, h_out), as GPT-2's Conv1D
     does. PEFT writes A and B alike in both cases; pass that layer's weight as `W = weight.T`.
 
     Raises PeftError: a file is missing or damaged; config and tensors disagree; the adapter is
-    more than plain LoRA (DoRA, biases, other peft types, changed base weights); an option is
-    unknown; ml_dtypes, for bfloat16, is not installed; another process changed the files at each
-    of three readings. What is returned is one version of both files, as far as their sizes and
-    times tell: not of a save that waits half-way, unless it is made in a directory of its own.
+    more than plain LoRA (DoRA, biases, other peft types, changed base weights); the model lacks a
+    layer, or has it in other widths; ml_dtypes, for bfloat16, is not installed; another process
+    changed the files at each of three readings. Warns of options that PEFT does not have, either.
+    What is returned is one version of all files, as far as their sizes and times tell: not of a
+    save that waits half-way, unless it is made in a directory of its own.
     Source: peft 0.21, LoraConfig, get_pattern_key, LoraLayer.update_layer; rsLoRA (arXiv
-    2312.03732).
+    2312.03732); mlx_lm 0.32, `load_adapters`; diffusers 0.42, `load_lora_adapter`.
 
     >>> import json, pathlib, tempfile
     >>> import numpy as np
@@ -134,7 +176,26 @@ def load_peft(directory: str | bytes | os.PathLike[str] | os.PathLike[bytes]) ->
     >>> scratch.cleanup()
     """
     found = read_modules(directory)
-    return {module: Adapter(*parts) for module, parts in found.items()}
+    _warn(directory, found)
+    layers = {module: Adapter(*parts) for module, parts in found.layers.items()}
+    adapter = PeftAdapter(layers, found.embeddings, found.saved)
+    if model is None:
+        return adapter
+    widths = {name: (one.h_in, one.h_out) for name, one in adapter.items()}
+    names = in_model(model, widths, found.saved, os.fsdecode(directory))
+    return PeftAdapter(
+        {names[module]: one for module, one in adapter.items()},
+        [names[module] for module in adapter.embeddings],
+        {names[name]: array for name, array in adapter.saved.items()},
+    )
+
+
+def _warn(directory: PathLike, found: Read) -> None:
+    """Of options that PEFT passes over, in the name of the caller of a public function here."""
+    if found.unknown:
+        place = shown(os.fsdecode(directory))
+        text = f"{place}: options that PEFT does not have, passed over: {found.unknown}"
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 AdapterLike: TypeAlias = "Adapter | tuple[Array, Array] | None"

@@ -53,6 +53,7 @@ def one_version(directory: Path, names: Sequence[str], read: Callable[..., T]) -
 
     Raises PeftError when they have changed three times.
     """
+    there: list[str] = []
     for pause in (*_PAUSES, None):
         error = None
         with ExitStack() as stack:
@@ -67,6 +68,11 @@ def one_version(directory: Path, names: Sequence[str], read: Callable[..., T]) -
             # Opened again: a network mount asks its server then, and may not for fstat.
             after = [_stamp(_opened(place, name, stack)) for name in names]
         written = [stamp[-1] for stamp in before if len(stamp) > 1]
+        there = [
+            name
+            for name, *stamps in zip(names, before, after, strict=True)
+            if max(map(len, stamps)) > 1
+        ]
         is_fresh = any(-_AHEAD < start - at < _TICK for at in written)
         if not is_fresh and before == after:
             if error is not None:
@@ -77,7 +83,7 @@ def one_version(directory: Path, names: Sequence[str], read: Callable[..., T]) -
     raise PeftError(
         shown(directory),
         "files that stay as they are while they are read",
-        f"{' or '.join(names)} changed by another process",
+        f"{' or '.join(there)} changed by another process",
         "try again; a writer that fills a new directory and renames it is never read half-way",
     ) from error
 
@@ -144,6 +150,12 @@ def read_text(file: io.FileIO) -> bytes:
     return _exactly(file, size).tobytes()
 
 
+def read_all(file: io.FileIO) -> bytes:
+    """All of a file, of whatever size."""
+    file.seek(0)
+    return _exactly(file, os.fstat(file.fileno()).st_size).tobytes()
+
+
 def beginning(file: io.FileIO) -> bytes:
     """The first bytes of a file, which may say what it is instead."""
     file.seek(0)
@@ -199,7 +211,8 @@ class TensorFile:
             raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
         try:
             header = json.loads(_exactly(self._file, length).tobytes().decode("utf-8"))
-            if not all(isinstance(text, str) for text in header.pop("__metadata__", {}).values()):
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            if not all(isinstance(text, str) for text in self.metadata.values()):
                 raise ValueError("metadata that are not text")
             self.entries = {name: _entry(**described) for name, described in header.items()}
         except (AttributeError, TypeError, ValueError, RecursionError) as error:

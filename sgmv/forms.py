@@ -7,15 +7,29 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-from sgmv.files import shown
+from sgmv.files import TensorFile, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+MLX = "adapters.safetensors"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 COPY = "copy the whole directory that save_pretrained wrote"
+CONVERT = (
+    "have diffusers convert it: load it in its pipeline (load_lora_weights), and save it from "
+    "there (save_lora_weights)"
+)
 
 _AGAIN = "download or copy the file again"
+# Names of tensors, and the program that gives such.
+_PROGRAMS = {
+    r"\.(lokr|hada|oft)_": "LyCORIS's LoKr, LoHa or OFT",
+    r"^lora_(unet|te\d?|transformer)_": "kohya's, which has no dots in the names of modules",
+    r"^diffusion_model\.": "ComfyUI's",
+}
 _STARTS = (
     (
         b"version https://git-lfs.github.com/",
@@ -73,7 +87,39 @@ def without_config(directory: Path) -> tuple[str, str]:
         return f"{place} (a whole model)", "pass the directory of an adapter, or use it as the base"
     if _has(directory, re.escape(WEIGHTS_FILE)):
         return f"{place} (no such file; the weights are there)", COPY
-    return f"{place} (no such file)", COPY
+    return _other_programs(directory) or (f"{place} (no such file)", COPY)
+
+
+def _other_programs(directory: Path) -> tuple[str, str] | None:
+    """A directory that holds an adapter of another program than PEFT."""
+    if _has(directory, r".*\.gguf"):
+        return f"{shown(directory)} (a GGUF file)", "convert the adapter that PEFT saved instead"
+    for name in _has(directory, r".*\.safetensors"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            with path.open("rb", buffering=0) as file:
+                names = TensorFile(file).entries
+        except (OSError, ValueError):
+            continue
+        if program := program_of(names):
+            return f"{shown(path)} ({program})", CONVERT
+        if _is_lora(names):
+            return f"{shown(path)} (a file of diffusers)", f"pass {shown(path)}, the file itself"
+    return None
+
+
+def _is_lora(names: Collection[str]) -> bool:
+    return bool(names) and all(re.search(r"lora.*\.(weight|bias|alpha)$", name) for name in names)
+
+
+def program_of(names: Collection[str]) -> str | None:
+    """The program that gives tensors such names, if it is none whose files are read."""
+    for pattern, program in _PROGRAMS.items():
+        if any(re.search(pattern, name) for name in names):
+            return program
+    return None
 
 
 def without_weights(directory: Path) -> tuple[str, str]:
@@ -87,15 +133,18 @@ def without_weights(directory: Path) -> tuple[str, str]:
             f"{shown(directory)} (a sharded save, {len(parts)} parts)",
             "save it again in one file: with PEFT's save_pretrained, or a larger max_shard_size",
         )
-    pickled = path.with_suffix(".bin")
-    if pickled.exists():
-        return (
-            f"{shown(pickled)} (a pickle, which can run code)",
-            "load it with PEFT and save_pretrained(..., safe_serialization=True)",
-        )
     others = _has(directory, r".*\.(safetensors|bin|gguf|npz)")
     beside = f"; there is {', '.join(shown(name) for name in others[:3])}" if others else ""
     return f"{shown(path)} (no such file{beside})", COPY
+
+
+def pickled(path: Path, why: str) -> tuple[str, str]:
+    """An adapter_model.bin that cannot be read here."""
+    return (
+        f"{shown(path)} (a pickle, which can run code; {why})",
+        "install torch 2.6 or later, which reads its tensors alone; or load it with PEFT and "
+        "save_pretrained(..., safe_serialization=True)",
+    )
 
 
 def _dangling(path: Path) -> tuple[str, str]:

@@ -1,11 +1,13 @@
 """All that sgmv knows of torch: its CPU tensors as numpy arrays without a copy, and its threads.
 
-torch is never imported: a tensor can only come from a caller that has imported it.
+torch is imported for a file of torch.save alone: a tensor comes from a caller that has imported it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import io
+import re
 import sys
 from functools import lru_cache
 from typing import Any
@@ -119,6 +121,32 @@ def float_dtype(argument: str, dtype: object) -> np.dtype[Any]:
             "pip install ml_dtypes, which gives numpy this type",
         ) from error
     return check_dtype(argument, ml_dtypes.bfloat16)
+
+
+def why_no_pickles() -> str:
+    """Why files of torch.save cannot be read here; "" if they can."""
+    try:
+        version: str = load("torch").__version__
+    except ImportError:
+        return "torch is not installed"
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and tuple(map(int, found.groups())) < (2, 6):  # CVE-2025-32434
+        return f"torch {version} may run code from it, which 2.6 does not"
+    return ""
+
+
+def unpickled(data: bytes) -> dict[str, Any]:
+    """The tensors by name that torch.save wrote, on the CPU; nothing of the file is run.
+
+    Raises ValueError for a file that holds anything else.
+    """
+    try:
+        state = load("torch").load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever kind torch's parts raise for a damaged file
+        raise ValueError(str(error).partition("\n")[0]) from error
+    if not isinstance(state, dict) or not all(map(is_tensor, state.values())):
+        raise ValueError(f"a {type(state).__name__} of something else than tensors by name")
+    return {str(name): tensor for name, tensor in state.items()}
 
 
 def gomp_parallel() -> int:

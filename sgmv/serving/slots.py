@@ -19,7 +19,7 @@ from sgmv.adapter import Adapter, load_peft
 from sgmv.checks import check_count, check_dtype
 from sgmv.errors import DtypeError, ServingError, some
 from sgmv.ids import is_integer
-from sgmv.peft import near_names
+from sgmv.peft_names import near_names
 from sgmv.serving.requests import LoRARequest, by_id
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.weights import Active, Weights, check_unpinned

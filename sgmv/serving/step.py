@@ -20,7 +20,7 @@ from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, ServingError, StaleStepError, UnknownAdapterError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.lora import add_lora
-from sgmv.peft import near_names
+from sgmv.peft_names import near_names
 from sgmv.segment import Segments, segment
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.scheduler import Scheduler

@@ -24,7 +24,7 @@ import numpy as np
 from sgmv.adapter import Adapter
 from sgmv.checks import check_count
 from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
-from sgmv.peft import near_names
+from sgmv.peft_names import near_names
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.residency import Residency
 from sgmv.stack import AdapterStack
@@ -161,6 +161,13 @@ class Weights:
         if not isinstance(found, Mapping):
             given = f"{type(found).__name__} for {lora_request}"
             raise DtypeError("read", "a mapping of modules to Adapters", given, "return a dict")
+        if saved := getattr(found, "saved", None):
+            raise ServingError(
+                "lora_request",
+                f"layers with A and B alone, in {lora_request}",
+                f"{some(saved)}, which it replaces in the model",
+                "run those yourself: read=lambda path: dict(sgmv.load_peft(path)) leaves them out",
+            )
         if self._learns_modules:
             _check_prefix(lora_request, found, stacks)
         for module, adapter in found.items():

@@ -171,8 +171,8 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 action()
 
         if moment == "between config and weights":
-            open_weights = peft._tensor_file
-            monkeypatch.setattr(peft, "_tensor_file", lambda *_: (act(), open_weights(*_))[1])
+            open_weights = peft.Tensors
+            monkeypatch.setattr(peft, "Tensors", lambda *_: (act(), open_weights(*_))[1])
         else:  # between A and B
             tensor = TensorFile.tensor
 

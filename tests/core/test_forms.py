@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -114,6 +115,37 @@ def test_a_whole_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
     refusal(tmp_path, str(tmp_path), "a whole model", "the directory of an adapter")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parts"),
+    [
+        ("a.gguf", (), ("a GGUF file",)),
+        ("a.safetensors", ("lora_unet_up.lora_down.weight",), ("kohya's", "load_lora_weights")),
+        ("a.safetensors", ("diffusion_model.up.lora_A.weight",), ("ComfyUI's",)),
+        ("a.safetensors", ("up.hada_w1_a",), ("LyCORIS",)),
+        ("a.safetensors", ("unet.up.lora.down.weight",), ("a file of diffusers", "file itself")),
+        ("a.safetensors", ("model.up.weight",), ("no such file",)),
+        ("a.safetensors", (), ("no such file",)),
+    ],
+)
+def test_an_adapter_of_another_program(
+    name: str, tensors: tuple[str, ...], parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if name.endswith(".gguf"):
+        path.write_bytes(b"GGUF" + bytes(60))
+    else:
+        save_file({tensor: np.ones(3, np.float32) for tensor in tensors}, path)
+    refusal(tmp_path, "adapter_config.json", str(tmp_path), *parts)
+
+
+def test_kohyas_names_in_a_directory_of_pefts(tmp_path: Path) -> None:
+    """They were returned, under names that no model has."""
+    directory = copy_of("llama/attention-f32", tmp_path)
+    tensors = {f"lora_unet_up.lora_{half}.weight": np.ones((8, 8)) for half in "AB"}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    refusal(directory, str(directory), "kohya's")
 
 
 def test_weights_without_a_config(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import sgmv
-from reference import apply_batched
-from reference.bounds import apply_batched_bound, gamma, unit_roundoff
+from reference import apply_batched, by_row
+from reference.bounds import add_lora_bound, apply_batched_bound, gamma, unit_roundoff
 from reference.compare import check, violations
 from sgmv.adapter import load_peft
 from tests.help.peft_files import (
     DOWN_PROJ,
     FIXTURES,
+    FORMS,
     Q_PROJ,
     RECORD,
     RUNS,
@@ -25,6 +26,8 @@ from tests.help.peft_files import (
     Array,
     Float64,
     copy_of,
+    form,
+    needs_torch,
 )
 
 pytestmark = pytest.mark.once
@@ -131,6 +134,60 @@ def test_apply_batched_equals_peft(outputs: Mapping[str, Array], run: str, layer
     check(case.y, exact, case.peft_bound(adapters, exact), "PEFT's y against by_row")
     bound = case.difference_bound(adapters, exact)
     check(actual, case.y.astype(np.float64), bound, "sgmv's y against PEFT's")
+
+
+OF_FORMS = [
+    pytest.param(name, marks=needs_torch if name.startswith("pickle") else ()) for name in FORMS
+]
+
+
+@pytest.fixture(scope="module")
+def of_forms() -> Mapping[str, Array]:
+    with np.load(FIXTURES / "forms.npz") as file:
+        return {
+            key: array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+            for key, array in file.items()
+        }
+
+
+@pytest.mark.parametrize("name", OF_FORMS)
+def test_every_form_gives_what_its_library_computed(
+    of_forms: Mapping[str, Array], name: str
+) -> None:
+    """The library's own load, over base weights of zero: PEFT's, diffusers', MLX's."""
+    adapters, layers = load_peft(form(name)), FORMS[name]["layers"]
+    assert adapters.keys() == layers.keys()
+    assert adapters.embeddings == {module for module in layers if layers[module]["embedding"]}
+    for module, facts in layers.items():
+        adapter = adapters[module]
+        assert (adapter.r, adapter.scaling) == (facts["r"], facts["scaling"])
+        x, theirs = of_forms[f"{name}/{module}/x"], of_forms[f"{name}/{module}/y"]
+        ids, stack = [0] * len(x), sgmv.AdapterStack.from_adapters([adapter])
+        ours = np.zeros_like(theirs)
+        if facts["embedding"]:
+            sgmv.add_lora_embedding(ours, x, stack, ids)
+            x = np.eye(adapter.h_in, dtype=np.float32)[x]
+        else:
+            sgmv.add_lora(ours, x, stack, ids)
+        zero = np.zeros_like(theirs)
+        exact = by_row.add_lora(zero, x, [adapter], ids)
+        bound = add_lora_bound(zero, x, [adapter], ids, expected=exact)
+        assert np.abs(exact).max() > 1e-3
+        check(ours, exact, bound, "sgmv")
+        check(theirs, exact, bound, "its library")
+
+
+@pytest.mark.parametrize("name", OF_FORMS)
+def test_what_an_adapter_replaces_is_returned_beside(
+    of_forms: Mapping[str, Array], name: str
+) -> None:
+    """By the names and with the values that PEFT's own load gives them."""
+    saved = load_peft(form(name)).saved
+    expected = FORMS[name]["saved"]
+    assert set(expected) <= saved.keys()
+    assert not saved or expected
+    for parameter in expected:
+        np.testing.assert_array_equal(saved[parameter], of_forms[f"{name}/saved/{parameter}"])
 
 
 def test_the_runs_hold_what_they_should() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,23 @@ from sgmv.errors import PeftError
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
 RECORD = json.loads((FIXTURES / "outputs.json").read_text())
 RUNS: dict[str, Any] = RECORD["runs"]
+FORMS: dict[str, Any] = json.loads((FIXTURES / "forms.json").read_text())["forms"]
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 V_PROJ = "model.layers.0.self_attn.v_proj"
 DOWN_PROJ = "model.layers.1.mlp.down_proj"
 
+needs_torch = pytest.mark.skipif(
+    find_spec("torch") is None, reason="not installed: torch (pip install -e '.[torch]')"
+)
+
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
+
+
+def form(name: str) -> Path:
+    """The directory of a form that a real library wrote."""
+    return FIXTURES / "forms" / name
 
 
 def copy_of(directory: str, to: Path, **options: Any) -> Path:
@@ -59,3 +70,13 @@ def refusal(directory: Path, *parts: str) -> None:
             read(directory)
         for part in ("expected", "got", ";", *parts):
             assert part in str(caught.value)
+
+
+def named(to: Path, *names: str, **options: Any) -> Path:
+    """An adapter of these tensors' names; "?" is A in one and B in another tensor."""
+    A, B = np.ones((2, 3), np.float32), np.ones((5, 2), np.float32)
+    halves = {"A": A, "B": B}
+    tensors = {name.replace("?", half): halves[half] for name in names for half in halves}
+    write_adapter(to, {}, **options)
+    save_file(tensors, to / "adapter_model.safetensors")
+    return to

@@ -36,6 +36,7 @@ RECORDS = {
     *("Lorax", "Punica", "RankSegments", "VllmV0", "Counters", "Outcome", "Step", "Deadlock"),
     *("DeadlockError", "Histogram", "Launch", "Result", "Work", "Model", "LAYERS", "MODELS"),
     *("POLICIES", "POPULARITIES", "DEVICES", "A100", "H100", "H200", "L4", "RTX_4090"),
+    "PeftAdapter",
 }
 Made = tuple[Callable[..., Any], dict[str, Any]]
 
@@ -315,6 +316,10 @@ CALLS: dict[str, Callable[[], Made]] = {
     "add_lora, an array": plain(
         sgmv.add_lora, y=y, x=x, stack=stack, adapter_ids=lambda: np.array(IDS)
     ),
+    "add_lora_embedding": plain(
+        sgmv.add_lora_embedding, y=y, tokens=const([0, 2, 1, 0, 2]), stack=stack, adapter_ids=ids,
+        backend=const(None),
+    ),
     "add_lora, segments": plain(sgmv.add_lora, y=y, x=x, stack=stack, adapter_ids=segments),
     "shrink": plain(sgmv.shrink, x=x, stack=stack, segments=segments, backend=const(None)),
     "expand": plain(
@@ -347,6 +352,9 @@ CALLS: dict[str, Callable[[], Made]] = {
     "get_num_threads": plain(sgmv.get_num_threads),
     "info": plain(sgmv.info),
     "load_peft": plain(sgmv.load_peft, directory=peft_directory),
+    "load_peft, a model": plain(
+        sgmv.load_peft, directory=peft_directory, model=const({"up": (H_IN, H_OUT)})
+    ),
     "segment": plain(sgmv.segment, adapter_ids=ids),
     "segment, an array": plain(sgmv.segment, adapter_ids=lambda: np.array(IDS)),
     "set_num_threads": plain(sgmv.set_num_threads, n=const(2)),

@@ -11,6 +11,7 @@ import pytest
 import sgmv
 from sgmv import serving
 from sgmv.errors import PeftError, ServingError, ShapeError, StackError, ValueRangeError
+from tests.help.peft_files import form
 from tests.help.served import BAD, layers_of, lora, make_slots, read
 from tests.help.serving_model import LAYERS
 
@@ -104,6 +105,19 @@ def test_a_reader_that_fails_is_told_with_its_adapter() -> None:
     for call in (slots.load, lambda one: slots.activate([one])):
         with pytest.raises(PeftError, match=r"LoRARequest\(lora_name='a7', .*no such directory"):
             call(lora(7, "no-such-place"))
+
+
+@pytest.mark.once
+def test_an_adapter_that_replaces_parts_of_the_model_is_refused() -> None:
+    """A classification head's rows would be the base model's; the others of the step run."""
+    heads = {"a7": form("head"), "a8": form("embedding-alone")}
+    slots = make_slots(read=lambda path: sgmv.load_peft(heads[path]))
+    active, failed = slots.try_activate([lora(7, "a7"), lora(8, "a8")])
+    assert (list(active), list(failed)) == ([8], [7])
+    for part in ("a7", "score.weight", "replaces in the model", "leaves them out"):
+        assert part in str(failed[7])
+    slots = make_slots(read=lambda path: dict(sgmv.load_peft(heads[path])))
+    assert list(slots.activate([lora(7, "a7")])) == [7]
 
 
 ELSEWHERE = [

@@ -28,7 +28,7 @@ function draw_beside() {
   const other_variant = variant_of(other.grid, state.threads);
   const pairs = in_both(cases, other.grid.cases);
   const named = (side, { name, machine }, of) =>
-    `${side}: ${name}, ${DATA.machines[machine].cpu}, ${count(Number(of.slice(5)), "thread")}`;
+    `${side}: ${name}, ${machine_name(machine)}, ${count(Number(of.slice(5)), "thread")}`;
   $("beside-now").textContent =
     `${named("A", record, variant)}. ${named("B", other, other_variant)}. ` +
     `${count(pairs.length, "case")} in both.`;

@@ -57,7 +57,11 @@ function offer_all() {
   for (const [name, [value, text]] of Object.entries(AXES)) {
     const found = new Map(cases.map((each) => [value(each), text(each)]));
     const by_number = (a, b) => parseFloat(a[0]) - parseFloat(b[0]) || 0;
-    offer(name, [["", "all"], ...[...found].sort(by_number)], "");
+    const sorted =
+      name === "popularity"
+        ? popularities_of(cases).map((kind) => [kind, kind])
+        : [...found].sort(by_number);
+    offer(name, [["", "all"], ...sorted], "");
   }
   const others = GRIDS.filter(({ name }) => name !== state.a);
   const shares = ({ grid }) => in_both(cases, grid.cases).length > 0;

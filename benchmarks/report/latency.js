@@ -20,7 +20,7 @@ function draw_latency() {
   legend("latency-legend", []);
   if (!cases.length) return figure.replaceChildren();
   const one_row = cases.filter(({ popularity }) => popularity === ONE_ROW);
-  const kinds = distinct(cases.map(({ popularity }) => popularity)).filter(
+  const kinds = popularities_of(cases).filter(
     (kind) => kind !== ONE_ROW && (!state.popularity || kind === state.popularity),
   );
   const panels = kinds.length ? kinds : [ONE_ROW];

@@ -3,6 +3,7 @@
 "use strict";
 
 const ONE_ROW = "one row"; // the popularity of a batch of one row
+const KINDS = [ONE_ROW, "distinct", "uniform", "skewed", "identical"]; // others come after these
 const [LOSS, UNDECIDED] = ["!", "~"];
 
 const range = (count) => Array.from({ length: count }, (_, i) => i);
@@ -29,6 +30,13 @@ function unpacked(grid) {
     },
   );
   return { ...grid, cases };
+}
+
+// The popularities of these cases, in one order for all records.
+function popularities_of(cases) {
+  const place = (kind) => (KINDS.includes(kind) ? KINDS.indexOf(kind) : KINDS.length);
+  const found = distinct(cases.map(({ popularity }) => popularity));
+  return found.sort((a, b) => place(a) - place(b));
 }
 
 function case_name({ h_in, h_out, rank, rows, popularity, dtype }) {

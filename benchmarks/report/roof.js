@@ -11,7 +11,7 @@ function draw_roof() {
   const width = figure.clientWidth;
   if (!cases.length) return figure.replaceChildren();
   const [peak, roofs] = [grid.peak[threads] / 1e9, grid.roofs[threads]];
-  const popularities = distinct(grid.cases.map(({ popularity }) => popularity));
+  const popularities = popularities_of(grid.cases);
   const ranks = distinct(grid.cases.map(({ rank }) => rank)).sort((a, b) => a - b);
   const at = { left: 62, right: width - 10, top: 26, floor: width < 620 ? 330 : 400 };
   const wide = extent(cases.map(intensity), 3);
@@ -23,7 +23,8 @@ function draw_roof() {
   }); // prettier-ignore
   at.xs = log_ticks(wide, at.x, 36);
   at.ys = log_ticks(high, at.y, 26);
-  const colour_of = (popularity) => colour(popularities.indexOf(popularity))[0];
+  const colours = distinct([...KINDS, ...popularities]);
+  const colour_of = (popularity) => colour(colours.indexOf(popularity))[0];
   const dots = cases.map((each) =>
     mark(
       ranks.indexOf(each.rank), at.x(intensity(each)), at.y(gflops(each, variant)), 3.4,

@@ -57,30 +57,30 @@ function draw_records() {
   $("records").replaceChildren(text_table({ head, rows, left: 5 })); // prettier-ignore
 }
 
-const machine_name = (place) => {
-  const { cpu, cores } = DATA.machines[place];
-  return `${cpu}, ${count(cores, "core")}`;
-};
+// Machines that are called the same are told apart by a number.
+function machine_name(place) {
+  const plain = ({ cpu, cores }) => `${cpu}, ${count(cores, "core")}`;
+  const alike = range(DATA.machines.length).filter(
+    (other) => plain(DATA.machines[other]) === plain(DATA.machines[place]),
+  );
+  const name = plain(DATA.machines[place]);
+  return alike.length > 1 ? `${name} (${alike.indexOf(place) + 1})` : name;
+}
 
 function draw_machines() {
   const size = (bytes_of) =>
     bytes_of >= 1 << 20 ? `${bytes_of / 2 ** 20} MiB` : `${bytes_of / 2 ** 10} KiB`;
   const rows = DATA.machines.map((machine, place) => [
-    machine.cpu,
+    machine_name(place),
     machine.vendor || "not recorded",
     machine.family || "not recorded",
     machine.flags.join(" "),
     machine.flags.some((flag) => flag.startsWith("amx")) ? "yes" : "no",
-    machine.cores,
     Object.entries(machine.caches)
       .map(([level, held]) => `${level} ${size(held)}`)
       .join(", "),
     machine.system,
-    DATA.records
-      .filter((record) => record.machine === place)
-      .map(({ name }) => name)
-      .join(", "),
   ]);
-  const head = ["CPU", "vendor", "family and model", "features", "AMX", "cores", "caches", "system", "records"];
+  const head = ["machine", "vendor", "family and model", "features", "AMX", "caches", "system"];
   $("machines").replaceChildren(text_table({ head, rows, left: head.length })); // prettier-ignore
 }

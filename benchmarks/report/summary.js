@@ -47,12 +47,11 @@ function draw_verdict() {
 }
 
 function source_told({ name, machine, date, commit, versions, grid }) {
-  const { cpu, cores } = DATA.machines[machine];
   const built = ["numpy", "numba", "torch", "mkl"]
     .filter((part) => versions[part])
-    .map((part) => `${part} ${versions[part]}`);
+    .map((part) => `${part} ${versions[part]}${part === "numpy" && grid ? ` (${grid.blas})` : ""}`);
   const left_out = grid ? `; ${count(Object.keys(grid.untimed).length, "case")} left out` : "";
-  return `${name}: ${cpu}, ${count(cores, "core")}, ${date.slice(0, 10)}, commit ${commit}; ${built.join(", ")}${left_out}.`;
+  return `${name}: ${machine_name(machine)}, ${date.slice(0, 10)}, commit ${commit}; ${built.join(", ")}${left_out}.`;
 }
 
 // A figure for each float type, as ratios of one say nothing of another.

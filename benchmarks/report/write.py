@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from benchmarks import record
+from benchmarks.machine import Machine
 from benchmarks.peers import PEERS, table
 from benchmarks.record import Head, RecordError, Times
 from benchmarks.registry import DEFAULT, STUDIES
@@ -46,16 +47,17 @@ def found_in(folders: Iterable[Path]) -> dict[str, tuple[Study[Any], Head]]:
             )
         for path in paths:
             study = STUDIES.get(path.stem.partition("-")[0], DEFAULT)
-            name = f"{folder.name}/{path.stem}" if path.stem in records else path.stem
+            name = f"{folder}/{path.stem}" if path.stem in records else path.stem
             records[name] = study, record.load(study.record, path)
     return records
 
 
 def data(records: dict[str, tuple[Study[Any], Head]]) -> dict[str, Any]:
     """All that the page knows, as JSON has it."""
-    machines = list(
-        {msgspec.json.encode(its.machine): its.machine for _, its in records.values()}.values()
-    )
+    machines: list[Machine] = []
+    for _, found in records.values():
+        if found.machine not in machines:
+            machines.append(found.machine)
     return {
         "quiet": record.QUIET,
         "peers": {name: peer.title for name, peer in PEERS.items()},
@@ -66,27 +68,27 @@ def data(records: dict[str, tuple[Study[Any], Head]]) -> dict[str, Any]:
             {
                 "name": name,
                 "study": study.name,
-                "machine": machines.index(its.machine),
-                "date": its.date,
-                "commit": record.commit_text(its).replace("`", ""),
-                "seconds": its.seconds,
-                "versions": its.versions,
-                "threads": getattr(its, "threads", None),
-                "busy": [getattr(case, "foreign_cores", None) for case in cases_of(its)],
-                "tables": [msgspec.to_builtins(each) for each in study.tables(its)],
-                "grid": grid(its) if isinstance(its, Record) else None,
-                "growth": curves(its) if isinstance(its, growth.GrowthRecord) else None,
+                "machine": machines.index(found.machine),
+                "date": found.date,
+                "commit": record.commit_text(found).replace("`", ""),
+                "seconds": found.seconds,
+                "versions": found.versions,
+                "threads": getattr(found, "threads", None),
+                "busy": [getattr(case, "foreign_cores", None) for case in cases_of(found)],
+                "tables": [msgspec.to_builtins(each) for each in study.tables(found)],
+                "grid": grid(found) if isinstance(found, Record) else None,
+                "growth": curves(found) if isinstance(found, growth.GrowthRecord) else None,
             }
-            for name, (study, its) in records.items()
+            for name, (study, found) in records.items()
         ],
     }
 
 
-def grid(its: Record) -> dict[str, Any]:
+def grid(found: Record) -> dict[str, Any]:
     """The grid's record. A case is a list, in the order in which records.js reads it."""
-    variants = list(dict.fromkeys(name for case in its.cases for name in case.times))
-    names = list(dict.fromkeys(tuple(case.names) for case in its.cases))
-    reasons = list(dict.fromkeys(why for case in its.cases for why in case.skipped.values()))
+    variants = list(dict.fromkeys(name for case in found.cases for name in case.times))
+    names = list(dict.fromkeys(tuple(case.names) for case in found.cases))
+    reasons = list(dict.fromkeys(why for case in found.cases for why in case.skipped.values()))
 
     def packed(case: CaseRecord) -> list[Any]:
         return [
@@ -105,21 +107,21 @@ def grid(its: Record) -> dict[str, Any]:
         ]  # fmt: skip
 
     return {
-        "threads": its.threads,
-        "untimed": its.untimed,
-        "blas": its.blas.name,
+        "threads": found.threads,
+        "untimed": found.untimed,
+        "blas": found.blas.name,
         "variants": variants,
         "names": names,
         "reasons": reasons,
-        "peak": its.ceilings.peak,
-        "roofs": {count: figures.roofs(its, count) for count in its.ceilings.bandwidth},
-        "cases": [packed(case) for case in its.cases],
+        "peak": found.ceilings.peak,
+        "roofs": {count: figures.roofs(found, count) for count in found.ceilings.bandwidth},
+        "cases": [packed(case) for case in found.cases],
     }
 
 
-def curves(its: growth.GrowthRecord) -> dict[str, Any]:
+def curves(found: growth.GrowthRecord) -> dict[str, Any]:
     """Growth's curves, each with the line through it."""
-    layer = f"{its.h_in} → {its.rank} → {its.h_out}, {its.dtype}, weights {its.weights}"
+    layer = f"{found.h_in} → {found.rank} → {found.h_out}, {found.dtype}, weights {found.weights}"
     return {
         "layer": layer,
         "series": [
@@ -129,7 +131,7 @@ def curves(its: growth.GrowthRecord) -> dict[str, Any]:
                 "points": [[point.n, *_quantiles(point.times)] for point in series.points],
                 "fit": [growth.fitted(series).a, growth.fitted(series).b],
             }
-            for series in its.series
+            for series in found.series
         ],
     }
 

@@ -97,7 +97,7 @@ def test_records_of_two_folders_keep_their_names_apart(tmp_path: Path) -> None:
     [path] = record.RECORDS.glob("quick-*.json")
     (mine / path.name).write_text(path.read_text())
     names = [*write.found_in([record.RECORDS, mine])]
-    assert {path.stem, f"mine/{path.stem}"} <= set(names)
+    assert {path.stem, f"{mine}/{path.stem}"} <= set(names)
 
 
 def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -327,6 +327,16 @@ def test_every_study_and_machine_is_told(report: Page) -> None:
     assert "PEFT adds ms" in text(report, "studies")
 
 
+def test_machines_of_one_name_are_told_apart_by_a_number(report: Page) -> None:
+    names = report.evaluate(
+        "(() => { DATA.machines.push({ ...DATA.machines[0], vendor: 'another' });"
+        "return [0, 1, 2].map(machine_name); })()"
+    )
+    assert names[0].endswith(" (1)")
+    assert names[2] == names[0].replace("(1)", "(2)")
+    assert names[1] == f"{MACHINE.cpu}, 8 cores"
+
+
 def test_growth_is_drawn_with_its_lines(report: Page) -> None:
     [path] = record.RECORDS.glob("growth-*.json")
     told = report.evaluate("document.querySelector('#growth svg').getAttribute('aria-label')")

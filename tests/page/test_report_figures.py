@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import record
+from benchmarks.batch import ONE_ROW
 from benchmarks.peers import PEERS
 from benchmarks.report import write
 from benchmarks.studies.grid.figures import hub_cases
@@ -23,6 +24,7 @@ from benchmarks.studies.grid.records import (
     summarise,
 )
 from benchmarks.text import microseconds, ratio_text
+from reference.workloads import POPULARITIES
 from tests.help.explored import Javascript
 from tests.help.planting import replaced
 from tests.help.reported import SCRIPT, other_machine
@@ -176,6 +178,15 @@ def test_undecided_ratios_are_counted(javascript: Javascript) -> None:
 def test_latency_shows_the_cases_of_the_figure(javascript: Javascript) -> None:
     got = javascript(SCRIPT, f"{grids()}.map(({{cases}}) => hub(cases).map(({{name}}) => name))")
     assert got == [[case_label(case) for case in hub_cases(found)] for found in records()]
+
+
+def test_popularities_have_one_order_in_every_record(javascript: Javascript) -> None:
+    """That of the paper, so that colours mean the same; one row first, unknown ones last."""
+    kinds = [ONE_ROW, *POPULARITIES]
+    assert javascript(SCRIPT, "KINDS") == kinds
+    for order in (kinds, kinds[::-1]):
+        cases = [{"popularity": kind} for kind in ("mixed", *order)]
+        assert javascript(SCRIPT, f"popularities_of({json.dumps(cases)})") == [*kinds, "mixed"]
 
 
 def test_noisy_cases_are_those_of_the_record(javascript: Javascript) -> None:

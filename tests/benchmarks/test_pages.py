@@ -82,7 +82,10 @@ def test_a_stale_page_or_figure_is_told(
         page.write_text((records.ROOT / name).read_text().replace("| numpy per", "| mumpy per"))
     monkeypatch.setattr(records, "ROOT", tmp_path)
     assert pages.main(["--check"]) == 1
-    assert "README.md, docs/kernels.md: stale; run python -m benchmarks pages" in capsys.readouterr().out
+    assert (
+        "README.md, docs/kernels.md: stale; run python -m benchmarks pages"
+        in capsys.readouterr().out
+    )
     assert pages.main([]) == 0
     assert "| numpy per segment |" in (tmp_path / "README.md").read_text()
     assert pages.main(["--check"]) == 0

@@ -40,6 +40,7 @@ function draw_studies() {
 function draw_records() {
   const busiest = ({ busy }) => Math.max(...busy.filter((cores) => cores !== null));
   const noise = (record) => {
+    if (!record.busy.length) return "not timed";
     if (!record.busy.some((cores) => cores !== null)) return "not known";
     return `${noisy(record.busy, DATA.quiet)} of ${number(record.busy.length)}, at most ${busiest(record)} cores`;
   };

@@ -4,6 +4,7 @@
 const peer_title = (peer) => DATA.peers[peer] ?? peer;
 
 function noise_told({ busy }) {
+  if (!busy.length) return "Nothing was timed.";
   const known = busy.filter((cores) => cores !== null);
   if (!known.length) return "The system did not say whether other processes ran.";
   const disturbed = noisy(busy, DATA.quiet);
@@ -82,12 +83,13 @@ function draw_summary() {
   legend("summary-legend", drawn.length ? SPREAD_LEGEND.map(copied) : []);
   $("summary-table").replaceChildren(
     text_table({
-      head: ["peer", "type", "geometric mean", "worst", "in the case", "best", "slower", "undecided", "cases"],
-      left: 2,
+      head: ["peer", "type", "worst case", "geometric mean", "worst", "best", "slower", "undecided", "cases"],
+      left: 3,
       rows: drawn.flatMap(([dtype, lines]) =>
         lines.map(([peer, sums]) => [
-          peer_title(peer), dtype, ratio_text([sums.geomean]), ratio_text(sums.worst),
-          sums.worst[1].name, ratio_text(sums.best), sums.losses, sums.undecided ?? "–", sums.cases,
+          peer_title(peer), dtype, sums.worst[1].name, ratio_text([sums.geomean]),
+          ratio_text([sums.worst[0]]), ratio_text([sums.best[0]]), sums.losses,
+          sums.undecided ?? "–", sums.cases,
         ]),
       ),
     }),

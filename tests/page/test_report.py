@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import record
+from benchmarks.peers import PEERS
+from benchmarks.record import made, save
 from benchmarks.report.write import write
-from benchmarks.studies.grid.records import Record, case_label
-from benchmarks.text import microseconds
+from benchmarks.studies.grid.records import Record, by_dtype, case_label, summarise
+from benchmarks.studies.instructions import InstructionsRecord, Loop
+from benchmarks.text import microseconds, ratio_text
 from tests.help.chromium import Page
 from tests.help.explored import BEYOND, choose, examined, needs_chromium, text
 from tests.help.reported import MACHINE, OTHER, other_machine, records_folder
@@ -183,6 +186,25 @@ def test_ratios_intervals_and_marks_are_in_the_table(report: Page) -> None:
     assert noises[0] == f"{2 * record.QUIET:.2f}"
 
 
+def test_sums_are_written_as_in_the_readme(report: Page) -> None:
+    report.evaluate("document.querySelector('#summary-panel details').open = true")
+    shown = report.evaluate(
+        "[...document.querySelectorAll('#summary-table tbody tr')]"
+        ".map((row) => [...row.cells].map((cell) => cell.innerText))"
+    )
+    expected = [
+        [
+            PEERS[name].title, dtype, line.worst_case, ratio_text(line.geomean),
+            ratio_text(line.worst), ratio_text(line.best), str(line.losses), "–", str(line.cases),
+        ]
+        for dtype, part in by_dtype(full()).items()
+        for name in PEERS
+        for line in summarise(part, "sgmv@2")
+        if (line.baseline, line.popularity) == (name, "all")
+    ]  # fmt: skip
+    assert shown == expected
+
+
 def test_two_records_are_set_side_by_side(report: Page) -> None:
     choose(report, "b", OTHER)
     choose(report, "layer", "4096>4096")
@@ -348,10 +370,17 @@ def test_growth_is_drawn_with_its_lines(report: Page) -> None:
 
 
 def test_records_without_a_grid_make_a_page(page: Page, tmp_path: Path) -> None:
+    """Such as those of one's own runs; one of them has no timings."""
     for path in record.RECORDS.glob("growth-*.json"):
         (tmp_path / path.name).write_text(path.read_text())
+    loops = [Loop("shrink", 8, 20, 0, False)]
+    fields = {"dtype": "float32", "loops": loops}
+    save(made(InstructionsRecord, 0.0, (), fields), tmp_path / "instructions.json")
     page.errors.clear()
     page.open(write(tmp_path / "report.html", [tmp_path]).as_uri())
     assert page.errors == []
     assert not page.evaluate("document.getElementById('verdict').checkVisibility()")
     assert page.evaluate("document.querySelectorAll('#growth svg').length") == 1
+    assert "multiplies" in text(page, "studies")
+    assert "not timed" in text(page, "records")
+    assert examined(page, *LOOKS) == {}

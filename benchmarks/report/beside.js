@@ -3,18 +3,24 @@
 
 function beside_columns(variant, other_variant) {
   const times_of = (key, head, about, pick) => ({
-    key, head, about, value: (c) => median(pick(c)), cells: (c) => times_cells(pick(c)),
-  }); // prettier-ignore
+    key,
+    head,
+    about,
+    value: (c) => median(pick(c)),
+    cells: (c) => times_cells(pick(c)),
+  });
   const ratio = (c) => [median(c.other.times[other_variant]) / median(c.times[variant])];
   return [
     times_of("a", "A, µs", "sgmv’s median in record A, 20 and 80 %", (c) => c.times[variant]),
     times_of("b", "B, µs", "and in record B", (c) => c.other.times[other_variant]),
     {
-      key: "ratio", head: "B / A", about: "B’s time / A’s time: above 1, A is faster",
+      key: "ratio",
+      head: "B / A",
+      about: "B’s time / A’s time: above 1, A is faster",
       value: (c) => ratio(c)[0],
       cells: (c) => [node("b", { class: ratio_kind(ratio(c)) }, ratio_text(ratio(c)))],
     },
-  ]; // prettier-ignore
+  ];
 }
 
 function draw_beside() {

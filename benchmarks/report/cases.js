@@ -7,11 +7,16 @@ function case_columns(cases, variant, record_quiet) {
   );
   return [
     {
-      key: "sgmv", head: "sgmv, µs", about: "median of sgmv’s time, and its 20 and 80 % quantiles",
-      value: (c) => median(c.times[variant]), cells: (c) => times_cells(c.times[variant]),
+      key: "sgmv",
+      head: "sgmv, µs",
+      about: "median of sgmv’s time, and its 20 and 80 % quantiles",
+      value: (c) => median(c.times[variant]),
+      cells: (c) => times_cells(c.times[variant]),
     },
     {
-      key: "closest", head: "lowest", about: "the lowest ratio, and the peer that has it",
+      key: "closest",
+      head: "lowest",
+      about: "the lowest ratio, and the peer that has it",
       value: (c) => closest(c, variant)?.[1][0] ?? null,
       cells: (c) => {
         const near = closest(c, variant);
@@ -19,25 +24,30 @@ function case_columns(cases, variant, record_quiet) {
       },
     },
     ...ran.map((peer) => ({
-      key: peer, head: peer_title(peer),
+      key: peer,
+      head: peer_title(peer),
       about: `${peer_title(peer)}: its time / sgmv’s time, the ratio’s interval, its median in µs`,
       value: (c) => c.ratios[variant]?.[peer]?.[0] ?? null,
       cells: (c) => peer_cells(c, variant, peer),
     })),
     {
-      key: "limit", head: "of the limit", about: "share of the roofline: the machine’s time limit / sgmv’s time",
+      key: "limit",
+      head: "of the limit",
+      about: "share of the roofline: the machine’s time limit / sgmv’s time",
       value: (c) => c.shares[variant] ?? null,
       cells: (c) => [c.shares[variant] === undefined ? "–" : percent(c.shares[variant])],
     },
     {
-      key: "noise", head: "noise", about: "cores that other processes kept busy meanwhile",
+      key: "noise",
+      head: "noise",
+      about: "cores that other processes kept busy meanwhile",
       value: (c) => c.foreign,
       cells: (c) => [
         c.foreign === null ? "–" : c.foreign.toFixed(2),
         c.foreign > record_quiet ? node("span", { class: "loss" }, " ?") : "",
       ],
     },
-  ]; // prettier-ignore
+  ];
 }
 
 function ratio_cells(ratio) {

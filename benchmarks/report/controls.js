@@ -39,10 +39,14 @@ function offer(name, options, otherwise) {
 }
 
 function offer_all() {
-  offer("machine", [
-    ["", "all machines"],
-    ...DATA.machines.map((_, place) => [String(place), machine_name(place)]),
-  ], ""); // prettier-ignore
+  offer(
+    "machine",
+    [
+      ["", "all machines"],
+      ...DATA.machines.map((_, place) => [String(place), machine_name(place)]),
+    ],
+    "",
+  );
   const records = of_machine(GRIDS);
   if (!records.length) return null;
   const largest = records.reduce((a, b) => (b.grid.cases.length > a.grid.cases.length ? b : a));
@@ -50,10 +54,14 @@ function offer_all() {
   offer("a", records.map(named), largest.name);
   const record = GRIDS.find(({ name }) => name === state.a);
   const { cases, threads } = record.grid;
-  offer("threads", [
-    ["", "all that the record has"],
-    ...threads.map((each) => [String(each), count(each, "thread")]),
-  ], ""); // prettier-ignore
+  offer(
+    "threads",
+    [
+      ["", "all that the record has"],
+      ...threads.map((each) => [String(each), count(each, "thread")]),
+    ],
+    "",
+  );
   for (const [name, [value, text]] of Object.entries(AXES)) {
     const found = new Map(cases.map((each) => [value(each), text(each)]));
     const by_number = (a, b) => parseFloat(a[0]) - parseFloat(b[0]) || 0;

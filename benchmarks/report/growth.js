@@ -14,7 +14,10 @@ function draw_growth() {
   const [largest] = records.sort((a, b) => b.growth.series.length - a.growth.series.length);
   legend(
     "growth-legend",
-    (largest?.growth.series ?? []).map((series, i) => [series.name, ...curve_meant(growth_look(i))]),
+    (largest?.growth.series ?? []).map((series, i) => [
+      series.name,
+      ...curve_meant(growth_look(i)),
+    ]),
   );
 }
 
@@ -25,14 +28,20 @@ function growth_drawn(figure, series) {
   const width = figure.clientWidth;
   const columns = width < 620 ? 1 : names.length;
   const [each_wide, each_tall] = [width / columns, 340];
-  const ys = extent(series.flatMap(({ points }) => points.flatMap(([, ...times]) => times)), 1.4);
+  const ys = extent(
+    series.flatMap(({ points }) => points.flatMap(([, ...times]) => times)),
+    1.4,
+  );
   const drawn = names.flatMap((axis, i) => {
     const [column, row] = [i % columns, Math.floor(i / columns)];
     const at = { left: column * each_wide + 58, right: (column + 1) * each_wide - 20 };
     Object.assign(at, { top: row * each_tall + 12, floor: (row + 1) * each_tall - 48 });
     const own = series.filter((each) => each.axis === axis);
     const xs = extent(own.flatMap(({ points }) => points.map(([n]) => n)));
-    Object.assign(at, { x: log_scale(xs, [at.left, at.right]), y: log_scale(ys, [at.floor, at.top]) });
+    Object.assign(at, {
+      x: log_scale(xs, [at.left, at.right]),
+      y: log_scale(ys, [at.floor, at.top]),
+    });
     at.xs = log_ticks(xs, at.x, 44);
     at.ys = log_ticks(ys, at.y, 24);
     return [
@@ -42,10 +51,11 @@ function growth_drawn(figure, series) {
         return [fit_drawn(each, at, look), ...curve(each.points, at, look, each.name, false)];
       }),
     ];
-  }); // prettier-ignore
+  });
   const told = series.map(({ name, fit: [a, b], points }) => {
     const [first, last] = [points[0], points[points.length - 1]];
-    return `${name}: ${significant(a)} + ${significant(b)} n µs, from ${microseconds(first[2])} µs at ${first[0]} to ${microseconds(last[2])} µs at ${last[0]}`;
+    const at = ([n, , q50]) => `${microseconds(q50)} µs at ${n}`;
+    return `${name}: ${significant(a)} + ${significant(b)} n µs, from ${at(first)} to ${at(last)}`;
   });
   picture(figure, Math.ceil(names.length / columns) * each_tall, told.join("; "), ...drawn);
 }
@@ -55,5 +65,9 @@ function fit_drawn({ points, fit: [a, b] }, { x, y }, look) {
   const [low, high] = [points[0][0], points[points.length - 1][0]];
   const steps = range(61).map((i) => low * (high / low) ** (i / 60));
   const way = steps.map((n) => `${round(x(n))} ${round(y(a + b * n))}`).join("L");
-  return shape("path", { class: "curve", d: `M${way}`, style: `stroke:${look.colour};stroke-width:1.3` });
-} // prettier-ignore
+  return shape("path", {
+    class: "curve",
+    d: `M${way}`,
+    style: `stroke:${look.colour};stroke-width:1.3`,
+  });
+}

@@ -38,7 +38,10 @@ function draw_latency() {
     const [column, row] = [i % columns, Math.floor(i / columns)];
     const at = { left: column * each_wide + 54, right: (column + 1) * each_wide - 14 };
     Object.assign(at, { top: row * each_tall + 28, floor: (row + 1) * each_tall - 48 });
-    Object.assign(at, { x: log_scale(xs, [at.left, at.right]), y: log_scale(ys, [at.floor, at.top]) });
+    Object.assign(at, {
+      x: log_scale(xs, [at.left, at.right]),
+      y: log_scale(ys, [at.floor, at.top]),
+    });
     const its = [...one_row, ...cases.filter(({ popularity }) => popularity === kind)];
     const shown_cases = distinct(its).sort((a, b) => a.rows - b.rows);
     at.xs = apart_ticks(distinct(shown_cases.map(({ rows }) => rows)), at.x, 32);
@@ -47,24 +50,36 @@ function draw_latency() {
       label(at.left, at.top - 12, kind, "strong"),
       ...axes(at, short, time_text, "rows, n"),
       ...[...lines].reverse().flatMap(([name, text, look]) =>
-        curve(shown_cases.filter((each) => each.times[name]).map((each) => [each.rows, ...each.times[name]]), at, look, text),
+        curve(
+          shown_cases
+            .filter((each) => each.times[name])
+            .map((each) => [each.rows, ...each.times[name]]),
+          at,
+          look,
+          text,
+        ),
       ),
     ];
-  }); // prettier-ignore
+  });
   picture(
     figure,
     Math.ceil(panels.length / columns) * each_tall,
     `Time of one call over rows, ${layer}. ` + latency_told(cases, panels, shown.variant),
     ...drawn,
   );
-  legend("latency-legend", lines.map(([, text, look]) => [text, ...curve_meant(look)]));
+  legend(
+    "latency-legend",
+    lines.map(([, text, look]) => [text, ...curve_meant(look)]),
+  );
 }
 
 const latency_told = (cases, panels, variant) =>
   panels
     .map((kind) => {
       const timed = cases.filter((each) => each.popularity === kind && each.times[variant]);
-      const words = timed.map((each) => `${microseconds(median(each.times[variant]))} µs at ${each.rows}`);
+      const words = timed.map(
+        (each) => `${microseconds(median(each.times[variant]))} µs at ${each.rows}`,
+      );
       return `${kind}, sgmv: ${words.join(", ")}`;
     })
-    .join("; "); // prettier-ignore
+    .join("; ");

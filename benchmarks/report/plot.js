@@ -11,14 +11,22 @@ const log_scale =
 // 1, 2 and 5 times powers of ten, or every power, or every second one: as near as `apart` pixels.
 function log_ticks([low, high], scale, apart) {
   const powers = range(40).map((i) => i - 20);
-  for (const [steps, each] of [[[1, 2, 5], 1], [[1, 3], 1], [[1], 1], [[1], 2], [[1], 3]]) {
+  for (const [steps, each] of [
+    [[1, 2, 5], 1],
+    [[1, 3], 1],
+    [[1], 1],
+    [[1], 2],
+    [[1], 3],
+  ]) {
     const ticks = powers
       .filter((power) => power % each === 0)
       .flatMap((power) => steps.map((step) => Number(`${step}e${power}`)))
       .filter((value) => value >= low * 0.999 && value <= high * 1.001);
-    const near = ticks.some((value, i) => i && Math.abs(scale(value) - scale(ticks[i - 1])) < apart);
+    const near = ticks.some(
+      (value, i) => i && Math.abs(scale(value) - scale(ticks[i - 1])) < apart,
+    );
     if (!near) return ticks;
-  } // prettier-ignore
+  }
   return [low, high];
 }
 
@@ -71,8 +79,11 @@ const OUTLINES = [
   (r) => `m0 ${-1.2 * r}l${1.15 * r} ${2 * r}h${-2.3 * r}z`,
   (r) => `m0 ${-1.3 * r}l${1.2 * r} ${1.3 * r}l${-1.2 * r} ${1.3 * r}l${-1.2 * r} ${-1.3 * r}z`,
   (r) => `m0 ${1.2 * r}l${1.15 * r} ${-2 * r}h${-2.3 * r}z`,
-  (r) => `m${-0.4 * r} ${-1.2 * r}h${0.8 * r}v${0.8 * r}h${0.8 * r}v${0.8 * r}h${-0.8 * r}v${0.8 * r}h${-0.8 * r}v${-0.8 * r}h${-0.8 * r}v${-0.8 * r}h${0.8 * r}z`,
-]; // prettier-ignore
+  (r) => {
+    const [s, t] = [0.8 * r, -0.8 * r];
+    return `m${-0.4 * r} ${-1.2 * r}h${s}v${s}h${s}v${s}h${t}v${s}h${t}v${t}h${t}v${t}h${s}z`;
+  },
+];
 const mark = (kind, x, y, r, attributes = {}, ...children) =>
   shape(
     "path",
@@ -88,18 +99,32 @@ const title = (text) => shape("title", {}, text);
 function curve(points, { x, y }, look, name, joined = true) {
   const way = points.map(([n, , q50]) => `${round(x(n))} ${round(y(q50))}`).join("L");
   const stroke = `stroke:${look.colour}`;
-  const path = { class: "curve", d: `M${way}`, style: `${stroke};stroke-width:${look.wide ?? 1.5}` };
+  const path = {
+    class: "curve",
+    d: `M${way}`,
+    style: `${stroke};stroke-width:${look.wide ?? 1.5}`,
+  };
+  const band = (q20, q80) => `20-80 %: ${microseconds(q20)} to ${microseconds(q80)}`;
   return [
     joined && points.length > 1 ? shape("path", { ...path, "stroke-dasharray": look.dash }) : null,
     ...points.map(([n, q20, , q80]) =>
-      shape("path", { class: "curve", d: `M${round(x(n))} ${round(y(q20))}V${round(y(q80))}`, style: `${stroke};stroke-width:3` }),
+      shape("path", {
+        class: "curve",
+        d: `M${round(x(n))} ${round(y(q20))}V${round(y(q80))}`,
+        style: `${stroke};stroke-width:3`,
+      }),
     ),
     ...points.map(([n, q20, q50, q80]) =>
-      mark(look.kind, x(n), y(q50), look.wide ? 4 : 3.2, { style: `fill:${look.colour}` }, title(
-        `${name}, n = ${number(n)}: ${microseconds(q50)} µs (20-80 %: ${microseconds(q20)} to ${microseconds(q80)})`,
-      )),
+      mark(
+        look.kind,
+        x(n),
+        y(q50),
+        look.wide ? 4 : 3.2,
+        { style: `fill:${look.colour}` },
+        title(`${name}, n = ${number(n)}: ${microseconds(q50)} µs (${band(q20, q80)})`),
+      ),
     ),
-  ].filter(Boolean); // prettier-ignore
+  ].filter(Boolean);
 }
 
 // A sample of such a line, for a legend.
@@ -111,8 +136,8 @@ const curve_meant = (look) => [
   mark(look.kind, 9, 6, look.wide ? 4 : 3.4, { style: `fill:${look.colour}` }),
 ]; // prettier-ignore
 
-// sgmv in the accent's colour, then a colour, a mark and a dash for each peer by its place. Every third
-// colour: of two that are alike in hue, one is light and one dark.
+// sgmv in the accent's colour, then a colour, a mark and a dash for each peer by its place. Every
+// third colour: of two that are alike in hue, one is light and one dark.
 const SGMV_LOOK = { colour: "var(--accent)", kind: 0, dash: null, wide: 2.5 };
 const SGMV_ONE_LOOK = { colour: "var(--accent)", kind: 1, dash: "2 3", wide: 2 };
 const look_of = (place) => ({

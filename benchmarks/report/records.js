@@ -12,16 +12,40 @@ const distinct = (values) => [...new Set(values)];
 // A record of the grid as the page's data has it, its cases by name of their fields.
 function unpacked(grid) {
   const cases = grid.cases.map(
-    ([h_in, h_out, names, rank, rows, popularity, dtype, S, footprint, flops, foreign, ...rest]) => {
+    ([
+      h_in,
+      h_out,
+      names,
+      rank,
+      rows,
+      popularity,
+      dtype,
+      S,
+      footprint,
+      flops,
+      foreign,
+      ...rest
+    ]) => {
       const [shares, times, ratios, skipped] = rest;
       const found = {
-        h_in, h_out, rank, rows, popularity, dtype, S, footprint, flops, foreign, shares, ratios,
+        h_in,
+        h_out,
+        rank,
+        rows,
+        popularity,
+        dtype,
+        S,
+        footprint,
+        flops,
+        foreign,
+        shares,
+        ratios,
         names: grid.names[names],
         times: {},
         skipped: Object.fromEntries(
           Object.entries(skipped).map(([peer, why]) => [peer, grid.reasons[why]]),
         ),
-      }; // prettier-ignore
+      };
       grid.variants.forEach((variant, i) => {
         if (times[i].length) found.times[variant] = times[i];
       });
@@ -65,7 +89,7 @@ function quantile(sorted, part) {
   return sorted[below] + (place - below) * (sorted[above] - sorted[below]);
 }
 
-// Sums over [ratio, case, low, high], or null where there is none. `worst` and `best` are two of them.
+// Sums over [ratio, case, low, high], null where there is none; `worst` and `best` are two of them.
 function spread(found) {
   if (!found.length) return null;
   const by_ratio = (a, b) => a[0] - b[0] || (a[1].name < b[1].name ? -1 : 1);
@@ -114,7 +138,7 @@ function against_closest(cases, variant) {
 
 const noisy = (busy, quiet) => busy.filter((cores) => cores !== null && cores > quiet).length;
 
-// The cases of the shape, rank and type with the most of them; of equals, rank 16 and squares first.
+// The cases of the shape, rank and type with the most; of equals, rank 16 and squares first.
 function hub(cases) {
   const key = (c) => [c.h_in, c.h_out, c.rank, c.dtype, c.names[0]].join();
   const groups = new Map();
@@ -141,10 +165,7 @@ function in_both(cases, others) {
 function beside_sums(pairs, variant, other_variant) {
   const ratios = pairs
     .filter(([one, other]) => one.times[variant] && other.times[other_variant])
-    .map(([one, other]) => [
-      median(other.times[other_variant]) / median(one.times[variant]),
-      one,
-    ]);
+    .map(([one, other]) => [median(other.times[other_variant]) / median(one.times[variant]), one]);
   return spread(ratios);
 }
 

@@ -16,31 +16,39 @@ function draw_roof() {
   const at = { left: 62, right: width - 10, top: 26, floor: width < 620 ? 330 : 400 };
   const wide = extent(cases.map(intensity), 3);
   const speeds = cases.map((each) => gflops(each, variant));
-  const high = [Math.min(...speeds, roofs[roofs.length - 1][1] / 1e9 * wide[0]) / 1.3, peak * 1.6];
+  const high = [
+    Math.min(...speeds, (roofs[roofs.length - 1][1] / 1e9) * wide[0]) / 1.3,
+    peak * 1.6,
+  ];
   Object.assign(at, {
     x: log_scale(wide, [at.left, at.right]),
     y: log_scale(high, [at.floor, at.top]),
-  }); // prettier-ignore
+  });
   at.xs = log_ticks(wide, at.x, 36);
   at.ys = log_ticks(high, at.y, 26);
   const colours = distinct([...KINDS, ...popularities]);
   const colour_of = (popularity) => colour(colours.indexOf(popularity))[0];
   const dots = cases.map((each) =>
     mark(
-      ranks.indexOf(each.rank), at.x(intensity(each)), at.y(gflops(each, variant)), 3.4,
+      ranks.indexOf(each.rank),
+      at.x(intensity(each)),
+      at.y(gflops(each, variant)),
+      3.4,
       { class: "dot-of", style: `fill:${colour_of(each.popularity)}` },
       title(
         `${each.name} (${each.names[0]}): ${significant(gflops(each, variant))} GFLOP/s, ` +
-          `${significant(intensity(each))} FLOP per byte, ${percent(each.shares[variant])} of the limit`,
+          `${significant(intensity(each))} FLOP per byte, ` +
+          `${percent(each.shares[variant])} of the limit`,
       ),
     ),
-  ); // prettier-ignore
+  );
   picture(
     figure,
     at.floor + 40,
     `Roofline with ${count(Number(threads), "thread")}: peak ${significant(peak)} GFLOP/s; ` +
       roofs.map(([name]) => name).join(", ") +
-      `. ${count(cases.length, "case")}, from ${significant(Math.min(...speeds))} to ${significant(Math.max(...speeds))} GFLOP/s.`,
+      `. ${count(cases.length, "case")}, from ${significant(Math.min(...speeds))} to ` +
+      `${significant(Math.max(...speeds))} GFLOP/s.`,
     ...axes(at, short, short, "FLOP per byte of weights, x and y"),
     label(at.left, 12, "GFLOP/s", "quiet"),
     ...roofs_drawn(at, roofs, peak, wide),

@@ -9,7 +9,9 @@ function draw_sortable(name, columns, rows, chosen, choose) {
   const down = chosen.sort.startsWith("-");
   const key = chosen.sort.replace(/^-/, "");
   const column = columns.find((each) => each.key === key);
-  const sorted = column ? [...rows].sort((a, b) => in_order(column.value(a), column.value(b), down)) : rows;
+  const sorted = column
+    ? [...rows].sort((a, b) => in_order(column.value(a), column.value(b), down))
+    : rows;
   const shown = chosen.more ? sorted : sorted.slice(0, FIRST_ROWS);
   const focused = document.activeElement?.dataset.key;
   const heads = columns.map((each) => {
@@ -18,19 +20,32 @@ function draw_sortable(name, columns, rows, chosen, choose) {
     const press = () => choose({ ...chosen, sort: current && !down ? `-${each.key}` : each.key });
     return node(
       "th",
-      { scope: "col", class: each.left ? null : "number", "aria-sort": current ? (down ? "descending" : "ascending") : null },
-      node("button", { type: "button", title: each.about, "data-key": `${name}-${each.key}`, click: press }, each.head, arrow),
+      {
+        scope: "col",
+        class: each.left ? null : "number",
+        "aria-sort": current ? (down ? "descending" : "ascending") : null,
+      },
+      node(
+        "button",
+        { type: "button", title: each.about, "data-key": `${name}-${each.key}`, click: press },
+        each.head,
+        arrow,
+      ),
     );
-  }); // prettier-ignore
+  });
   const body = shown.map((row) =>
     node(
       "tr",
       {},
       ...columns.map((each, i) =>
-        node(i ? "td" : "th", { scope: i ? null : "row", class: each.left ? null : "number" }, ...each.cells(row)),
+        node(
+          i ? "td" : "th",
+          { scope: i ? null : "row", class: each.left ? null : "number" },
+          ...each.cells(row),
+        ),
       ),
     ),
-  ); // prettier-ignore
+  );
   const scroll = $(name);
   const place = scroll.scrollLeft;
   scroll.replaceChildren(
@@ -39,7 +54,9 @@ function draw_sortable(name, columns, rows, chosen, choose) {
   if (place) scroll.scrollLeft = place;
   const more = $(`${name}-more`);
   more.hidden = rows.length <= FIRST_ROWS;
-  more.textContent = chosen.more ? `Show the first ${FIRST_ROWS}` : `Show all ${number(rows.length)}`;
+  more.textContent = chosen.more
+    ? `Show the first ${FIRST_ROWS}`
+    : `Show all ${number(rows.length)}`;
   more.onclick = () => choose({ ...chosen, more: !chosen.more });
   if (focused) document.querySelector(`[data-key="${focused}"]`)?.focus({ preventScroll: true });
 }
@@ -56,28 +73,47 @@ const quiet = (...children) => node("span", { class: "quiet" }, ...children);
 // The median, and below it the 20 % and 80 % quantiles.
 const times_cells = (times) =>
   times
-    ? [node("b", {}, microseconds(median(times))), quiet(`${microseconds(times[0])}–${microseconds(times[2])}`)]
-    : ["–"]; // prettier-ignore
+    ? [
+        node("b", {}, microseconds(median(times))),
+        quiet(`${microseconds(times[0])}–${microseconds(times[2])}`),
+      ]
+    : ["–"];
 const ratio_kind = (ratio) => (is_undecided(ratio) ? "undecided" : is_loss(ratio) ? "loss" : "win");
 
 const layer_column = (head, cells) => ({
-  key: "layer", head, about: "h_in → h_out, and the first of the layers of this shape", left: true,
-  value: (c) => c.h_in * 1e6 + c.h_out, cells,
-}); // prettier-ignore
+  key: "layer",
+  head,
+  about: "h_in → h_out, and the first of the layers of this shape",
+  left: true,
+  value: (c) => c.h_in * 1e6 + c.h_out,
+  cells,
+});
+
+const count_column = (key, head, about) => ({
+  key,
+  head,
+  about,
+  value: (c) => c[key],
+  cells: (c) => [number(c[key])],
+});
 
 const CASE_COLUMNS = [
   layer_column("layer", (c) => [
     node("span", { title: c.names.join(", ") }, `${c.h_in} → ${c.h_out}`),
     quiet(c.names[0] + (c.names.length > 1 ? ` +${c.names.length - 1}` : "")),
   ]),
-  { key: "rank", head: "r", about: "rank of the adapters", value: (c) => c.rank, cells: (c) => [c.rank] },
-  { key: "rows", head: "n", about: "rows of the batch", value: (c) => c.rows, cells: (c) => [number(c.rows)] },
+  count_column("rank", "r", "rank of the adapters"),
+  count_column("rows", "n", "rows of the batch"),
   {
-    key: "popularity", head: "popularity", about: "how the rows share the adapters", left: true,
-    value: (c) => c.popularity, cells: (c) => [c.popularity, quiet(c.dtype)],
+    key: "popularity",
+    head: "popularity",
+    about: "how the rows share the adapters",
+    left: true,
+    value: (c) => c.popularity,
+    cells: (c) => [c.popularity, quiet(c.dtype)],
   },
-  { key: "S", head: "S", about: "segments: adapters in the batch", value: (c) => c.S, cells: (c) => [number(c.S)] },
-]; // prettier-ignore
+  count_column("S", "S", "segments: adapters in the batch"),
+];
 
 // All of a case in its first column, for narrow windows.
 const WHOLE_CASE = layer_column("case", (c) => [

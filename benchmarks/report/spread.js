@@ -40,7 +40,10 @@ function spread_line([name, sums, words], top, { x, left, right, narrow }) {
   const texts = narrow
     ? [label(left, top + 16, name), label(right, top + 16, words, "quiet", "end")]
     : [label(left - 12, y + 4, name, "", "end"), label(right + 12, y + 4, words, "quiet")];
-  const told = `${name}: geometric mean ${ratio_text([sums.geomean])}, worst ${ratio_text([sums.worst[0]])} (${sums.worst[1].name}), best ${ratio_text([sums.best[0]])} (${sums.best[1].name})`;
+  const end = ([ratio, each]) => `${ratio_text([ratio])} (${each.name})`;
+  const told =
+    `${name}: geometric mean ${ratio_text([sums.geomean])}, ` +
+    `worst ${end(sums.worst)}, best ${end(sums.best)}`;
   return [
     ...texts,
     shape("path", { class: "whole", d: `M${x(sums.worst[0])} ${y}H${x(sums.best[0])}` }),

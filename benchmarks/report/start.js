@@ -15,24 +15,34 @@ function update() {
   }
   save();
   draw();
+  if (record) $("announcement").textContent = $("verdict-title").textContent;
 }
 
 function draw() {
   if (!document.querySelector(".of-grid").hidden) {
-    for (const drawn of [draw_verdict, draw_summary, draw_latency, draw_roof, draw_cases, draw_beside])
+    for (const drawn of [
+      draw_verdict,
+      draw_summary,
+      draw_latency,
+      draw_roof,
+      draw_cases,
+      draw_beside,
+    ])
       drawn();
   }
   draw_growth();
   draw_studies();
   draw_records();
-} // prettier-ignore
+}
 
 function save() {
   if (saved !== null && location.hash !== saved) return;
-  const kept = [...CHOICES, ...TABLES].filter((name) => state[name]).map((name) => [name, state[name]]);
+  const kept = [...CHOICES, ...TABLES]
+    .filter((name) => state[name])
+    .map((name) => [name, state[name]]);
   saved = `#${new URLSearchParams(kept)}`;
   history.replaceState(null, "", saved);
-} // prettier-ignore
+}
 
 // What an address does not name, or what there is not, is as the page begins.
 function read_address() {

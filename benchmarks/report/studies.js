@@ -4,7 +4,11 @@
 // rows of text; columns from `left` on are numbers and stand right.
 function text_table({ head, rows, left }) {
   const cell = (tag, scope) => (value, i) =>
-    node(tag, { class: i < left ? null : "number", scope: scope(i) }, value instanceof Node ? value : String(value));
+    node(
+      tag,
+      { class: i < left ? null : "number", scope: scope(i) },
+      value instanceof Node ? value : String(value),
+    );
   return node(
     "table",
     {},
@@ -13,11 +17,15 @@ function text_table({ head, rows, left }) {
       "tbody",
       {},
       ...rows.map((row) =>
-        node("tr", {}, ...row.map((value, i) => cell(i ? "td" : "th", () => (i ? null : "row"))(value, i))),
+        node(
+          "tr",
+          {},
+          ...row.map((value, i) => cell(i ? "td" : "th", () => (i ? null : "row"))(value, i)),
+        ),
       ),
     ),
   );
-} // prettier-ignore
+}
 
 const scrolled = (told, ...children) =>
   node("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": told }, ...children);
@@ -42,7 +50,8 @@ function draw_records() {
   const noise = (record) => {
     if (!record.busy.length) return "not timed";
     if (!record.busy.some((cores) => cores !== null)) return "not known";
-    return `${noisy(record.busy, DATA.quiet)} of ${number(record.busy.length)}, at most ${busiest(record)} cores`;
+    const disturbed = `${noisy(record.busy, DATA.quiet)} of ${number(record.busy.length)}`;
+    return `${disturbed}, at most ${busiest(record)} cores`;
   };
   const rows = of_machine(DATA.records).map((record) => [
     record.name,
@@ -54,8 +63,17 @@ function draw_records() {
     noise(record),
     `${number(Math.round(record.seconds))} s`,
   ]);
-  const head = ["record", "study", "machine", "date, UTC", "commit", "threads", "noisy cases", "took"];
-  $("records").replaceChildren(text_table({ head, rows, left: 5 })); // prettier-ignore
+  const head = [
+    "record",
+    "study",
+    "machine",
+    "date, UTC",
+    "commit",
+    "threads",
+    "noisy cases",
+    "took",
+  ];
+  $("records").replaceChildren(text_table({ head, rows, left: 5 }));
 }
 
 // Machines that are called the same are told apart by a number.
@@ -83,5 +101,5 @@ function draw_machines() {
     machine.system,
   ]);
   const head = ["machine", "vendor", "family and model", "features", "AMX", "caches", "system"];
-  $("machines").replaceChildren(text_table({ head, rows, left: head.length })); // prettier-ignore
+  $("machines").replaceChildren(text_table({ head, rows, left: head.length }));
 }

@@ -28,17 +28,21 @@ function draw_verdict() {
     $("verdict-title").textContent = cases.length
       ? "No peer ran in these cases."
       : "No case passes these filters.";
-    $("verdict-body").replaceChildren(paragraph(`${record.name} has ${count(grid.cases.length, "case")}.`));
+    $("verdict-body").replaceChildren(
+      paragraph(`${record.name} has ${count(grid.cases.length, "case")}.`),
+    );
     return;
-  } // prettier-ignore
+  }
   const [ratio, where] = sums.worst;
   const [peer] = closest(where, variant);
+  const over = count(sums.cases, "case");
   $("verdict-title").textContent =
-    `${fixed(sums.geomean, 2)} times as fast as the closest peer, over ${count(sums.cases, "case")}`;
+    `${fixed(sums.geomean, 2)} times as fast as the closest peer, over ${over}`;
   $("verdict-body").replaceChildren(
     paragraph(
       `Geometric mean of each case’s lowest ratio, peer’s time / sgmv’s time with ` +
-        `${count(Number(variant.slice(5)), "thread")}. sgmv is slower in ${count(sums.losses, "case")}; ` +
+        `${count(Number(variant.slice(5)), "thread")}. ` +
+        `sgmv is slower in ${count(sums.losses, "case")}; ` +
         `the worst is ${ratio_text([ratio])} against ${peer_title(peer)}: ${where.name}. ` +
         undecided_told(sums),
     ),
@@ -52,17 +56,24 @@ function source_told({ name, machine, date, commit, versions, grid }) {
     .filter((part) => versions[part])
     .map((part) => `${part} ${versions[part]}${part === "numpy" && grid ? ` (${grid.blas})` : ""}`);
   const left_out = grid ? `; ${count(Object.keys(grid.untimed).length, "case")} left out` : "";
-  return `${name}: ${machine_name(machine)}, ${date.slice(0, 10)}, commit ${commit}; ${built.join(", ")}${left_out}.`;
+  const run = `${machine_name(machine)}, ${date.slice(0, 10)}, commit ${commit}`;
+  return `${name}: ${run}; ${built.join(", ")}${left_out}.`;
 }
 
 // A figure for each float type, as ratios of one say nothing of another.
 function draw_summary() {
   const { cases, variant } = shown;
-  const types = distinct(cases.map(({ dtype }) => dtype)).sort().reverse(); // float32 first
+  const types = distinct(cases.map(({ dtype }) => dtype))
+    .sort()
+    .reverse(); // float32 first
   const parts = types.map((dtype) => [
     dtype,
-    summary(cases.filter((each) => each.dtype === dtype), variant, Object.keys(DATA.peers)),
-  ]); // prettier-ignore
+    summary(
+      cases.filter((each) => each.dtype === dtype),
+      variant,
+      Object.keys(DATA.peers),
+    ),
+  ]);
   const drawn = parts.filter(([, lines]) => lines.length);
   $("summary").replaceChildren(
     ...drawn.flatMap(([dtype]) => [
@@ -71,7 +82,8 @@ function draw_summary() {
     ]),
   );
   for (const [dtype, lines] of drawn) {
-    const words = (sums) => `${ratio_text([sums.geomean])}, slower in ${sums.losses} of ${number(sums.cases)}`;
+    const words = (sums) =>
+      `${ratio_text([sums.geomean])}, slower in ${sums.losses} of ${number(sums.cases)}`;
     draw_spread(
       `summary-${dtype}`,
       lines.map(([peer, sums]) => [peer_title(peer), sums, words(sums)]),
@@ -79,21 +91,37 @@ function draw_summary() {
       `${dtype}: ratio of each peer’s time to sgmv’s. ` +
         lines.map(([peer, sums]) => `${peer_title(peer)}: ${words(sums)}`).join("; "),
     );
-  } // prettier-ignore
+  }
   legend("summary-legend", drawn.length ? SPREAD_LEGEND.map(copied) : []);
   $("summary-table").replaceChildren(
     text_table({
-      head: ["peer", "type", "worst case", "geometric mean", "worst", "best", "slower", "undecided", "cases"],
+      head: [
+        "peer",
+        "type",
+        "worst case",
+        "geometric mean",
+        "worst",
+        "best",
+        "slower",
+        "undecided",
+        "cases",
+      ],
       left: 3,
       rows: drawn.flatMap(([dtype, lines]) =>
         lines.map(([peer, sums]) => [
-          peer_title(peer), dtype, sums.worst[1].name, ratio_text([sums.geomean]),
-          ratio_text([sums.worst[0]]), ratio_text([sums.best[0]]), sums.losses,
-          sums.undecided ?? "–", sums.cases,
+          peer_title(peer),
+          dtype,
+          sums.worst[1].name,
+          ratio_text([sums.geomean]),
+          ratio_text([sums.worst[0]]),
+          ratio_text([sums.best[0]]),
+          sums.losses,
+          sums.undecided ?? "–",
+          sums.cases,
         ]),
       ),
     }),
-  ); // prettier-ignore
+  );
 }
 
 const copied = ([meaning, ...marks]) => [meaning, ...marks.map((each) => each.cloneNode(true))];

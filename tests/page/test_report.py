@@ -92,6 +92,8 @@ def test_it_opens_on_the_largest_record_and_says_the_answer(report: Page) -> Non
     assert found.commit.hash[:10] in text(report, "verdict")
     assert f"other processes ran during 0 of {count} cases" in text(report, "verdict")
     assert "no intervals" in text(report, "verdict")
+    announced = report.evaluate("document.getElementById('announcement').textContent")
+    assert announced == text(report, "verdict-title")
     choose(report, "a", OTHER)
     cases = len(other_machine().cases)
     assert f"other processes ran during 1 of {cases} cases" in text(report, "verdict")

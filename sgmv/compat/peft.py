@@ -6,43 +6,31 @@
     PEFT   for each adapter of the batch:  result[its] += lora_B(lora_A(x[its])) * scaling
     here   once:                           add_lora(result, x, stack, segments)
 
-Two methods are replaced, on the model's own objects and until the context ends: each
-`lora.Linear._mixed_batch_forward`, and `LoraModel._enable_peft_forward_hooks`, which still runs
-PEFT's code but no longer walks through every module of the model at every step. All else is PEFT's:
-its checks, its refusals, its hooks, the base layers, and every layer that is not plain LoRA. But
-hooks that PEFT leaves in place, as a call ended with an exception, are removed: they would give the
-next plain call the failed batch's adapters.
+Two methods are replaced, on the model's own objects and until the context ends: each layer's
+`_mixed_batch_forward` (peft_layers.py), and `LoraModel._enable_peft_forward_hooks`, which still
+runs PEFT's code but no longer walks through every module of the model at every step. All else is
+PEFT's: its checks, its refusals, its hooks, the base layers, and layers that are not plain LoRA.
+But hooks that PEFT leaves in place, as a call ended with an exception, are removed: they would give
+the next plain call the failed batch's adapters.
 
 Neither torch nor PEFT is imported here: the caller has imported them, or there would be no model.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
-
-from sgmv import tensors
-from sgmv.adapter import Adapter
-from sgmv.backend import kernels
-from sgmv.compat.peft_batches import Batch, Batches
+from sgmv.compat.peft_batches import Batches
 from sgmv.compat.peft_hooks import Replacement, hook_id, remove_hooks
-from sgmv.compat.peft_weights import Source, is_float, why_odd
-from sgmv.dtypes import promote
-from sgmv.errors import MemoryLayoutError, PeftError, ShapeError, some
-from sgmv.launch import run_both_at
+from sgmv.compat.peft_layers import Layer, kind_of
+from sgmv.errors import PeftError, some
 from sgmv.layouts.peft import BASE_NAME
-from sgmv.stack import AdapterStack
-from sgmv.tensors import float_dtype
 from sgmv.warm_up import warm_up
-from sgmv.workers import torchs_pool
 
-HOOKS, MIXED = "_enable_peft_forward_hooks", "_mixed_batch_forward"
+HOOKS = "_enable_peft_forward_hooks"
 
 
 @contextmanager
@@ -51,7 +39,9 @@ def accelerate(model: Any) -> Iterator[Accelerated]:
 
     Semantics: in `model(..., adapter_names=names)`, and `generate` alike, at every adapted linear
     layer: `result[i] += scaling * (x[i] @ A.T) @ B.T` for each token of sample i, with A, B and
-    scaling of adapter names[i]; "__base__", and an adapter that the layer lacks, add nothing.
+    scaling of adapter names[i]; "__base__", and an adapter that the layer lacks, add nothing. With
+    `lora_bias` its bias, times scaling, is added, too; aLoRA adds to the tokens from its invocation
+    on; at an embedding A's column of the token is in the place of x[i] @ A.T.
     Whatever else the model does, batches of one active adapter included, PEFT does.
 
     model   a `peft.PeftModel`, or its `LoraModel`, on the CPU and in eval mode
@@ -68,10 +58,10 @@ def accelerate(model: Any) -> Iterator[Accelerated]:
     earlier calls are removed on entry, when no call may be running. A copy of the model, deep or
     pickled, is PEFT's alone.
 
-    PEFT's own path runs, as without the context, for what is more than plain LoRA (DoRA and other
-    variants, `lora_bias`), for embeddings, convolutions and layers with a mixed batch of their own
-    (bitsandbytes, GPTQ, AWQ), for weights that are
-    not on the CPU, and, with a warning, where gradients are recorded.
+    The base layer may be quantised (bitsandbytes, torchao) or offloaded: it is called as PEFT calls
+    it. PEFT's own path runs, as without the context, for DoRA and other variants, for convolutions
+    and experts' parameters, for weights on another device, for A and B with forward hooks of
+    somebody's, and, with a warning, where gradients are recorded.
 
     Raises PeftError for a model that is no LoRA model, has no layer to take over, is in training
     mode or accelerated already; DtypeError for bfloat16 without ml_dtypes. The model is then as it
@@ -121,7 +111,7 @@ class Accelerated:
         self._tuner = tuner
         self._own_hooks: Callable[..., AbstractContextManager[None]] = getattr(type(tuner), HOOKS)
         self._batches = Batches()
-        self._layers: dict[Any, _Layer] = {}
+        self._layers: dict[Any, Layer] = {}
         self._others: dict[str, str] = {}
         self._wrappers: list[Any] = []
         self._configs: dict[str, Any] = {}
@@ -171,15 +161,15 @@ class Accelerated:
         """Find the adapted layers, and load what is new there, or gone."""
         lora = sys.modules["peft"].tuners.lora
         configs = dict(self._tuner.peft_config)
-        found: dict[Any, _Layer] = {}
+        found: dict[Any, Layer] = {}
         others, wrappers = {}, []
         for path, module in self._tuner.named_modules():
             name = path.removeprefix("model.")
             is_lora = isinstance(module, lora.LoraLayer)
             if is_lora or type(module).__module__.startswith("peft."):
                 wrappers.append(module)
-            if isinstance(module, lora.Linear) and _is_plain_method(module, lora.Linear):
-                found[module] = self._layers.get(module) or _Layer(name, module, self._batches)
+            if kind := kind_of(module):
+                found[module] = self._layers.get(module) or kind(name, module, self._batches)
             elif is_lora:
                 others[name] = f"a LoRA layer of type {type(module).__qualname__}"
         for module, layer in self._layers.items():
@@ -246,11 +236,6 @@ class Accelerated:
                 del self._left[:1]
 
 
-def _is_plain_method(module: Any, plain: type) -> bool:
-    """Whether a layer, as torchao's, mixes batches by the plain layer's own method."""
-    return bool(getattr(type(module), MIXED) is getattr(plain, MIXED))
-
-
 class _Wrappers:
     """Stands in for a LoraModel in its own method; `modules` has only those that it acts on."""
 
@@ -262,158 +247,3 @@ class _Wrappers:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tuner, name)
-
-
-class _Layer:
-    """One `lora.Linear`: its plain adapters in a stack, its mixed batches through `add_lora`."""
-
-    def __init__(self, name: str, module: Any, batches: Batches) -> None:
-        self.name, self.module = name, module
-        self.sources: dict[str, Source] = {}  # what the stack holds, by adapter name
-        self.odd: dict[str, str] = {}  # adapters that PEFT computes, and why
-        self.stack = AdapterStack(module.in_features, module.out_features, slots=0)
-        self._batches = batches
-        self._own_forward: Callable[..., Any] = getattr(module, MIXED)
-        self._own_kwargs = getattr(sys.modules["peft"].tuners.lora.layer, "VARIANT_KWARG_KEYS", ())
-        self._replacement = Replacement(module, MIXED, self._forward)
-
-    def take(self) -> None:
-        self._replacement.take()
-
-    def restore(self) -> None:
-        self._replacement.restore()
-
-    def has(self, name: str) -> bool:
-        """Whether the layer has this adapter in PEFT."""
-        return self._now(name) is not None
-
-    def forget(self, name: str, adapter_id: int) -> None:
-        """Have nothing of an adapter that PEFT has deleted."""
-        self.sources.pop(name, None)
-        self.odd.pop(name, None)
-        if adapter_id in self.stack:
-            self.stack.unload(adapter_id)
-
-    def _forward(self, x: Any, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
-        """In place of `lora.Linear._mixed_batch_forward`."""
-        if not self._batches.here.are_fresh:
-            # Names that no model's call has checked get no id: the layer lacks them.
-            known = self._batches.names | {name for name in adapter_names if self.has(name)}
-            self.refresh(known.intersection(adapter_names))
-            batch = self._batches.of([n if n in known else BASE_NAME for n in adapter_names])
-        else:
-            batch = self._batches.of(adapter_names)
-        if not self._serves(batch, x):
-            return self._own_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        for name in self._own_kwargs:  # of the adapters' forward, not of the base layer's
-            kwargs.pop(name, None)
-        result = self.module.base_layer(x, *args, **kwargs).contiguous()
-        self._add_lora(result, x.contiguous(), batch)
-        return result
-
-    def _add_lora(self, y: Any, x: Any, batch: Batch) -> None:
-        """`add_lora` of contiguous tensors, by their addresses.
-
-        On caches that the base layer has just emptied, to make an array of a tensor took 30 us.
-        """
-        stack, shape = self.stack, x.shape
-        expected = len(batch.names), *shape[1:-1]
-        if shape != (*expected, stack.h_in) or y.shape != (*expected, stack.h_out):
-            raise ShapeError(
-                f"{self.name}: x and result",
-                f"(samples, ..., width) = {(*expected, stack.h_in)} and {(*expected, stack.h_out)}",
-                f"{tuple(shape)} and {tuple(y.shape)}",
-                "give one name in adapter_names per sample, and keep the base layer's widths",
-            )
-        x_dtype, y_dtype = float_dtype("x", x.dtype), float_dtype("result", y.dtype)
-        x_row_bytes, y_row_bytes = stack.h_in * x_dtype.itemsize, stack.h_out * y_dtype.itemsize
-        segments = batch.segments(math.prod(shape[1:-1]))
-        x_at, y_at = x.data_ptr(), y.data_ptr()
-        if x_at < y_at + segments.n * y_row_bytes and y_at < x_at + segments.n * x_row_bytes:
-            raise MemoryLayoutError(
-                f"{self.name}: result", "memory apart from x", "its base layer's own input",
-                "have the base layer return a new tensor",
-            )  # fmt: skip
-        table, compiled = stack.table, kernels(None, x_dtype, stack.dtype, y_dtype)
-        x_rows, y_rows = (x_at, x_row_bytes), (y_at, y_row_bytes)
-        run_both_at(compiled, table, segments, torchs_pool(), x_rows, y_rows)
-
-    def _serves(self, batch: Batch, x: Any) -> bool:
-        """Whether nothing about this batch is PEFT's own to compute."""
-        if not self.odd.keys().isdisjoint(batch.used) or self.module.training:
-            return False
-        torch = tensors.torch()
-        # By its address: no subclass, and not torch's lazy negation, which is in no byte of it.
-        if type(x) is not torch.Tensor or not x.is_cpu or not is_float(x.dtype) or x.is_neg():
-            return False
-        if not torch.is_grad_enabled():
-            return True
-        if x.requires_grad or any(weight.requires_grad for weight in self.module.parameters()):
-            warnings.warn(
-                "sgmv.compat.peft: gradients are recorded, so PEFT's own path runs; for inference, "
-                "call the model under torch.inference_mode() or torch.no_grad()",
-                stacklevel=2,
-            )
-            return False
-        return True
-
-    def refresh(self, names: Iterable[str]) -> None:
-        """Have these adapters in the stack as they are now."""
-        if all(map(self._is_current, names)):
-            return
-        with self._batches.changing:
-            self._load([name for name in names if not self._is_current(name)])
-
-    def _is_current(self, name: str) -> bool:
-        source, now = self.sources.get(name), self._now(name)
-        if now is None:
-            return source is None and name not in self.odd and self._batches.id(name) in self.stack
-        return source is not None and source.is_current(*now)
-
-    def _now(self, name: str) -> tuple[Any, Any, float] | None:
-        """A, B and scaling of an adapter as PEFT has them now; None if the layer lacks it."""
-        # Not `lora_A[name].weight`: nn.Module's own look-up took 4 of 5 us per layer and adapter.
-        halves = self.module._modules
-        A, B = halves["lora_A"]._modules.get(name), halves["lora_B"]._modules.get(name)
-        if A is None or B is None:
-            return None
-        scaling = float(self.module.scaling[name])  # a tensor, where prepared for PEFT's hotswap
-        return A._parameters.get("weight"), B._parameters.get("weight"), scaling
-
-    def _load(self, names: Sequence[str]) -> None:
-        made: dict[str, Source] = {}
-        for name in names:
-            self.sources.pop(name, None)
-            self.odd.pop(name, None)
-            if now := self._now(name):
-                if why := why_odd(self.module, name):
-                    self.odd[name] = why
-                else:
-                    made[name] = Source(*now)
-        # Base only in the stack: what the layer lacks, and what PEFT computes.
-        loaded: dict[int, Adapter | None] = {self._batches.id(name): None for name in names}
-        loaded |= {self._batches.id(name): source.adapter for name, source in made.items()}
-        stack = self.stack
-        for adapter_id in loaded:
-            if adapter_id in stack:
-                stack.unload(adapter_id)
-        held = [source.adapter for source in (*self.sources.values(), *made.values())]
-        dtype = promote(*(adapter.dtype for adapter in held)) if held else stack.dtype
-        rank = max((adapter.r for adapter in held), default=0)
-        if dtype != stack.dtype or rank > stack.max_rank or len(held) > stack.slots:
-            kept = {self._batches.id(name): source.adapter for name, source in self.sources.items()}
-            loaded = {**dict.fromkeys(stack), **kept, **loaded}
-            stack = AdapterStack(stack.h_in, stack.h_out, 2 * len(held), rank, dtype)
-        for adapter_id, adapter in loaded.items():
-            stack.load(adapter_id, adapter)
-        self.stack = stack
-        self.sources.update(made)
-
-    def types(self) -> tuple[np.dtype[Any], ...]:
-        """The float types of x, weights and y, as the base layer's own type foretells them."""
-        # Not `base_layer.weight`: torch.ao's is a method, others' a list, or made when asked for.
-        weight = self.module.get_base_layer()._parameters.get("weight")
-        if weight is None or not is_float(weight.dtype):
-            return (self.stack.dtype,) * 3
-        dtype = float_dtype("weight", weight.dtype)
-        return dtype, self.stack.dtype, dtype

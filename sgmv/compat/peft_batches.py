@@ -65,14 +65,21 @@ class Batch:
         self.names = list(names)
         self.used = [name for name in dict.fromkeys(names) if name != BASE_NAME]
         self._ids = np.array([batches.id(name) for name in names], np.int64)
-        self._segments = 0, segment([])
+        self._segments: tuple[object, Segments] = ((0, None), segment([]))
 
-    def segments(self, tokens: int) -> Segments:
-        """The segments of x's rows: `tokens` rows for each sample."""
+    def segments(self, tokens: int, active: tuple[int, ...] | None = None) -> Segments:
+        """The segments of x's rows: `tokens` rows for each sample.
+
+        active  how many of each sample's last rows have its adapter; all, if left out
+        """
         known, segments = self._segments
-        if known != tokens:
-            segments = segment(np.repeat(self._ids, tokens))
-            self._segments = tokens, segments
+        if known != (tokens, active):
+            ids = np.repeat(self._ids, tokens)
+            if active is not None:
+                first = tokens - np.array(active, np.int64)[:, None]
+                ids = np.where((np.arange(tokens) >= first).ravel(), ids, BASE_ONLY)
+            segments = segment(ids)
+            self._segments = (tokens, active), segments
         return segments
 
 

@@ -22,6 +22,7 @@ from benchmarks.studies import peft
 from benchmarks.studies.peft import PeftRecord
 from benchmarks.text import Console
 from sgmv.compat import peft as compat
+from sgmv.compat import peft_layers
 from sgmv.models import Model
 from tests.help.benched import must_not_run
 
@@ -200,7 +201,7 @@ def test_inside_the_layers_only_lora_counts(monkeypatch: pytest.MonkeyPatch) -> 
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     models = peft.make_models("float32", "float32", 2)
     monkeypatch.setattr(peft, "quietly", must_not_run)
-    monkeypatch.setattr(compat._Layer, "_add_lora", lambda self, y, x, batch: None)
+    monkeypatch.setattr(peft_layers.LinearLayer, "_add_lora", lambda self, y, x, batch: None)
     with (
         compat.accelerate(models.sgmv),
         pytest.raises(AssertionError, match=r"float32/float32, 2 adapters.*q_proj"),

@@ -197,7 +197,13 @@ def test_every_package_is_public_or_known_not_to_be() -> None:
     packages = {path.parent.name for path in (ROOT / "sgmv").glob("*/__init__.py")}
     assert packages - set(sgmv.SUBMODULES) == {"explain", "kernels"}  # the command's, numba's
     engines = {path.stem for path in (ROOT / "sgmv" / "compat").glob("[!_]*")}
-    parts = {"peft_batches", "peft_hooks", "peft_weights", "products"}  # of engines, or of all
+    parts = {
+        "peft_batches",
+        "peft_hooks",
+        "peft_layers",
+        "peft_weights",
+        "products",
+    }  # of engines, or of all
     assert engines - set(compat.ENGINES) == parts
 
 

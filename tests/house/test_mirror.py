@@ -24,9 +24,6 @@ ELSEWHERE = {
     "launch.py": ("core/test_workers.py", "a launch is seen by the threads that join it"),
     "models.py": ("benchmarks/test_grid.py", "the widths are held to those of the benchmark"),
     "table.py": ("core/test_stack.py", "a table is seen through the stack that keeps it"),
-    "compat/peft_batches.py": ("compat/test_peft.py", "rows of the adapters that samples name"),
-    "compat/peft_hooks.py": ("compat/test_peft.py", "nothing is left after calls that fail"),
-    "compat/peft_weights.py": ("compat/test_peft.py", "a change is seen by the calls after it"),
     "compat/products.py": ("compat/vllm/test_ops.py", "products are seen through the calls"),
     "emulator/bgmv.py": ("emulator/test_vllm.py", "one batch goes through all BGMV kernels"),
     "emulator/sglang.py": ("emulator/test_launch.py", "one batch goes through all kernels"),
@@ -45,7 +42,6 @@ ELSEWHERE = {
 }
 MOST_LINES = 600
 TOO_LONG = {
-    "compat/test_peft.py": "until it is split",
     "core/test_workers.py": "until it is split",
     "help/surface.py": "one table of every public call",
 }

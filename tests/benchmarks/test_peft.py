@@ -200,7 +200,7 @@ def test_inside_the_layers_only_lora_counts(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("narrow")
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     models = peft.make_models("float32", "float32", 2)
-    monkeypatch.setattr(peft, "quietly", must_not_run)
+    monkeypatch.setattr(peft, "time_quietly", must_not_run)
     monkeypatch.setattr(peft_layers.LinearLayer, "_add_lora", lambda self, y, x, batch: None)
     with (
         compat.accelerate(models.sgmv),

@@ -197,14 +197,8 @@ def test_every_package_is_public_or_known_not_to_be() -> None:
     packages = {path.parent.name for path in (ROOT / "sgmv").glob("*/__init__.py")}
     assert packages - set(sgmv.SUBMODULES) == {"explain", "kernels"}  # the command's, numba's
     engines = {path.stem for path in (ROOT / "sgmv" / "compat").glob("[!_]*")}
-    parts = {
-        "peft_batches",
-        "peft_hooks",
-        "peft_layers",
-        "peft_weights",
-        "products",
-    }  # of engines, or of all
-    assert engines - set(compat.ENGINES) == parts
+    parts = {f"peft_{part}" for part in ("batches", "hooks", "layers", "weights")}
+    assert engines - set(compat.ENGINES) == {*parts, "products"}
 
 
 @pytest.mark.parametrize("module", [sgmv, compat])

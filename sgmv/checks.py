@@ -72,6 +72,34 @@ def check_scaling(argument: str, scaling: object) -> float:
     return value
 
 
+def check_weights(weights: npt.ArrayLike, n: int, k: int) -> npt.NDArray[np.float32]:
+    """The weights as float32 (n, k), if they are finite; (n,) will do for k = 1."""
+    try:
+        given = np.asarray(weights)
+    except ValueError:  # lists of unequal lengths
+        given = np.empty(0, object)
+    if given.dtype.kind not in "fiu" and given.dtype not in bits_of:
+        raise DtypeError("weights", "real numbers", str(given.dtype), TO_FLOAT32)
+    empty = n == 0 and given.shape[:1] == (0,)  # segments of no rows do not know their k
+    if given.shape != (n, k) and (k, given.shape) != (1, (n,)) and not empty:
+        raise ShapeError(
+            "weights",
+            f"shape (n, k) = ({n}, {k})",
+            str(given.shape),
+            "give one weight for each adapter id",
+        )
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(given, np.float32).reshape(n, k)
+    if not np.isfinite(found).all():
+        raise ValueRangeError(
+            "weights",
+            "finite numbers that float32 holds",
+            str(given[~np.isfinite(found.reshape(given.shape))][0]),
+            "leave a pair out with the id -1",
+        )
+    return found
+
+
 @contextmanager
 def fits_memory(argument: str, value: object) -> Iterator[None]:
     """Refuse a number of elements for which an array cannot be allocated."""

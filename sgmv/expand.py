@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from sgmv.backend import kernels
 from sgmv.checks import check_v, check_y
@@ -13,18 +14,25 @@ from sgmv.stack import AdapterStack, check_stack
 
 
 def expand(
-    v: Array, stack: AdapterStack, segments: Segments, y: Array, *, backend: str | None = None
+    v: Array,
+    stack: AdapterStack,
+    segments: Segments,
+    y: Array,
+    *,
+    weights: npt.ArrayLike | None = None,
+    backend: str | None = None,
 ) -> Array:
     """Multiply every row of v by its adapter's B and add it to y, in place.
 
     Semantics: for segment s with adapter B of rank r and p in seq_start[s]:seq_start[s + 1]:
     `y[rows[p]] += scaling * (v[p, :r] @ B.T)`, rounded once. v[p, r:] is not read, base-only rows
-    of y keep their bits.
+    of y keep their bits. With weights, v[p] is multiplied by that of its pair first.
 
-    v         (n, any width >= the batch's highest rank)  float32 or float64, in sorted order
+    v         (m, any width >= the batch's highest rank)  float32 or float64, in sorted order
     stack     the layer's adapters
     segments  of the batch's n rows
     y         (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
+    weights   (n, k) finite numbers, used as float32; 1, if left out
     backend   "amx", "tiles" or "loops"; the first of these that can, if left out
     returns   y
 
@@ -44,7 +52,10 @@ def expand(
     check_y(y, segments.n, stack.h_out, "v", v)
     table = stack.table
     _slot, rank = table.find(segments.adapter_ids)
-    check_v(v, segments.n, int(rank.max(initial=0)))
+    check_v(v, len(segments.rows), int(rank.max(initial=0)))
     v = np.ascontiguousarray(v, sum_dtype(v.dtype, stack.dtype, y.dtype))
+    if weights is not None:
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            v = v * segments.pair_weights(weights)[:, np.newaxis].astype(v.dtype)
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)
     return y

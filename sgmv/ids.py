@@ -50,6 +50,24 @@ def as_ids(
     return as_integers(argument, _none_as_base_only(adapter_ids))
 
 
+def as_pairs(
+    adapter_ids: npt.ArrayLike | Sequence[Any], argument: str = "adapter_ids"
+) -> tuple[Integers, int | None]:
+    """The ids as contiguous int64 (n * k,) and k; for (n,) ids k is None."""
+    shape = getattr(adapter_ids, "shape", None)
+    if shape is None and isinstance(adapter_ids, list | tuple):
+        rows = [row for row in adapter_ids if isinstance(row, list | tuple | np.ndarray)]
+        lengths = {np.size(row) for row in rows}
+        if rows and len(rows) == len(adapter_ids) and len(lengths) == 1:
+            shape = len(rows), lengths.pop()
+    if shape is None or len(shape) != 2:
+        return as_ids(adapter_ids, argument), None
+    if shape[1] < 1:
+        raise ShapeError(argument, "one id per row or more", f"shape {shape}", "use -1 for none")
+    flat = np.asarray(adapter_ids).reshape(-1)
+    return as_ids(flat.tolist() if flat.dtype == object else flat, argument), shape[1]
+
+
 def as_integers(argument: str, values: Any) -> Integers:
     """The values, integers in one dimension, as contiguous int64."""
     try:

@@ -34,7 +34,7 @@ def run_both(
     """Shrink and expand: add the delta of every row of x to its row of y. Any strides."""
     space, row = workspace.take(), table.width * kernels.v_itemsize
     x, dense = _dense(x), _dense(y)  # copies are kept alive until the call is over
-    v = space.v_of(len(y) * row)
+    v = space.v_of((batch.most if isinstance(batch, Segments) else len(batch)) * row)
     call.place_x_and_y(space.address, as_bits(x), as_bits(dense), v, row)
     _run(space, workers.pool_of(y), kernels, table, batch)
     if dense is not y:
@@ -54,7 +54,7 @@ def run_both_at(
     The caller keeps their memory alive, and says which pool helps.
     """
     space, row = workspace.take(), table.width * kernels.v_itemsize
-    call.place_at(space.address, *x, *y, space.v_of(segments.n * row), row)
+    call.place_at(space.address, *x, *y, space.v_of(segments.most * row), row)
     _run(space, pool, kernels, table, segments)
 
 

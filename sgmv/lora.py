@@ -22,7 +22,7 @@ from sgmv.backend import kernels
 from sgmv.checks import check_matrix, check_scaling, check_x, check_y
 from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
-from sgmv.ids import BASE_ONLY, as_ids
+from sgmv.ids import BASE_ONLY, Integers, as_pairs
 from sgmv.launch import run_both
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack, check_stack
@@ -34,22 +34,26 @@ def add_lora(
     stack: AdapterStack,
     adapter_ids: Segments | npt.ArrayLike,
     *,
+    weights: npt.ArrayLike | None = None,
     backend: str | None = None,
 ) -> Array:
     """Add every row's own LoRA delta to y, in place: shrink, then expand.
 
     Semantics: `y[i] += scaling * (x[i] @ A.T) @ B.T` with the adapter of `adapter_ids[i]`; both
     products are summed in float32 (float64 if any operand is) and y is rounded once. Rows of id -1
-    or of a None entry keep their bits.
+    or of a None entry keep their bits. Of k ids per row, each adds its delta times its weight, in
+    ascending order of the ids, y rounded after each; an id named twice adds twice.
 
     y            (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
     x            (n, h_in)   likewise; not changed; no memory shared with y
     stack        the layer's adapters
-    adapter_ids  (n,) integers, or the `Segments` made of them once for all layers of a step
+    adapter_ids  (n,) or (n, k) integers, or the `Segments` made of them once for all layers of a
+                 step
+    weights      (n, k) finite numbers, used as float32; 1, if left out
     backend      "amx", "tiles" or "loops"; the first of these that can, if left out
     returns      y
 
-    A row's result does not depend on the other rows, their order, the number of threads or the run.
+    A row's result depends on no other row, nor on their order, the number of threads or the run.
     Raises ShapeError, DtypeError, MemoryLayoutError, ValueRangeError, UnknownAdapterError; y is
     then as it was. An interrupt (Ctrl-C) may leave y with some of the deltas added.
     Source: Punica (arXiv 2310.18547), section 4; punica/ops/__init__.py, `add_lora_sgmv`.
@@ -61,14 +65,30 @@ def add_lora(
     >>> add_lora(np.zeros((2, 2), "float32"), x, stack, [-1, 4])
     array([[ 0. ,  0. ],
            [ 7.5, 75. ]], dtype=float32)
+    >>> y = np.zeros((2, 2), "float32")
+    >>> add_lora(y, x, stack, [[4, -1], [4, 4]], weights=[[2, 1], [1, 1]])
+    array([[  6.,  60.],
+           [ 15., 150.]], dtype=float32)
     """
     check_stack(stack)
-    batch = adapter_ids if isinstance(adapter_ids, Segments) else as_ids(adapter_ids)
+    batch = _batch(adapter_ids, weights)
     n = batch.n if isinstance(batch, Segments) else len(batch)
     check_x(x, n, stack.h_in)
     check_y(y, n, stack.h_out, "x", x)
     run_both(kernels(backend, x.dtype, stack.dtype, y.dtype), stack.table, batch, x, y)
     return y
+
+
+def _batch(
+    adapter_ids: Segments | npt.ArrayLike, weights: npt.ArrayLike | None
+) -> Segments | Integers:
+    """Ids, one per row, as they are: compiled code sorts them. Anything else is segmented here."""
+    if isinstance(adapter_ids, Segments):
+        return adapter_ids.weighted(weights)
+    ids, k = as_pairs(adapter_ids)
+    if k is None and weights is None:
+        return ids
+    return segment(adapter_ids).weighted(weights)
 
 
 def apply_batched(
@@ -77,6 +97,8 @@ def apply_batched(
     adapters: Adapters | AdapterStack,
     adapter_ids: Segments | npt.ArrayLike,
     scalings: Scalings = None,
+    *,
+    weights: npt.ArrayLike | None = None,
 ) -> Array:
     """One linear layer for a batch with a different adapter for each row.
 
@@ -87,9 +109,10 @@ def apply_batched(
     W            (h_out, h_in)
     adapters     a mapping id -> Adapter, (A, B) or None; a sequence of those, indexed by id; or an
                  AdapterStack, which saves packing the weights at every call. None = base only
-    adapter_ids  (n,) integers or Segments; -1 = base only
+    adapter_ids  (n,) or (n, k) integers, or Segments; -1 = base only
     scalings     a mapping, a sequence indexed by id, or one number; each Adapter's own (1.0 for an
                  (A, B) pair), if left out
+    weights      (n, k) finite numbers, a factor of each pair's delta; 1, if left out
     returns      (n, h_out) in the smallest type that holds x, W and the weights used
 
     The base product is numpy's BLAS: its bits may depend on the batch's size, the deltas' do not.
@@ -132,7 +155,7 @@ def apply_batched(
     types = [x.dtype, W.dtype, *([stack.dtype] if stack.slots else [])]
     with np.errstate(invalid="ignore", over="ignore"):  # inf and NaN pass through, as in add_lora
         y: Array = x.astype(wide, copy=False) @ W.astype(wide, copy=False).T
-        add_lora(y, x, stack, segments)
+        add_lora(y, x, stack, segments, weights=weights)
         return y.astype(promote(*types), copy=False)
 
 
@@ -182,7 +205,7 @@ def _all_rows(x: Any) -> npt.NDArray[np.int64]:
 def _used(adapters: Adapters, scalings: Scalings, segments: Segments) -> dict[int, Adapter | None]:
     """The batch's adapters, with the scalings given for them; those of other ids are not read."""
     entries: dict[int, AdapterLike] = dict(items(adapters))
-    ids = [adapter_id for adapter_id in segments.adapter_ids.tolist() if adapter_id != BASE_ONLY]
+    ids = [i for i in dict.fromkeys(segments.adapter_ids.tolist()) if i != BASE_ONLY]
     unknown = [adapter_id for adapter_id in ids if adapter_id not in entries]
     if unknown:
         raise UnknownAdapterError(

@@ -5,6 +5,13 @@
     seq_start     0  1     3     5       segment s is positions seq_start[s]:seq_start[s + 1]
     segment ids  -1  0     2             ascending, base-only rows first
 
+Where a row names k adapters, each is a pair (row, adapter), and the pairs are what is sorted:
+
+    adapter_ids   2 0   0 5              (n, k) = (2, 2): the pairs 0 1 and 2 3
+    pairs         1 2   0   3            the pair at each sorted position
+    rows          0 1   0   1            its row of x, and of y: pair // k
+    segment ids   0     2   5
+
 Integers only: nothing here knows about weights, so Segments made once serve every layer of a step.
 """
 
@@ -19,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.checks import check_count
+from sgmv.checks import check_count, check_weights
 from sgmv.errors import (
     DtypeError,
     ShapeError,
@@ -27,7 +34,7 @@ from sgmv.errors import (
     ValueRangeError,
     some,
 )
-from sgmv.ids import BASE_ONLY, Integers, as_ids, as_integers
+from sgmv.ids import BASE_ONLY, Integers, as_integers, as_pairs
 from sgmv.kernels.plan import most_digits, sort
 from sgmv.kernels.records import SEGMENTS
 
@@ -92,11 +99,13 @@ class Segments:
     """A batch's rows grouped by adapter: frozen int64 arrays, reusable for every layer.
 
     Semantics: segment s holds the rows `rows[seq_start[s]:seq_start[s + 1]]` of x, all of which
-    name adapter `adapter_ids[s]`.
+    name adapter `adapter_ids[s]`. There are m = n positions; m = n * k if a row names k adapters.
 
-    rows         (n,)    a permutation of 0..n-1
-    seq_start    (S+1,)  ascending, from 0 to n
-    adapter_ids  (S,)    strictly ascending; -1, the base-only segment, first if there is one
+    rows         (m,)    the row of x at each position: for k = 1 a permutation of 0..n-1
+    seq_start    (S+1,)  ascending, from 0 to m
+    adapter_ids  (S,)    strictly ascending; -1, the base-only segment, first if there is one. For
+                         k > 1 an adapter has a further segment for rows that name it once more
+    pairs        (m,)    for k > 1: `i * k + j` for the j-th adapter of row i; left out, k = 1
 
     Made by `segment`. One made by hand is copied, checked and frozen.
     Raises ShapeError, DtypeError or ValueRangeError when an invariant does not hold.
@@ -113,13 +122,16 @@ class Segments:
     rows: Integers
     seq_start: Integers
     adapter_ids: Integers
+    pairs: Integers = None  # type: ignore[assignment]  # rows, then
 
     def __post_init__(self) -> None:
-        for name in ("rows", "seq_start", "adapter_ids"):
+        if self.pairs is None:
+            object.__setattr__(self, "pairs", self.rows)
+        for name in ("rows", "seq_start", "adapter_ids", "pairs"):
             frozen = as_integers(name, getattr(self, name)).copy()
             frozen.flags.writeable = False
             object.__setattr__(self, name, frozen)
-        n, seq_start, ids = self.n, self.seq_start, self.adapter_ids
+        m, seq_start, ids = len(self.rows), self.seq_start, self.adapter_ids
         if len(seq_start) != len(ids) + 1:
             raise ShapeError(
                 "seq_start",
@@ -127,43 +139,92 @@ class Segments:
                 f"{len(seq_start)}",
                 "give one offset per segment and n at the end",
             )
-        if seq_start[0] != 0 or seq_start[-1] != n or (np.diff(seq_start) < 0).any():
+        if seq_start[0] != 0 or seq_start[-1] != m or (np.diff(seq_start) < 0).any():
             raise ValueRangeError(
                 "seq_start",
-                f"ascending offsets from 0 to n = {n}",
+                f"ascending offsets from 0 to {m}, the length of rows",
                 some(seq_start),
                 "make it the running sum of the segments' lengths",
             )
-        if not np.array_equal(np.sort(self.rows), np.arange(n)):
-            raise ValueRangeError(
-                "rows",
-                f"each of 0..{n - 1} once",
-                some(self.rows),
-                "give a permutation of the rows of x",
-            )
-        if (np.diff(ids) <= 0).any() or (len(ids) and ids[0] < BASE_ONLY):
+        self._check_rows(m)
+        least = 1 if self.k == 1 else 0
+        if (np.diff(ids) < least).any() or (len(ids) and ids[0] < BASE_ONLY):
             raise ValueRangeError(
                 "adapter_ids",
-                "strictly ascending ids, -1 (base only) first",
+                f"{'strictly ' * least}ascending ids, -1 (base only) first",
                 some(ids),
                 "merge segments of one adapter and sort them by id",
             )
 
+    def _check_rows(self, m: int) -> None:
+        """Each pair once, its row beside it, and no row twice in a segment of an adapter."""
+        if self.k == 1:
+            if not np.array_equal(np.sort(self.rows), np.arange(m)):
+                raise ValueRangeError(
+                    "rows",
+                    f"each of 0..{m - 1} once",
+                    some(self.rows),
+                    "give a permutation of the rows of x",
+                )
+            return
+        right = len(self.pairs) == m and np.array_equal(np.sort(self.pairs), np.arange(m))
+        if not right or not np.array_equal(self.rows, self.pairs // self.k):
+            raise ValueRangeError(
+                "pairs",
+                f"each of 0..{m - 1} once, and rows = pairs // {self.k}",
+                some(self.pairs),
+                "make them with segment(adapter_ids)",
+            )
+        named = np.repeat(self.adapter_ids != BASE_ONLY, self.lengths)
+        s = np.repeat(np.arange(self.S), self.lengths)
+        if len(np.unique(s[named] * self.n + self.rows[named])) < named.sum():
+            raise ValueRangeError(
+                "rows",
+                "each row once at most in a segment, whose rows are added to y at the same time",
+                some(self.rows),
+                "give the adapter a further segment for rows that name it again",
+            )
+
     @classmethod
-    def _trusted(cls, rows: Integers, seq_start: Integers, adapter_ids: Integers) -> Segments:
+    def _trusted(
+        cls,
+        rows: Integers,
+        seq_start: Integers,
+        adapter_ids: Integers,
+        pairs: Integers | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
+    ) -> Segments:
         """Without copies and checks, for arrays that `segment` made itself."""
         made = object.__new__(cls)
         for name, array in (
             ("rows", rows),
             ("seq_start", seq_start),
             ("adapter_ids", adapter_ids),
+            ("pairs", rows if pairs is None else pairs),
         ):
             array.flags.writeable = False
             object.__setattr__(made, name, array)
+        object.__setattr__(made, "_weights", weights)
         return made
 
-    def __reduce__(self) -> tuple[type[Segments], tuple[Integers, Integers, Integers]]:
-        return Segments, (self.rows, self.seq_start, self.adapter_ids)
+    def __reduce__(self) -> tuple[type[Segments], tuple[Integers, ...]]:
+        pairs = () if self.k == 1 else (self.pairs,)
+        return Segments, (self.rows, self.seq_start, self.adapter_ids, *pairs)
+
+    def weighted(self, weights: npt.ArrayLike | None) -> Segments:
+        """The same segments, which one call multiplies by a weight for each pair; None for none.
+
+        Raises ShapeError, DtypeError and ValueRangeError unless they are (n, k) finite numbers, or
+        (n,) for k = 1.
+        """
+        if weights is None:
+            return self
+        found = self.pair_weights(weights)
+        return self._trusted(self.rows, self.seq_start, self.adapter_ids, self.pairs, found)
+
+    def pair_weights(self, weights: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """(m,) the weight of the pair at each position; errors as `weighted`."""
+        return check_weights(weights, self.n, self.k).reshape(-1)[self.pairs]
 
     @cached_property
     def _record(self) -> npt.NDArray[Any]:
@@ -172,6 +233,9 @@ class Segments:
         found["count"], found["rows"] = self.S, self.rows.ctypes.data
         found["seq_start"] = self.seq_start.ctypes.data
         found["adapter_ids"] = self.adapter_ids.ctypes.data
+        weights = getattr(self, "_weights", None)
+        found["weights"] = 0 if weights is None else weights.ctypes.data
+        found["several"] = self.k > 1
         return found
 
     @cached_property
@@ -181,13 +245,20 @@ class Segments:
 
     @cached_property
     def most(self) -> int:
-        """Room that a plan needs: n rows; or S, as segments made by hand may be empty."""
-        return max(self.n, self.S)
+        """Room that a plan needs: m positions; or S, as segments made by hand may be empty."""
+        return max(len(self.rows), self.S)
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Rows in the batch."""
-        return len(self.rows)
+        return len(self.rows) if self.pairs is self.rows else len(self.rows) // self.k
+
+    @cached_property
+    def k(self) -> int:
+        """Adapters that each row names."""
+        if self.pairs is self.rows or not len(self.rows):
+            return 1
+        return int(np.count_nonzero(self.rows == self.rows[0]))
 
     @property
     def S(self) -> int:
@@ -196,7 +267,7 @@ class Segments:
 
     @property
     def lengths(self) -> Integers:
-        """(S,) rows of each segment."""
+        """(S,) positions of each segment."""
         return np.diff(self.seq_start)
 
     def stats(
@@ -288,18 +359,22 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     """Group the rows of a batch by adapter: a stable sort into contiguous segments.
 
     Semantics: `rows = argsort(adapter_ids, stable)`; segment s is the run of equal ids
-    `adapter_ids[rows[seq_start[s]:seq_start[s + 1]]]`.
+    `adapter_ids[rows[seq_start[s]:seq_start[s + 1]]]`. Of k ids per row the pairs are sorted:
+    `pairs = argsort(adapter_ids.ravel(), stable)`, `rows = pairs // k`.
 
-    adapter_ids  (n,) any integers >= -1, in any order; -1 or None means base only
-    returns      Segments; time linear in n, whatever the ids' size
+    adapter_ids  (n,) any integers >= -1, in any order; -1 or None means base only; or (n, k), the
+                 k adapters of each row
+    returns      Segments; time linear in the ids, whatever their size
 
-    Raises DtypeError for anything but integers, ShapeError unless one-dimensional, ValueRangeError
-    for an id below -1. Source: Punica (arXiv 2310.18547), section 4.
+    Raises DtypeError for anything but integers, ShapeError unless (n,) or (n, k) with k of 1 or
+    more, ValueRangeError for an id below -1. Source: Punica (arXiv 2310.18547), section 4.
 
     >>> segment([7, -1, 7]).rows
     array([1, 0, 2])
+    >>> segment([[2, 0], [0, 5]]).rows
+    array([0, 1, 0, 1])
     """
-    ids = as_ids(adapter_ids)
+    ids, k = as_pairs(adapter_ids)
     if len(ids) and ids.min() < BASE_ONLY:
         raise ValueRangeError(
             "adapter_ids",
@@ -312,7 +387,30 @@ def segment(adapter_ids: npt.ArrayLike | Sequence[int | None]) -> Segments:
     segment_ids = np.empty(len(ids), np.int64)
     scratch = np.empty(len(ids), np.int64), np.empty(most_digits(len(ids)), np.int64)
     S = sort(ids, rows, seq_start, segment_ids, *scratch)
-    return Segments._trusted(rows, seq_start[: S + 1], segment_ids[:S])
+    seq_start, segment_ids = seq_start[: S + 1], segment_ids[:S]
+    if k is None:
+        return Segments._trusted(rows, seq_start, segment_ids)
+    return _of_pairs(rows, seq_start, segment_ids, k)
+
+
+def _of_pairs(pairs: Integers, seq_start: Integers, ids: Integers, k: int) -> Segments:
+    """Segments of sorted pairs; what a row names again goes into a further segment.
+
+    In a segment the pairs of a row are neighbours, for the sort is stable.
+    """
+    rows = pairs // k
+    segment_of = np.repeat(np.arange(len(ids)), np.diff(seq_start))
+    again = (rows[1:] == rows[:-1]) & (segment_of[1:] == segment_of[:-1])
+    again &= ids[segment_of[1:]] != BASE_ONLY
+    if again.any():
+        first = np.flatnonzero(np.concatenate(([True], ~again)))
+        position = np.arange(len(pairs))
+        before = position - np.repeat(first, np.diff(first, append=len(pairs)))
+        part, pieces = np.unique(segment_of * k + before, return_inverse=True)
+        order = np.argsort(pieces, kind="stable")
+        pairs, rows, ids = pairs[order], rows[order], ids[part // k]
+        seq_start = np.searchsorted(pieces[order], np.arange(len(part) + 1))
+    return Segments._trusted(rows, seq_start, ids, pairs)
 
 
 def check_segments(segments: object) -> None:

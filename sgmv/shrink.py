@@ -24,7 +24,8 @@ def shrink(
     stack     the layer's adapters
     segments  of the batch's n rows
     backend   "amx", "tiles" or "loops"; the first of these that can, if left out
-    returns   v (n, stack.max_rank), in sorted order: float32, or float64 if x or the weights are
+    returns   v (m, stack.max_rank), in sorted order: float32, or float64 if x or the weights are;
+              m = n, or n * k if rows name k adapters
 
     Raises ShapeError, DtypeError, UnknownAdapterError, ValueRangeError for a backend that cannot.
     Source: Punica (arXiv 2310.18547), section 4; punica/ops/__init__.py, `sgmv` with h_in > h_out.
@@ -40,6 +41,6 @@ def shrink(
     check_stack(stack)
     check_segments(segments)
     check_x(x, segments.n, stack.h_in)
-    v = np.zeros((segments.n, stack.max_rank), sum_dtype(x.dtype, stack.dtype))
+    v = np.zeros((len(segments.rows), stack.max_rank), sum_dtype(x.dtype, stack.dtype))
     run_shrink(kernels(backend, x.dtype, stack.dtype, None), stack.table, segments, x, v)
     return v

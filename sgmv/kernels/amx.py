@@ -242,6 +242,6 @@ def shrink_kernel(unit: Any) -> int:
                 rows = task.first, task.last
                 wa = item(table.wa, task.slot)
                 _tile_products(unit, address, memory, columns, wa, *rows, low, high)
-            finish_shrink(address)
+            finish_shrink(address, task, np.float32(0))
 
     return entry(amx_shrink)

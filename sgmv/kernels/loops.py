@@ -34,7 +34,15 @@ from sgmv.kernels.floats import decode, encode
 from sgmv.kernels.jit import ANY_ORDER, entry, jit, record, size_of, vector
 from sgmv.kernels.panels import panel_at, plain_rank, scratch
 from sgmv.kernels.records import CALL, FLOAT64, TABLE
-from sgmv.kernels.tasks import NONE, claim_expand, claim_shrink, finish_shrink, item
+from sgmv.kernels.tasks import (
+    NONE,
+    claim_expand,
+    claim_shrink,
+    finish_shrink,
+    item,
+    leave_expand,
+    no_task,
+)
 
 K_BLOCK = 1024  # four rows of wa and one of x stay in L1: 5 * 1024 * 4 B = 20 KiB
 
@@ -79,7 +87,7 @@ def shrink_kernel(x_like: Any, w_like: Any, v_like: Any) -> int:
                             v = vector(v_0 + p * call.v_stride, task.high, v_like)
                             sums = dot4(vector(x, width, x_like), a0, a1, a2, a3, v_like)
                             add_sums(v[j:], sums, k == 0)
-            finish_shrink(address)
+            finish_shrink(address, task, v_like)
 
     return entry(loops_shrink)
 
@@ -165,8 +173,9 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
         columns = table.panel_columns
         four = np.zeros(4 * columns, type(v_like))
         room = scratch(plain_rank(address), min(columns, table.h_out), w_like)
+        task = no_task()
         for _ in range(limit):
-            task = claim_expand(address)
+            task = claim_expand(address, task)
             if task.number == NONE:
                 return
             scaling = type(v_like)(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
@@ -181,6 +190,7 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
                         row = call.y + item(call.y_rows, p + i) * call.y_stride
                         y = vector(row + c * size_of(y_like), width, y_like)
                         store(y, scaling, sums[i], y_like)
+        leave_expand(address, task)
 
     return entry(loops_expand)
 

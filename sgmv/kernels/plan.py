@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sgmv.kernels.jit import address_of, jit, record, records, vector
-from sgmv.kernels.records import BLOCK, CALL, INTEGER, RANK_UNIT, SEGMENTS, TABLE
+from sgmv.kernels.records import (
+    BLOCK,
+    CALL,
+    INTEGER,
+    MOST_TURNS,
+    RANK_UNIT,
+    SEGMENTS,
+    TABLE,
+    TURN,
+)
 
 BASE_ONLY = -1
 NO_SLOT = -1
@@ -173,6 +182,7 @@ class Views(NamedTuple):
     segment_ids: Any  # (n,)
     target: Any  # (n,) scratch of the sort
     digits: Any  # (most_digits(n),)
+    turns: Any  # (MOST_TURNS * TURN,), see tasks.py
     blocks: Any  # (most_blocks(n),)
 
 
@@ -186,8 +196,9 @@ def views(scratch: int, n: int) -> Any:
     segment_ids = vector(end_of(seq_start), n, INTEGER)
     target = vector(end_of(segment_ids), n, INTEGER)
     digits = vector(end_of(target), most_digits(n), INTEGER)
-    blocks = records(BLOCK, end_of(digits), most_blocks(n))
-    return Views(slot, rank, rows, seq_start, segment_ids, target, digits, blocks)
+    turns = vector(end_of(digits), MOST_TURNS * TURN, INTEGER)
+    blocks = records(BLOCK, end_of(turns), most_blocks(n))
+    return Views(slot, rank, rows, seq_start, segment_ids, target, digits, turns, blocks)
 
 
 @jit()
@@ -213,9 +224,14 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
     table = record(TABLE, call.table)
     found = views(call.scratch, n)
     rows, seq_start, segment_ids = found.rows, found.seq_start, found.segment_ids
+    call.weights = call.turns = 0
     if segments != 0:
         made = record(SEGMENTS, segments)
         count = made.count
+        call.weights = made.weights
+        if made.several != 0:
+            found.turns[:] = 0
+            call.turns = address_of(found.turns)
         rows = vector(made.rows, n, INTEGER)
         seq_start = vector(made.seq_start, count + 1, INTEGER)
         segment_ids = vector(made.adapter_ids, count, INTEGER)
@@ -249,5 +265,8 @@ def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
     cost_ns, rank = cost(records(BLOCK, call.blocks, call.block_count), widths)
     threads = call.threads if cost_ns >= worth_sharing_ns else 1
     call.shrink_cuts = cuts(call.block_count, -(-rank // RANK_UNIT), threads)
-    call.expand_cuts = cuts(call.block_count, -(-table.h_out // table.panel_columns), threads)
+    panels = -(-table.h_out // table.panel_columns)
+    call.expand_cuts = cuts(call.block_count, panels, threads)
+    if call.turns != 0:  # the blocks of a cut follow one another: only its cuts busy all threads
+        call.expand_cuts = min(cuts(1, panels, threads), MOST_TURNS)
     return cost_ns

@@ -54,6 +54,8 @@ CALL = _record(
     "limit",  # tasks that the caller runs of each phase before it looks for signals
     "scratch",  # at the plan's memory
     *("blocks", "block_count"),  # at (block_count,) BLOCK
+    "weights",  # at (n,) float32, by sorted position: factors of the rows of v; or 0
+    "turns",  # where rows have several adapters: at the counters of their tasks of expand; or 0
     *("shrink_cuts", "expand_cuts"),  # into how many tasks each phase cuts a block
     # Counters: tasks claimed and done, and the threads that came to an OpenMP team's region.
     lines=("shrink_next", "shrink_done", "expand_next", "members"),
@@ -75,6 +77,8 @@ TABLE = _record(
 SEGMENTS = _record(
     "count",
     *("rows", "seq_start", "adapter_ids"),  # at (n,), (count + 1,), (count,)
+    "weights",  # at (n,) float32, or 0
+    "several",  # 1 if a row may be in several segments
 )
 
 BLOCK = _record(
@@ -100,4 +104,5 @@ CPU_WORDS = 16  # int64s: 1,024 cores, as many as libc's own set of them has
 # Columns of a panel of wb, (r, PANEL), as the tiles take them; the last is as narrow as what is
 # left. Where no tile will read them they are wide: plain loops took 4 times as long over 64.
 PANEL, WIDE_PANEL = 64, 1024
+MOST_TURNS, TURN = 64, 8  # counters of turns, and int64s from one to the next: a cache line
 RANK_UNIT = 8  # shrink's cuts fall between this number of ranks, expand's between panels

@@ -6,16 +6,30 @@ task t is cut t % cuts of block t // cuts. No two tasks write the same element.
 
     blocks          0              1              2
     tasks       0   1   2      3   4   5      6   7   8         3 cuts
+
+Where a row has several adapters it is in several blocks, and their tasks of expand add to the same
+elements. Then a thread holds a cut while it does a task of it, and the tasks of a cut are done from
+block 0 on:
+
+                cut 0   cut 1   cut 2
+    block 0       0       1       2
+    block 1       3       4       5      down each cut, in order
+    block 2       6       7       8
+
+No two threads write the same columns at a time, none waits for another, and a row's deltas are
+added in the order of its own adapters, whatever else is in the batch.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause, store_atomic
 from sgmv.kernels.jit import enter, jit, record, records, vector
 from sgmv.kernels.modes import DEFAULT, set_mode
-from sgmv.kernels.records import BLOCK, CALL, INTEGER, RANK_UNIT, TABLE, offset
+from sgmv.kernels.records import BLOCK, CALL, INTEGER, RANK_UNIT, TABLE, TURN, offset
 
 SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT = (
     offset(CALL, field) for field in ("shrink_next", "shrink_done", "expand_next")
@@ -88,26 +102,116 @@ def claim_shrink(address: int) -> Any:
 
 
 @jit()
-def finish_shrink(address: int) -> None:
-    """A task of shrink is done: its part of v is written."""
+def finish_shrink(address: int, task: Any, v_like: Any) -> None:
+    """A task of shrink is done: its part of v is written, and its pairs are weighted here."""
+    call = record(CALL, address)
+    if call.weights != 0:
+        weigh(address, task, v_like)
     add_atomic(address + SHRINK_DONE, 1)
 
 
 @jit()
-def claim_expand(address: int) -> Any:
-    """A `Task` of expand that no other thread will do; its number is NONE if there is none left."""
+def weigh(address: int, task: Any, v_like: Any) -> None:
+    """v[p, ranks of the task] *= weights[p], in each slice."""
+    call = record(CALL, address)
+    slices = record(TABLE, call.table).slices
+    weights = vector(call.weights, task.last, np.float32(0))
+    for p in range(task.first, task.last):
+        v = vector(call.v + p * call.v_stride, slices * task.r, v_like)
+        for s in range(slices):
+            for j in range(s * task.r + task.low, s * task.r + task.high):
+                v[j] *= weights[p]
+
+
+@jit()
+def claim_expand(address: int, before: Any) -> Any:
+    """A `Task` of expand that no other thread will do; its number is NONE if there is none left.
+
+    before  the task that this thread has done, `no_task()` at first
+    """
     call = record(CALL, address)
     table = record(TABLE, call.table)
-    return claim(address, EXPAND_NEXT, call.expand_cuts, table.h_out, table.panel_columns)
+    if call.turns != 0:
+        number = next_of_a_cut(address, before.number)
+    else:
+        number = add_atomic(address + EXPAND_NEXT, 1)
+    return task_of(address, number, call.expand_cuts, table.h_out, table.panel_columns)
+
+
+@jit()
+def next_of_a_cut(address: int, before: int) -> Any:
+    """The number of the next task of the cut that this thread holds; then of one that none holds.
+
+    Where two threads reach for one cut at once, both may leave it: the caller comes back for what
+    no thread has begun. A cut counts as begun with its last task.
+    """
+    call = record(CALL, address)
+    if before == NONE:  # far from the others: y is asked for ahead, and what two cores ask for waits
+        cut = add_atomic(call.turns + 16, 1) * call.expand_cuts // call.threads % call.expand_cuts
+    else:
+        cut = before % call.expand_cuts
+        number = begin_block(address, cut)
+        if number != EVERY_TASK:
+            return number
+        let_go(address, cut)
+    for _ in range(call.expand_cuts):
+        holders = call.turns + 8 * TURN * cut
+        if load_atomic(holders) == 0 and load_atomic(holders + 8) < call.block_count:
+            if add_atomic(holders, 1) == 0:
+                number = begin_block(address, cut)
+                if number != EVERY_TASK:
+                    return number
+            let_go(address, cut)
+        cut = (cut + 1) % call.expand_cuts
+    return EVERY_TASK
+
+
+@jit()
+def begin_block(address: int, cut: int) -> Any:
+    """The next task of a cut that this thread holds, or EVERY_TASK if none is left to do."""
+    call = record(CALL, address)
+    counter = call.turns + 8 * TURN * cut + 8
+    block = load_atomic(counter)
+    if block == call.block_count or load_atomic(address + EXPAND_NEXT) >= EVERY_TASK:
+        return EVERY_TASK
+    store_atomic(counter, block + 1)
+    if block + 1 == call.block_count:
+        add_atomic(address + EXPAND_NEXT, call.block_count)
+    return block * call.expand_cuts + cut
+
+
+@jit()
+def let_go(address: int, cut: int) -> None:
+    """Another thread may hold this cut."""
+    add_atomic(record(CALL, address).turns + 8 * TURN * cut, -1)
+
+
+@jit()
+def leave_expand(address: int, task: Any) -> None:
+    """The thread leaves after this task, though there may be others."""
+    call = record(CALL, address)
+    if call.turns != 0 and task.number != NONE:
+        let_go(address, task.number % call.expand_cuts)
+
+
+@jit()
+def no_task() -> Any:
+    return Task(NONE, 0, 0, 0, 0, 0, 0)
 
 
 @jit()
 def claim(address: int, counter: int, cuts: int, columns: int, unit: int) -> Any:
     """The next `Task` of a phase, one of `cuts` of a block's columns; for RANKS, of its ranks."""
-    call = record(CALL, address)
     number = add_atomic(address + counter, 1)
+    return task_of(address, number, cuts, columns, unit)
+
+
+@jit()
+def task_of(address: int, number: int, cuts: int, columns: int, unit: int) -> Any:
+    """The `Task` of this number, if there are as many."""
+    call = record(CALL, address)
     if number >= call.block_count * cuts:
-        return Task(NONE, 0, 0, 0, 0, 0, 0)
+        return no_task()
     block = records(BLOCK, call.blocks, call.block_count)[number // cuts]
     extent = block.r if columns == RANKS else columns  # there may be no column: h_out is 0
     low, high = cut(number % cuts, cuts, extent, unit)

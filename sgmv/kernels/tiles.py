@@ -50,7 +50,15 @@ from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
 from sgmv.kernels.jit import INT64, entry, jit, record, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
 from sgmv.kernels.records import CALL, FLOAT64, PANEL, TABLE
-from sgmv.kernels.tasks import NONE, claim_expand, claim_shrink, finish_shrink, item
+from sgmv.kernels.tasks import (
+    NONE,
+    claim_expand,
+    claim_shrink,
+    finish_shrink,
+    item,
+    leave_expand,
+    no_task,
+)
 
 # Registers: 32 of 512 bits, or 16 of 256, and a tile's sums take three quarters of them.
 WIDE = LANES == 16
@@ -268,7 +276,7 @@ def shrink_kernel(x_like: Any, w_like: Any) -> int:
                         ranks = j + task.low, j + task.high
                         shrink_tiles(x_like, w_like, address, (p, count), wa, ranks, (k, width))
                     p += count
-            finish_shrink(address)
+            finish_shrink(address, task, np.float32(0))
 
     return entry(tiles_shrink)
 
@@ -286,8 +294,9 @@ def expand_kernel(w_like: Any, y_like: Any) -> int:
         table = record(TABLE, record(CALL, address).table)
         rank = plain_rank(address)
         room = scratch(rank, columns_in_l2(rank, w_like), w_like)
+        task = no_task()
         for _ in range(limit):
-            task = claim_expand(address)
+            task = claim_expand(address, task)
             if task.number == NONE:
                 return
             scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
@@ -302,5 +311,6 @@ def expand_kernel(w_like: Any, y_like: Any) -> int:
                     rows, columns = (p, count), (c, end)
                     expand_tiles(w_like, y_like, address, rows, wb, task.r, scaling, columns)
                     p += count
+        leave_expand(address, task)
 
     return entry(tiles_expand)

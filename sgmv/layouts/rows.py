@@ -39,8 +39,14 @@ class Layout:
 
 
 def as_segments(batch: Batch) -> Segments:
-    """The batch's segments, made if they are not there yet."""
-    return batch if isinstance(batch, Segments) else segment(batch)
+    """The batch's segments, made if they are not there yet; of one adapter per row.
+
+    Raises ShapeError for several: no engine's metadata has them.
+    """
+    segments = batch if isinstance(batch, Segments) else segment(batch)
+    if segments.k > 1:
+        raise ShapeError("batch", "one adapter per row", f"{segments.k}", "lay out one at a time")
+    return segments
 
 
 def row_ids(segments: Segments) -> Integers:

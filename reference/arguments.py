@@ -23,7 +23,7 @@ class Adapter(NamedTuple):
 def used_adapters(
     adapters: Adapters, adapter_ids: ArrayLike, scalings: Scaling, h_in: int, h_out: int, n: int
 ) -> tuple[NDArray[np.int64], dict[int, Adapter | None]]:
-    """Checked ids (n,), and the adapter of every id that a row uses; None = base only.
+    """Checked ids (n,) or (n, k), and the adapter of every id that a row uses; None = base only.
 
     Semantics: `chosen[ids[i]]` is row i's adapter. Adapters that no row uses are never read.
     Raises: ValueError for ids, shapes or scalings that do not fit, naming id and remedy.
@@ -35,8 +35,9 @@ def used_adapters(
     ids = _array(adapter_ids, "adapter_ids", "integers")
     if ids.size and ids.dtype.kind not in "iu":
         raise ValueError(f"adapter_ids: expected integers, got {ids.dtype}; pass one id per row")
-    if ids.shape != (n,):
-        raise ValueError(f"adapter_ids: expected shape ({n},), got {ids.shape}; one id per row")
+    if ids.shape[:1] != (n,) or ids.ndim > 2 or 0 in ids.shape[1:]:
+        expected = f"shape ({n},) or ({n}, k)"
+        raise ValueError(f"adapter_ids: expected {expected}, got {ids.shape}; one id per row")
     if ids.dtype.kind == "u" and ids.max(initial=0) >= 2**63:  # int64 would make it negative
         raise _unknown(ids.max())
     ids = ids.astype(np.int64)
@@ -51,6 +52,24 @@ def used_adapters(
         scaling = _scaling_of(adapter, adapter_id, scalings)
         chosen[adapter_id] = checked(A, B, scaling, h_in, h_out, name)
     return ids, chosen
+
+
+def factors(weights: ArrayLike | None, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A factor for each id, in ids' shape; 1, if weights are left out.
+
+    Raises: ValueError unless they are finite real numbers in that shape.
+
+    >>> factors(None, np.array([[3, -1]]))
+    array([[1., 1.]])
+    """
+    if weights is None:
+        return np.ones(ids.shape)
+    given = _numbers(weights, "weights", "real numbers")
+    if given.shape != ids.shape:
+        raise ValueError(f"weights: expected shape {ids.shape}, got {given.shape}; one for each id")
+    if not np.isfinite(given.astype(np.float64)).all():
+        raise ValueError("weights: expected finite numbers, got NaN or inf; use the id -1 instead")
+    return given.astype(np.float64)
 
 
 def checked(

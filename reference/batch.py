@@ -71,7 +71,8 @@ class Workload:
     """One batch with its answer.
 
     x (n, h_in), y (n, h_out) before the call, adapter_ids (n,) int64, adapters {id: (A, B) or
-    None}, scalings {id: float}; `why` says which fault it hunts. `exact`: every sum fits the
+    None}, scalings {id: float}; `why` says which fault it hunts. A mixture has adapter_ids (n, k)
+    and weights (n, k), or None = 1. `exact`: every sum fits the
     significand of the sums' type, so that only the expected value, rounded once to y's type, is
     right. Give a kernel a copy of y; `check` finds one that writes to anything else, and names
     what it wrote to.
@@ -89,6 +90,7 @@ class Workload:
     scalings: Mapping[int, float]
     adapter_ids: NDArray[np.int64]
     exact: bool = False
+    weights: NDArray[np.float32] | None = None
     fingerprint: Mapping[str, int] = field(init=False, repr=False)  # of each operand
 
     def __post_init__(self) -> None:
@@ -113,7 +115,8 @@ class Workload:
     @cached_property
     def expected(self) -> NDArray[np.float64]:
         """What y must become, (n, h_out)."""
-        return by_row.add_lora(self.y, self.x, self.adapters, self.adapter_ids, self.scalings)
+        inputs = (self.y, self.x, self.adapters, self.adapter_ids, self.scalings)
+        return by_row.add_lora(*inputs, weights=self.weights)
 
     @cached_property
     def bound(self) -> NDArray[np.float64]:
@@ -121,7 +124,7 @@ class Workload:
         if self.exact:
             return _store_error(self.expected, self.y.dtype)
         inputs = (self.y, self.x, self.adapters, self.adapter_ids, self.scalings)
-        return bounds.add_lora_bound(*inputs, expected=self.expected)
+        return bounds.add_lora_bound(*inputs, weights=self.weights, expected=self.expected)
 
     @cached_property
     def W(self) -> NDArray[Any]:
@@ -135,7 +138,8 @@ class Workload:
     @cached_property
     def expected_applied(self) -> NDArray[np.float64]:
         """What `apply_batched(x, W, ...)` must return, (n, h_out)."""
-        return by_row.apply_batched(self.x, self.W, self.adapters, self.adapter_ids, self.scalings)
+        inputs = (self.x, self.W, self.adapters, self.adapter_ids, self.scalings)
+        return by_row.apply_batched(*inputs, weights=self.weights)
 
     @cached_property
     def bound_applied(self) -> NDArray[np.float64]:
@@ -143,7 +147,9 @@ class Workload:
         if self.exact:
             return _store_error(self.expected_applied, self.x.dtype)
         inputs = (self.x, self.W, self.adapters, self.adapter_ids, self.scalings)
-        return bounds.apply_batched_bound(*inputs, expected=self.expected_applied)
+        return bounds.apply_batched_bound(
+            *inputs, weights=self.weights, expected=self.expected_applied
+        )
 
     @cached_property
     def flush_bound(self) -> NDArray[np.float64]:
@@ -151,7 +157,9 @@ class Workload:
         if self.exact:
             return np.zeros(self.y.shape)
         inputs = (self.y, self.x, self.adapters, self.adapter_ids, self.scalings)
-        return np.where(np.isfinite(self.expected), bounds.flush_bound(*inputs), 0.0)
+        return np.where(
+            np.isfinite(self.expected), bounds.flush_bound(*inputs, weights=self.weights), 0.0
+        )
 
     def check(self, actual: ArrayLike, flushes: bool = False) -> None:
         """Passes if `actual` is a right y.
@@ -180,7 +188,8 @@ class Workload:
         if refused is not None:
             return refused
         actual = np.asarray(actual)
-        has_adapter = [self.adapters.get(i) is not None for i in self.adapter_ids.tolist()]
+        by_place = self.adapter_ids.reshape(len(self.y), -1).tolist()
+        has_adapter = [any(self.adapters.get(i) is not None for i in ids) for ids in by_place]
         base_only = np.flatnonzero(~np.array(has_adapter, bool))
         bound = self.bound + self.flush_bound if flushes else self.bound
         worst = compare.worst(actual, self.expected, bound)
@@ -220,6 +229,7 @@ class Workload:
             "x": [self.x],
             "y": [self.y],
             "adapter_ids": [self.adapter_ids],
+            "weights": [] if self.weights is None else [self.weights],
             "A": [A for A, _ in pairs],
             "B": [B for _, B in pairs],
         }

@@ -31,6 +31,11 @@ A base product W @ x in place of y brings its own gamma_{h_in} and h_in eta, bef
 
 ONE rounding at the store, if y's type is narrower than the sum: u max(|sum|, smallest normal).
 
+A row with k adapters: k such deltas are added one after the other, each times its weight w_j, which
+is one rounding more in shrink or expand (and eta (|s| + |w_j| + 1) sum_j |B_ij| more). What a delta
+is added to is at most |y_i| + sum_j |w_j| M_ij, whatever the order; each sum may be stored, and
+rounded, on its own; and an error made early meets the additions and roundings that come later.
+
 Last, `by_row` itself sums in float64: its own error, the same formula with u = 2**-53, is added,
 as is the rounding of this file's arithmetic. Where every product is exactly 0 (rank 0, B = 0,
 scaling 0, base only) the sum is exactly y, and the bound is 0.
@@ -44,7 +49,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from reference import by_row
-from reference.arguments import Adapter, Adapters, Scaling, checked, matrix, used_adapters
+from reference.arguments import (
+    Adapter,
+    Adapters,
+    Scaling,
+    checked,
+    factors,
+    matrix,
+    used_adapters,
+)
 from reference.floats import FloatType, float_type, sum_dtype
 
 Bound = NDArray[np.float64]
@@ -103,6 +116,7 @@ def add_lora_bound(
     adapter_ids: ArrayLike,
     scalings: Scaling = None,
     *,
+    weights: ArrayLike | None = None,
     out: DTypeLike | None = None,
     expected: Bound | None = None,
 ) -> Bound:
@@ -119,9 +133,12 @@ def add_lora_bound(
     x = matrix(x, "x", rows=len(y))
     ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], y.shape[1], len(y))
     if expected is None:
-        expected = by_row.add_lora(y, x, adapters, ids, scalings)
+        expected = by_row.add_lora(y, x, adapters, ids, scalings, weights=weights)
     start = _Start(np.abs(y.astype(np.float64)), y, float_type(y.dtype), roundings=0)
-    return _bound(start, x, ids, chosen, expected, float_type(y.dtype if out is None else out))
+    out_type = float_type(y.dtype if out is None else out)
+    if ids.ndim == 1 and weights is None:
+        return _bound(start, x, ids, chosen, expected, out_type)
+    return _bound_of_pairs(start, x, _pairs(ids, chosen, weights), expected, out_type)
 
 
 @np.errstate(invalid="ignore", over="ignore", under="ignore")
@@ -132,6 +149,7 @@ def apply_batched_bound(
     adapter_ids: ArrayLike,
     scalings: Scaling = None,
     *,
+    weights: ArrayLike | None = None,
     out: DTypeLike | None = None,
     expected: Bound | None = None,
 ) -> Bound:
@@ -148,13 +166,16 @@ def apply_batched_bound(
     W = matrix(W, "W", columns=x.shape[1])
     ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], len(W), len(x))
     if expected is None:
-        expected = by_row.apply_batched(x, W, adapters, ids, scalings)
+        expected = by_row.apply_batched(x, W, adapters, ids, scalings, weights=weights)
     if out is None:
-        weights = [weight for adapter in chosen.values() if adapter for weight in adapter[:2]]
-        out = np.result_type(x, W, *weights)
+        used = [matrix for adapter in chosen.values() if adapter for matrix in adapter[:2]]
+        out = np.result_type(x, W, *used)
     size = np.abs(x.astype(np.float64)) @ np.abs(W.astype(np.float64)).T
     start = _Start(size, W, float_type(sum_dtype(x, W)), roundings=x.shape[1])
-    return _bound(start, x, ids, chosen, expected, float_type(out))
+    if ids.ndim == 1 and weights is None:
+        return _bound(start, x, ids, chosen, expected, float_type(out))
+    pairs = _pairs(ids, chosen, weights)
+    return _bound_of_pairs(start, x, pairs, expected, float_type(out))
 
 
 @np.errstate(invalid="ignore", over="ignore", under="ignore")
@@ -164,6 +185,8 @@ def flush_bound(
     adapters: Adapters,
     adapter_ids: ArrayLike,
     scalings: Scaling = None,
+    *,
+    weights: ArrayLike | None = None,
 ) -> Bound:
     """What must be added to a bound where shrink takes numbers below 2**-126 for 0, as AMX does.
 
@@ -181,13 +204,11 @@ def flush_bound(
     ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], y.shape[1], len(y))
     tiny, u = float_type("float32").smallest_normal, float_type("float32").unit_roundoff
     bound = np.zeros(y.shape)
-    for adapter_id, adapter in chosen.items():
-        if adapter is not None:
-            rows = np.flatnonzero(ids == adapter_id)
-            A, B, its = (np.abs(a.astype(np.float64)) for a in (*adapter[:2], x[rows]))
-            v = tiny * (A.sum(axis=1) + its.sum(axis=1)[:, None] + 2 * x.shape[1])
-            carried = (1 + gamma(x.shape[1] + len(A) + 3, u)) * (1 + 2.0**-8)
-            bound[rows] = carried * abs(adapter.scaling) * (v @ B.T)
+    for rows, adapter, factor in _pairs(ids, chosen, weights):
+        A, B, its = (np.abs(a.astype(np.float64)) for a in (*adapter[:2], x[rows]))
+        v = tiny * (A.sum(axis=1) + its.sum(axis=1)[:, None] + 2 * x.shape[1])
+        carried = (1 + gamma(x.shape[1] + len(A) + 4, u)) * (1 + 2.0**-8) ** (ids.size // len(ids))
+        bound[rows] += carried * abs(adapter.scaling) * factor * (v @ B.T)
     return bound
 
 
@@ -208,6 +229,56 @@ class _Delta(NamedTuple):
     scaling: float  # |s|
     product: Bound  # M / |s|, (rows, h_out)
     B_sum: Bound  # sum_j |B_ij|, (h_out,)
+
+
+_Pairs = list[tuple[NDArray[np.intp], Adapter, Bound]]  # rows, their adapter, |weights| (rows, 1)
+
+
+def _pairs(
+    ids: NDArray[np.int64], chosen: dict[int, Adapter | None], weights: ArrayLike | None
+) -> _Pairs:
+    """The rows of each adapter in each place of their ids, but for base only."""
+    of_pair = np.abs(factors(weights, ids)).reshape(len(ids), -1)
+    in_columns: Any = ids.reshape(of_pair.shape)
+    return [
+        (rows, adapter, of_pair[rows, j, None])
+        for j in range(of_pair.shape[1])
+        for adapter_id, adapter in chosen.items()
+        if adapter is not None and len(rows := np.flatnonzero(in_columns[:, j] == adapter_id))
+    ]
+
+
+def _bound_of_pairs(
+    start: _Start, x: NDArray[Any], pairs: _Pairs, expected: Bound, out: FloatType
+) -> Bound:
+    """The bound of rows with several adapters, or with weights."""
+    most, deltas = start.size.copy(), []
+    for rows, adapter, weight in pairs:
+        delta, touched = _magnitudes(x[rows], adapter)
+        touched &= weight != 0
+        most[rows] += abs(adapter.scaling) * weight * delta.product
+        deltas.append((rows, adapter, weight, delta, touched))
+    total, stores = np.zeros(most.shape), np.zeros(most.shape)
+    additions, u = 0, 0.0
+    for rows, adapter, weight, delta, touched in deltas:
+        v_type = float_type(sum_dtype(x, adapter.A))
+        sum_type = float_type(sum_dtype(x, adapter.A, adapter.B, start.operand))
+        for types in ((v_type, sum_type), (_FLOAT64, _FLOAT64)):
+            total[rows] += _delta_error(delta, touched, *types, weight)
+            total[rows] += np.where(touched, gamma(delta.r, types[1].unit_roundoff), 0) * most[rows]
+        stores[rows] += touched & (out.unit_roundoff > sum_type.unit_roundoff)
+        additions, u = additions + delta.r + 1, max(u, sum_type.unit_roundoff)
+    for of_type in (start.type, _FLOAT64):
+        own = gamma(start.roundings, of_type.unit_roundoff)
+        total += own * start.size
+        total += (1 + own) * start.roundings * of_type.half_smallest_subnormal
+    later = (1 + gamma(additions, u)) * (1 + out.unit_roundoff) ** stores
+    total *= later
+    if start.roundings:  # y is made in the sum's type, and stored at the end
+        stores = np.ones(most.shape) * (out.unit_roundoff > float_type(sum_dtype(x)).unit_roundoff)
+    total += stores * out.unit_roundoff * np.maximum(most + total, out.smallest_normal) * later
+    total *= 1 + gamma(x.shape[1] + additions + 32, _FLOAT64.unit_roundoff)
+    return np.where(np.isfinite(expected), total, 0.0)
 
 
 def _bound(
@@ -262,17 +333,30 @@ def _sum_error(
     start_type: FloatType,
 ) -> Bound:
     """The inequality in this file's head, and the start's own error carried through it."""
-    h_in, r, s, product, B_sum = delta
-    in_v = gamma(h_in + (1 if v_type == sum_type else 2), v_type.unit_roundoff)
-    in_sum = gamma(r + 2, sum_type.unit_roundoff)
-    growth = in_v + in_sum + in_v * in_sum
-    eta_v, eta = v_type.half_smallest_subnormal, sum_type.half_smallest_subnormal
-    tiny = (s + eta_v) * (h_in * eta_v * B_sum + r * eta) + eta_v * (product + B_sum)
-    tiny += (r + 1) * eta
-    error = np.where(touched, growth * s * product + (1 + growth) * tiny, 0.0)
-
-    later = np.where(touched, gamma(r, sum_type.unit_roundoff), 0.0)
+    error = _delta_error(delta, touched, v_type, sum_type)
+    later = np.where(touched, gamma(delta.r, sum_type.unit_roundoff), 0.0)
     own = gamma(start.roundings, start_type.unit_roundoff)
     own_error = own * start.size[rows]
     own_error += (1 + own) * start.roundings * start_type.half_smallest_subnormal
     return error + later * start.size[rows] + (1 + later) * own_error
+
+
+def _delta_error(
+    delta: _Delta,
+    touched: NDArray[np.bool_],
+    v_type: FloatType,
+    sum_type: FloatType,
+    weight: Bound | None = None,
+) -> Bound:
+    """The error of a row's delta, times its weight, before it is added."""
+    h_in, r, s, product, B_sum = delta
+    weighted, w = weight is not None, 1.0 if weight is None else weight
+    in_v = gamma(h_in + (1 if v_type == sum_type else 2) + weighted, v_type.unit_roundoff)
+    in_sum = gamma(r + 2, sum_type.unit_roundoff)
+    growth = in_v + in_sum + in_v * in_sum
+    eta_v, eta = v_type.half_smallest_subnormal, sum_type.half_smallest_subnormal
+    tiny = (s * w + eta_v) * (h_in * eta_v * B_sum + r * eta) + eta_v * (w * product + B_sum)
+    if weighted:
+        tiny = tiny + eta_v * (product + (s + w + 1) * B_sum)
+    tiny = tiny + (r + 1) * eta
+    return np.where(touched, growth * s * w * product + (1 + growth) * tiny, 0.0)

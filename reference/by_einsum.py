@@ -7,7 +7,7 @@ einsum's loops over blocks of rows), so that a mistake in one shows as a differe
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from reference.arguments import Adapters, Scaling, checked, matrix, used_adapters
+from reference.arguments import Adapters, Scaling, checked, factors, matrix, used_adapters
 
 Result = NDArray[np.float64]
 
@@ -17,7 +17,13 @@ _BLOCK_ELEMENTS = 1 << 22
 
 @np.errstate(invalid="ignore", over="ignore")
 def add_lora(
-    y: ArrayLike, x: ArrayLike, adapters: Adapters, adapter_ids: ArrayLike, scalings: Scaling = None
+    y: ArrayLike,
+    x: ArrayLike,
+    adapters: Adapters,
+    adapter_ids: ArrayLike,
+    scalings: Scaling = None,
+    *,
+    weights: ArrayLike | None = None,
 ) -> Result:
     """The sum of y and each row's own delta, as a new array; y itself never changes.
 
@@ -45,23 +51,32 @@ def add_lora(
         B_stack[slot, :, : ranks[slot]] = adapter.B.astype(np.float64)
     scaling = np.array([adapter.scaling for _, adapter in stacked])
     slot_of = {id_: slot for slot, (id_, _) in enumerate(stacked)}
-    slots = np.array([slot_of.get(id_, -1) for id_ in ids.tolist()], np.int64)
+    slots = np.array([slot_of.get(id_, -1) for id_ in ids.ravel().tolist()], np.int64)
+    of_pair = factors(weights, ids).ravel()
+    row_of = np.repeat(np.arange(len(y)), ids.size // max(len(y), 1))
 
     adapted = np.flatnonzero(slots >= 0)
     block = max(1, _BLOCK_ELEMENTS // max(1, ranks.max() * max(h_in, h_out)))
     for start in range(0, len(adapted), block):
-        rows = adapted[start : start + block]
-        of_row = slots[rows]
+        pairs = adapted[start : start + block]
+        of_row, rows = slots[pairs], row_of[pairs]
         v = np.einsum("nk,njk->nj", x[rows].astype(np.float64), A_stack[of_row])
         # In the padding an inf in x has met a zero: that NaN belongs to no rank of this adapter.
         v = np.where(np.arange(ranks.max()) < ranks[of_row, None], v, 0.0)
-        out[rows] += scaling[of_row, None] * np.einsum("nj,nij->ni", v, B_stack[of_row])
+        factor = (scaling[of_row] * of_pair[pairs])[:, None]
+        np.add.at(out, rows, factor * np.einsum("nj,nij->ni", v, B_stack[of_row]))
     return out
 
 
 @np.errstate(invalid="ignore", over="ignore")
 def apply_batched(
-    x: ArrayLike, W: ArrayLike, adapters: Adapters, adapter_ids: ArrayLike, scalings: Scaling = None
+    x: ArrayLike,
+    W: ArrayLike,
+    adapters: Adapters,
+    adapter_ids: ArrayLike,
+    scalings: Scaling = None,
+    *,
+    weights: ArrayLike | None = None,
 ) -> Result:
     """The shared base product plus each row's own delta.
 
@@ -75,7 +90,7 @@ def apply_batched(
     x = matrix(x, "x")
     W = matrix(W, "W", columns=x.shape[1])
     base = np.einsum("nk,ik->ni", x.astype(np.float64), W.astype(np.float64))
-    return add_lora(base, x, adapters, adapter_ids, scalings)
+    return add_lora(base, x, adapters, adapter_ids, scalings, weights=weights)
 
 
 def lora_delta(x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:

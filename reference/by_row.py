@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from reference.arguments import Adapters, Scaling, checked, matrix, used_adapters
+from reference.arguments import Adapters, Scaling, checked, factors, matrix, used_adapters
 
 Result = NDArray[np.float64]
 
@@ -33,20 +33,29 @@ def lora_delta(x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Resu
 
 @np.errstate(invalid="ignore", over="ignore")  # NaN and inf are inputs like any other
 def add_lora(
-    y: ArrayLike, x: ArrayLike, adapters: Adapters, adapter_ids: ArrayLike, scalings: Scaling = None
+    y: ArrayLike,
+    x: ArrayLike,
+    adapters: Adapters,
+    adapter_ids: ArrayLike,
+    scalings: Scaling = None,
+    *,
+    weights: ArrayLike | None = None,
 ) -> Result:
     """The sum of y and each row's own delta, as a new array; y itself never changes.
 
     Semantics: `out[i] = y[i] + lora_delta(x[i:i+1], *adapters[adapter_ids[i]])[0]`,
-    and exactly `y[i]` where adapter_ids[i] is -1 or its adapter is None.
-    y (n, h_out), x (n, h_in), adapter_ids (n,) integers; adapters: mapping or sequence of
-    (A, B), Adapter or None; scalings: mapping, sequence, one number, or None = each adapter's
-    own, 1.0 for a plain (A, B) -> (n, h_out) float64.
-    Raises: ValueError naming the id, shape or scaling. Source: Punica (2023), section 4.
+    and exactly `y[i]` where adapter_ids[i] is -1 or its adapter is None. Of k ids per row:
+    `out[i] = y[i] + sum over j of weights[i, j] * lora_delta(..., adapters[adapter_ids[i, j]])`.
+    y (n, h_out), x (n, h_in), adapter_ids (n,) or (n, k) integers; adapters: mapping or sequence
+    of (A, B), Adapter or None; scalings: mapping, sequence, one number, or None = each adapter's
+    own, 1.0 for a plain (A, B); weights as adapter_ids, or None = 1 -> (n, h_out) float64.
+    Raises: ValueError naming the id, shape, scaling or weight. Source: Punica (2023), section 4.
 
     >>> add_lora([[1.0], [1.0]], [[2.0], [2.0]], {7: ([[3.0]], [[1.0]])}, [7, -1], 0.5)
     array([[4.],
            [1.]])
+    >>> add_lora([[1.0]], [[2.0]], {7: ([[3.0]], [[1.0]])}, [[7, 7]], weights=[[0.5, 1.0]])
+    array([[10.]])
     """
     y = matrix(y, "y")
     x = matrix(x, "x", rows=len(y))
@@ -57,15 +66,23 @@ def add_lora(
         if adapter
     }
     out = y.astype(np.float64)
-    for i, adapter_id in enumerate(ids.tolist()):
-        if adapter_id in in_float64:
-            out[i] += _delta(x[i].astype(np.float64), *in_float64[adapter_id])
+    of_pair = factors(weights, ids)
+    for pair in np.ndindex(ids.shape):
+        if ids[pair] in in_float64:
+            delta = _delta(x[pair[0]].astype(np.float64), *in_float64[int(ids[pair])])
+            out[pair[0]] += of_pair[pair] * delta
     return out
 
 
 @np.errstate(invalid="ignore", over="ignore")
 def apply_batched(
-    x: ArrayLike, W: ArrayLike, adapters: Adapters, adapter_ids: ArrayLike, scalings: Scaling = None
+    x: ArrayLike,
+    W: ArrayLike,
+    adapters: Adapters,
+    adapter_ids: ArrayLike,
+    scalings: Scaling = None,
+    *,
+    weights: ArrayLike | None = None,
 ) -> Result:
     """The shared base product plus each row's own delta.
 
@@ -80,7 +97,8 @@ def apply_batched(
     x = matrix(x, "x")
     W = matrix(W, "W", columns=x.shape[1]).astype(np.float64)
     base = [(W * x_i).sum(axis=1) for x_i in x.astype(np.float64)]
-    return add_lora(np.reshape(base, (len(x), len(W))), x, adapters, adapter_ids, scalings)
+    y = np.reshape(base, (len(x), len(W)))
+    return add_lora(y, x, adapters, adapter_ids, scalings, weights=weights)
 
 
 def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:

@@ -60,10 +60,11 @@ def as_pairs(
         lengths = {np.size(row) for row in rows}
         if rows and len(rows) == len(adapter_ids) and len(lengths) == 1:
             shape = len(rows), lengths.pop()
-    if shape is None or len(shape) != 2:
+    if shape is None or len(shape) == 1:
         return as_ids(adapter_ids, argument), None
-    if shape[1] < 1:
-        raise ShapeError(argument, "one id per row or more", f"shape {shape}", "use -1 for none")
+    if len(shape) != 2 or shape[1] < 1:
+        expected = "shape (n,) or (n, k), k of 1 or more"
+        raise ShapeError(argument, expected, str(tuple(shape)), "give one id per row, or several")
     flat = np.asarray(adapter_ids).reshape(-1)
     return as_ids(flat.tolist() if flat.dtype == object else flat, argument), shape[1]
 

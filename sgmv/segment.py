@@ -127,6 +127,7 @@ class Segments:
     def __post_init__(self) -> None:
         if self.pairs is None:
             object.__setattr__(self, "pairs", self.rows)
+            object.__setattr__(self, "k", 1)
         for name in ("rows", "seq_start", "adapter_ids", "pairs"):
             frozen = as_integers(name, getattr(self, name)).copy()
             frozen.flags.writeable = False
@@ -142,7 +143,7 @@ class Segments:
         if seq_start[0] != 0 or seq_start[-1] != m or (np.diff(seq_start) < 0).any():
             raise ValueRangeError(
                 "seq_start",
-                f"ascending offsets from 0 to {m}, the length of rows",
+                f"ascending offsets from 0 to {'n' if self.k == 1 else 'm'} = {m}",
                 some(seq_start),
                 "make it the running sum of the segments' lengths",
             )

@@ -154,7 +154,10 @@ def cuts(blocks: int, units: int, threads: int) -> int:
     """Into how many parts to cut each block, between its units, to busy all threads."""
     if threads == 1 or blocks == 0:
         return 1
-    return max(1, min(-(-threads * TASKS_PER_THREAD // blocks), units))
+    wanted = -(-threads * TASKS_PER_THREAD // blocks)
+    if wanted == 1 or units < threads:
+        return max(1, min(wanted, units))
+    return min(-(-wanted // threads), units // threads) * threads  # as many for each thread
 
 
 @jit()

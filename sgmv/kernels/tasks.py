@@ -146,7 +146,9 @@ def next_of_a_cut(address: int, before: int) -> Any:
     no thread has begun. A cut counts as begun with its last task.
     """
     call = record(CALL, address)
-    if before == NONE:  # far from the others: y is asked for ahead, and what two cores ask for waits
+    if (
+        before == NONE
+    ):  # far from the others: y is asked for ahead, and what two cores ask for waits
         cut = add_atomic(call.turns + 16, 1) * call.expand_cuts // call.threads % call.expand_cuts
     else:
         cut = before % call.expand_cuts
@@ -214,8 +216,21 @@ def task_of(address: int, number: int, cuts: int, columns: int, unit: int) -> An
         return no_task()
     block = records(BLOCK, call.blocks, call.block_count)[number // cuts]
     extent = block.r if columns == RANKS else columns  # there may be no column: h_out is 0
-    low, high = cut(number % cuts, cuts, extent, unit)
+    low, high = cut(apart(number % cuts, cuts, call.threads), cuts, extent, unit)
     return Task(number, block.slot, block.r, block.first, block.last, low, high)
+
+
+@jit()
+def apart(part, cuts, threads):
+    """Which part comes at this place: neighbours in time are far from each other in memory.
+
+    A core asks for memory ahead of its use. Where the next columns were another core's, the two
+    took y's cache lines from each other: one to 48 rows took 1.2 times as long on two threads of an
+    EPYC Zen 3 (geometric mean of 24 cases).
+    """
+    if cuts % threads != 0:
+        return part
+    return part % threads * (cuts // threads) + part // threads
 
 
 @jit()

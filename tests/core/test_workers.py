@@ -79,7 +79,7 @@ def meet(address: int, limit: int) -> None:
         while turns < counts[TURNS] and load_atomic(seen + 8 * TURNS) > 0:
             turns += 1
         add_atomic(seen + 8 * (TASKS + task.number), 1)
-        finish_shrink(address)
+        finish_shrink(address, task, np.float32(0))
 
 
 def kernel(address: int, limit: int) -> None:

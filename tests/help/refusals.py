@@ -57,6 +57,57 @@ BROADCAST = np.lib.stride_tricks.as_strided(np.ones(4, F), (5, 4), (0, 4))
 
 # call, class, key parts of the message in their order: argument, expected, received, remedy
 REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]] = {
+    # mixtures
+    "rows of no id": (
+        add(ids=np.zeros((5, 0), int)),
+        errors.ShapeError,
+        ["adapter_ids: ", "k of 1 or more", "(5, 0)", "one id per row"],
+    ),
+    "weights of another shape": (
+        lambda: sgmv.add_lora(Y, X, stack(), [[0, 7]] * 5, weights=np.ones((5, 3))),
+        errors.ShapeError,
+        ["weights: ", "(n, k) = (5, 2)", "(5, 3)", "each adapter id"],
+    ),
+    "one weight per row for two ids": (
+        lambda: sgmv.add_lora(Y, X, stack(), [[0, 7]] * 5, weights=np.ones(5)),
+        errors.ShapeError,
+        ["weights: ", "(n, k) = (5, 2)", "(5,)"],
+    ),
+    "weights of unequal lengths": (
+        lambda: sgmv.add_lora(Y, X, stack(), [[0, 7]] * 5, weights=[[1.0], [1.0, 2.0]]),
+        errors.DtypeError,
+        ["weights: ", "real numbers", "object", ".astype"],
+    ),
+    "weights of text": (
+        lambda: sgmv.add_lora(Y, X, stack(), IDS, weights=["1"] * 5),
+        errors.DtypeError,
+        ["weights: ", "real numbers", "<U1", ".astype"],
+    ),
+    "a weight of NaN": (
+        lambda: sgmv.add_lora(Y, X, stack(), IDS, weights=[1, 1, np.nan, 1, 1]),
+        errors.ValueRangeError,
+        ["weights: ", "finite", "nan", "-1"],
+    ),
+    "a weight beyond float32": (
+        lambda: sgmv.expand(np.ones((5, 2), F), stack(), SEGMENTS, Y, weights=[1e39] * 5),
+        errors.ValueRangeError,
+        ["weights: ", "float32", "1e+39", "-1"],
+    ),
+    "an unknown adapter in a mixture": (
+        add(ids=[[0, 7], [0, 3], [0, 0], [-1, 7], [0, 7]]),
+        errors.UnknownAdapterError,
+        ["adapter_ids: ", "3"],
+    ),
+    "pairs that name a row twice in a segment": (
+        lambda: sgmv.Segments([0, 0], [0, 2], [4], [0, 1]),
+        errors.ValueRangeError,
+        ["rows: ", "once at most in a segment", "0, 0", "further segment"],
+    ),
+    "pairs of other rows": (
+        lambda: sgmv.Segments([0, 0, 1, 1], [0, 2, 4], [4, 5], [0, 2, 1, 3]),
+        errors.ValueRangeError,
+        ["pairs: ", "rows = pairs // 2", "0, 2, 1, 3", "segment(adapter_ids)"],
+    ),
     # add_lora's arrays
     "y is no array": (
         add(y=Y.tolist()),
@@ -171,9 +222,9 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         ["adapter_ids: ", "integers", "bool", "astype"],
     ),
     "ids two-dimensional": (
-        add(ids=[[0], [0]]),
+        add(ids=np.zeros((2, 1, 1), int)),
         errors.ShapeError,
-        ["adapter_ids: ", "one dimension", "(2, 1)", "per row"],
+        ["adapter_ids: ", "(n,) or (n, k)", "(2, 1, 1)", "per row"],
     ),
     "ids beyond int64": (
         add(ids=np.array([2**63] * 5, np.uint64)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.studies import against, compat, growth, instructions, layer, paper, peft
+from benchmarks.studies import against, compat, growth, instructions, layer, mixtures, paper, peft
 from benchmarks.studies.grid import command as grid
 from benchmarks.study import Study
 
@@ -19,6 +19,7 @@ STUDIES: dict[str, Study[Any]] = {
         peft.STUDY,
         paper.STUDY,
         instructions.STUDY,
+        mixtures.STUDY,
         against.STUDY,
     )
 }

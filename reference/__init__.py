@@ -6,6 +6,7 @@
     compare.py    a result against both: the verdict, its message, the statistics
     batch.py      one seeded batch with its answer: `case.check(y)`
     workloads.py  the corpus: named nasty batches for anybody's kernel
+    mixtures.py   the same of rows with several weighted adapters
     runner.py     the corpus on a kernel: `check(kernel)`;  drawn.py  random batches, shrunk
     diagnosis.py  the likeliest fault, from the pattern of failures;  questions.py  known faults
     signatures.py how each engine's kernel is called;  loading.py  FILE:FUNCTION
@@ -14,6 +15,8 @@
     x (n, h_in)   A (r, h_in)   B (h_out, r)   W (h_out, h_in)   y (n, h_out)   adapter_ids (n,)
 
     y[i] + scaling * B @ (A @ x[i])     with the adapter and the scaling of adapter_ids[i]
+
+    of k adapters per row, adapter_ids (n, k), the sum of these, each times weights[i, j]
 
 Try a kernel of your own on every case of the corpus; `python -m reference check FILE:FUNCTION` does
 the same from the command line:

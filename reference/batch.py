@@ -188,8 +188,10 @@ class Workload:
         if refused is not None:
             return refused
         actual = np.asarray(actual)
-        by_place = self.adapter_ids.reshape(len(self.y), -1).tolist()
-        has_adapter = [any(self.adapters.get(i) is not None for i in ids) for ids in by_place]
+        has_adapter = [
+            any(self.adapters.get(i) is not None for i in np.atleast_1d(ids).tolist())
+            for ids in self.adapter_ids
+        ]
         base_only = np.flatnonzero(~np.array(has_adapter, bool))
         bound = self.bound + self.flush_bound if flushes else self.bound
         worst = compare.worst(actual, self.expected, bound)

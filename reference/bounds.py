@@ -207,7 +207,9 @@ def flush_bound(
     for rows, adapter, factor in _pairs(ids, chosen, weights):
         A, B, its = (np.abs(a.astype(np.float64)) for a in (*adapter[:2], x[rows]))
         v = tiny * (A.sum(axis=1) + its.sum(axis=1)[:, None] + 2 * x.shape[1])
-        carried = (1 + gamma(x.shape[1] + len(A) + 4, u)) * (1 + 2.0**-8) ** (ids.size // len(ids))
+        carried = (1 + gamma(x.shape[1] + len(A) + 4, u)) * (1 + 2.0**-8) ** (
+            1 if ids.ndim == 1 else ids.shape[1]
+        )
         bound[rows] += carried * abs(adapter.scaling) * factor * (v @ B.T)
     return bound
 
@@ -238,7 +240,9 @@ def _pairs(
     ids: NDArray[np.int64], chosen: dict[int, Adapter | None], weights: ArrayLike | None
 ) -> _Pairs:
     """The rows of each adapter in each place of their ids, but for base only."""
-    of_pair = np.abs(factors(weights, ids)).reshape(len(ids), -1)
+    of_pair = np.abs(factors(weights, ids))
+    if ids.ndim == 1:
+        of_pair = of_pair[:, np.newaxis]
     in_columns: Any = ids.reshape(of_pair.shape)
     return [
         (rows, adapter, of_pair[rows, j, None])

@@ -152,7 +152,7 @@ def test_adapters_and_scalings_in_every_spelling(form: types.ModuleType) -> None
         ({"adapter_ids": [0, -2]}, r"adapter_ids: .*got -2; .*-1 for base only"),
         ({"adapters": [None], "adapter_ids": [0, 1]}, r"adapter_ids: .*got 1"),
         ({"adapter_ids": [0.0, 0.0]}, r"adapter_ids: expected integers, got float64"),
-        ({"adapter_ids": [0]}, r"adapter_ids: expected shape \(2,\), got \(1,\)"),
+        ({"adapter_ids": [0]}, r"adapter_ids: expected shape \(2,\) or \(2, k\), got \(1,\)"),
         ({"x": np.ones((3, 4))}, r"x: expected shape \(2, columns\), got \(3, 4\)"),
         ({"x": np.ones(3)}, r"x: expected shape \(2, columns\), got \(3,\)"),
         ({"x": np.ones((2, 3))}, r"adapter 0: expected A of shape \(r, 3\), got \(2, 4\)"),

@@ -104,7 +104,7 @@ FAULTS = {
     "high digits of the ids are not sorted": Fault("kernels.plan", "shift < 64", "shift < 4"),
     "the plan's memory is too near the blocks": Fault(
         "kernels.plan",
-        "blocks = records(BLOCK, end_of(digits),",
+        "blocks = records(BLOCK, end_of(turns),",
         "blocks = records(BLOCK, end_of(rows),",
     ),
     # tasks

@@ -21,6 +21,7 @@ def add_lora_embedding(
     stack: AdapterStack,
     adapter_ids: Segments | npt.ArrayLike,
     *,
+    weights: npt.ArrayLike | None = None,
     backend: str | None = None,
 ) -> Array:
     """Add every row's own delta of an embedding to y, in place: look up, then expand.
@@ -32,7 +33,8 @@ def add_lora_embedding(
     y            (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
     tokens       (n,) integers, from 0 to h_in - 1; not changed
     stack        the embedding's adapters: h_in is the vocabulary
-    adapter_ids  (n,) integers or Segments, as in `add_lora`
+    adapter_ids  (n,) or (n, k) integers, or Segments, as in `add_lora`
+    weights      (n, k) finite numbers, as in `add_lora`
     backend      as in `expand`
     returns      y
 
@@ -62,10 +64,13 @@ def add_lora_embedding(
         expected = f"tokens from 0 to {stack.h_in - 1}, the vocabulary of the adapters"
         remedy = "pass ids of tokens, and adapters of this embedding"
         raise ValueRangeError("tokens", expected, some(outside), remedy)
-    v = np.zeros((segments.n, int(rank.max(initial=0))), sum_dtype(stack.dtype, y.dtype))
+    v = np.zeros((len(segments.rows), int(rank.max(initial=0))), sum_dtype(stack.dtype, y.dtype))
     for s in np.flatnonzero(rank).tolist():
         stored, span = table.weights[slot[s]], slice(*segments.seq_start[s : s + 2].tolist())
         if stored is not None:
             v[span, : rank[s]] = stored.wa[:, looked_up[segments.rows[span]]].T
+    if weights is not None:
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            v *= segments.pair_weights(weights)[:, np.newaxis]
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)
     return y

@@ -101,3 +101,17 @@ def test_tokens_that_are_y_are_refused(rng: np.random.Generator) -> None:
     y = np.zeros((2, WIDTH))
     with pytest.raises(MemoryLayoutError, match="apart from tokens"):
         sgmv.add_lora_embedding(y, y.reshape(-1)[:2].view(np.int64), stack, [3, 3])
+
+
+def test_a_row_may_have_several_adapters(rng: np.random.Generator) -> None:
+    adapters = random_adapters(rng, "float32")
+    stack = sgmv.AdapterStack.from_adapters(adapters)
+    ids, weights = [[7, 3], [3, 3], [-1, 9], [7, -1]], rng.random((4, 2), np.float32)
+    tokens = rng.integers(0, VOCABULARY, 4)
+    before = rng.standard_normal((4, WIDTH), np.float32)
+    x = np.zeros((4, VOCABULARY), np.float32)
+    x[np.arange(4), tokens] = 1
+    expected = by_row.add_lora(before, x, adapters, ids, weights=weights)
+    bound = bounds.add_lora_bound(before, x, adapters, ids, weights=weights, expected=expected)
+    y = sgmv.add_lora_embedding(before.copy(), tokens, stack, ids, weights=weights)
+    compare.check(y, expected, bound)

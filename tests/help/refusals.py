@@ -57,6 +57,17 @@ BROADCAST = np.lib.stride_tricks.as_strided(np.ones(4, F), (5, 4), (0, 4))
 
 # call, class, key parts of the message in their order: argument, expected, received, remedy
 REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]] = {
+    # embeddings
+    "a token too few": (
+        lambda: sgmv.add_lora_embedding(Y, [0, 1, 2, 0], stack(), IDS),
+        errors.ShapeError,
+        ["tokens: ", "(n,) = (5,)", "(4,)", "one per adapter id"],
+    ),
+    "a token outside the vocabulary": (
+        lambda: sgmv.add_lora_embedding(Y, [0, 9, 3, 0, 0], stack(), IDS),
+        errors.ValueRangeError,
+        ["tokens: ", "from 0 to 2", "3", "this embedding"],
+    ),
     # mixtures
     "rows of no id": (
         add(ids=np.zeros((5, 0), int)),

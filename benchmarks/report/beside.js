@@ -54,7 +54,7 @@ function draw_beside() {
   legend("beside-legend", SPREAD_LEGEND.map(copied));
   draw_sortable(
     "beside",
-    columns_for("beside", beside_columns(variant, other_variant)),
+    columns_for("beside", beside_columns(variant, other_variant), "ratio"),
     pairs
       .filter(([one, two]) => one.times[variant] && two.times[other_variant])
       .map(([one, two]) => ({ ...one, other: two })),

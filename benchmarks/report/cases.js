@@ -69,9 +69,14 @@ function draw_cases() {
   const { cases, grid, variant, record } = shown;
   $("cases-now").textContent =
     `${number(cases.length)} of ${count(grid.cases.length, "case")} of ${record.name}.`;
+  const left_out = Object.entries(grid.untimed);
+  $("left-out").hidden = !left_out.length;
+  $("left-out-table").replaceChildren(
+    text_table({ head: ["case", "why"], rows: left_out, left: 2 }),
+  );
   draw_sortable(
     "cases",
-    columns_for("cases", case_columns(cases, variant, DATA.quiet)),
+    columns_for("cases", case_columns(cases, variant, DATA.quiet), "closest"),
     cases,
     { sort: state.sort || "closest", more: state.more === "all" },
     ({ sort, more }) => {

@@ -137,11 +137,11 @@ const curve_meant = (look) => [
 ]; // prettier-ignore
 
 // sgmv in the accent's colour, then a colour, a mark and a dash for each peer by its place. Every
-// third colour: of two that are alike in hue, one is light and one dark.
+// fifth colour: eleven hues all round, and of two neighbours one is light and one dark.
 const SGMV_LOOK = { colour: "var(--accent)", kind: 0, dash: null, wide: 2.5 };
 const SGMV_ONE_LOOK = { colour: "var(--accent)", kind: 1, dash: "2 3", wide: 2 };
 const look_of = (place) => ({
-  colour: colour(3 * place + 1)[0],
+  colour: colour(5 * place + 1)[0],
   kind: place + 1,
   dash: DASHES[place % DASHES.length],
 });

@@ -122,8 +122,10 @@ const WHOLE_CASE = layer_column("case", (c) => [
   quiet(c.dtype),
 ]);
 
-// A case's own columns and the figures: these come first where there is little room.
-const columns_for = (name, figures) =>
-  $(name).clientWidth < 620
-    ? [WHOLE_CASE, ...figures, ...CASE_COLUMNS.slice(1)]
-    : [...CASE_COLUMNS, ...figures];
+// A case's own columns, then the figures. Where there is little room, the ratio comes first.
+function columns_for(name, figures, ratio) {
+  if ($(name).clientWidth >= 620) return [...CASE_COLUMNS, ...figures];
+  const first = figures.filter(({ key }) => key === ratio);
+  const others = figures.filter(({ key }) => key !== ratio);
+  return [WHOLE_CASE, ...first, ...others, ...CASE_COLUMNS.slice(1)];
+}

@@ -207,6 +207,27 @@ def test_sums_are_written_as_in_the_readme(report: Page) -> None:
     assert shown == expected
 
 
+def test_cases_that_were_left_out_are_named(report: Page) -> None:
+    report.evaluate("document.getElementById('left-out').open = true")
+    shown = text(report, "left-out-table")
+    assert full().untimed
+    for name, why in full().untimed.items():
+        assert name in shown
+        assert why in shown
+    choose(report, "a", OTHER)
+    assert report.evaluate("document.getElementById('left-out').hidden")
+
+
+def test_narrow_windows_show_a_case_and_its_ratio_first(report: Page) -> None:
+    report.view(390)
+    report.evaluate("draw()")
+    heads = report.evaluate(
+        "['cases', 'beside'].map((name) => [...document.querySelectorAll(`#${name} th button`)]"
+        ".slice(0, 2).map((head) => head.innerText.replace(/ [▲▼]/, '')))"
+    )
+    assert heads == [["case", "lowest"], ["case", "B / A"]]
+
+
 def test_two_records_are_set_side_by_side(report: Page) -> None:
     choose(report, "b", OTHER)
     choose(report, "layer", "4096>4096")

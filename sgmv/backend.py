@@ -34,6 +34,7 @@ class Kernels(NamedTuple):
 
 _shrink: dict[tuple[str, Dtype, Dtype, Dtype], int] = {}
 _expand: dict[tuple[str, Dtype, Dtype, Dtype], int] = {}
+_last: tuple[Any, Any, Any, Any, Any, Kernels] = (0, 0, 0, 0, 0, Kernels(0, 0, 0))
 _kernels: dict[tuple[str | None, Dtype | None, Dtype, Dtype | None, Dtype | None], Kernels] = {}
 
 
@@ -51,6 +52,11 @@ def kernels(
     """
     if backend is not None and not isinstance(backend, str):
         raise ValueRangeError("backend", "amx, tiles or loops", repr(backend), "leave it out")
+    global _last
+    last = _last
+    # Layer after layer has the same types: four comparisons, where the hash of a dtype is slow.
+    if last[0] is x and last[1] is weights and last[2] is y and last[3] is v and last[4] is backend:
+        return last[5]
     key = (backend, x, weights, y, v)
     found = _kernels.get(key)
     if found is None:
@@ -61,6 +67,7 @@ def kernels(
         also = "tiles" if chosen == "amx" else chosen
         expand = 0 if y is None else _expand_kernel(also, v, weights, y)
         found = _kernels[key] = Kernels(shrink, expand, v.itemsize)
+    _last = x, weights, y, v, backend, found
     return found
 
 

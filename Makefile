@@ -5,7 +5,10 @@ RUN = $(VENV)/bin/python
 # A file of tests is one process: those that follow find its kernels compiled.
 TESTS = $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: help bench test test-all pages explorer report check format readme clean
+# vLLM's own environment: it pins numba and torch, and is large.
+VLLM = .venv-vllm
+
+.PHONY: help bench test test-all test-vllm pages explorer report check format readme clean
 
 help:  ## this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +23,9 @@ test: $(VENV)/test.installed  ## the suite without its slow tests, minutes (ARGS
 test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
 	$(TESTS) --hypothesis-profile=thorough --durations=10 $(ARGS)
 
+test-vllm: $(VLLM)/vllm.installed  ## vLLM's real engine on sgmv: minutes, 3 GB, Python 3.11+ (SGMV_TRAFFIC_SECONDS=600: long)
+	$(VLLM)/bin/python -m pytest -q -s tests/vllm tests/compat/vllm/test_packed.py $(ARGS)
+
 pages: $(VENV)/test.installed  ## each block and command of README and docs/, in fresh environments
 	$(RUN) -m pytest -q tests/docs/fresh_pages.py $(ARGS)
 
@@ -29,7 +35,7 @@ explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with 
 report: $(VENV)/bench.installed  ## a page of the committed benchmark records (ARGS="--records FOLDER" for yours)
 	$(RUN) -m benchmarks report $(ARGS)
 
-check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, and that a wheel holds sgmv alone
+check: $(VENV)/dev.installed  ## linter, formatter, types, README against its records, and that a wheel holds no more than it should
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
@@ -38,7 +44,7 @@ check: $(VENV)/dev.installed  ## linter, formatter, types, README against its re
 	$(RUN) -m build --quiet --wheel --outdir $(VENV)/wheel
 	$(RUN) -c "import glob, zipfile as z; [wheel] = glob.glob('$(VENV)/wheel/*.whl'); \
 	  found = {name.split('/')[0] for name in z.ZipFile(wheel).namelist()}; \
-	  assert {n for n in found if not n.endswith('.dist-info')} == {'sgmv'}, found"
+	  assert {n for n in found if not n.endswith('.dist-info')} == {'sgmv', 'sgmv_vllm.py'}, found"
 
 format: $(VENV)/dev.installed  ## what the linter and the formatter can mend themselves
 	$(RUN) -m ruff check --fix .
@@ -52,5 +58,13 @@ $(VENV)/%.installed: pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
+# torchvision and its kin come with vLLM as builds for GPUs; text models need none of them.
+$(VLLM)/vllm.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm,test]'
+	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null || $(VLLM)/bin/python -m pip uninstall \
+	  --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:  ## remove .venv, bench-out and what was built
-	rm -rf $(VENV) bench-out build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) bench-out build dist *.egg-info

@@ -49,5 +49,12 @@ BFLOAT16 = Setting(
     "the CPU's products, if it has AVX512_BF16",
     "`exact`: tiles multiply bfloat16 as float32, which keeps subnormal numbers and is slower.",
 )
-# The last two are read by kernels/cpu.py, which imports nothing from outside.
-SETTINGS = (NUM_THREADS, BACKEND, AMX, VECTOR_BITS, BFLOAT16)
+VLLM = Setting(
+    "SGMV_VLLM",
+    "`0`",
+    "on",
+    "`0`: vLLM's CPU engine keeps its own LoRA products, though sgmv is installed beside it.",
+)
+# VECTOR_BITS and BFLOAT16 are read by kernels/cpu.py, VLLM by sgmv_vllm.py, outside of the package:
+# both import nothing of sgmv.
+SETTINGS = (NUM_THREADS, BACKEND, AMX, VECTOR_BITS, BFLOAT16, VLLM)

@@ -25,6 +25,10 @@ ELSEWHERE = {
     "models.py": ("benchmarks/test_grid.py", "the widths are held to those of the benchmark"),
     "table.py": ("core/test_stack.py", "a table is seen through the stack that keeps it"),
     "compat/products.py": ("compat/vllm/test_ops.py", "products are seen through the calls"),
+    "compat/vllm/engine.py": (
+        "vllm/test_engine.py",
+        "vLLM's real engine makes it",
+    ),
     "emulator/bgmv.py": ("emulator/test_vllm.py", "one batch goes through all BGMV kernels"),
     "emulator/sglang.py": ("emulator/test_launch.py", "one batch goes through all kernels"),
     "explain/question.py": ("explain/test_command.py", "the command's flags are the question"),

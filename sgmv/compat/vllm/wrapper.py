@@ -216,7 +216,7 @@ class PunicaWrapper:
         y (n, h_out) in place   x (n, r)   lora_b_stacked (num_loras, 1, h_out, r)
         """
         stack = stack_of("lora_b_stacked", lora_b_stacked)
-        expand_one(("y", y), ("x", x), stack, self.token_lora_indices, None, add_inputs)
+        expand_one(("y", y), ("x", x), stack, row_ids(self._tokens), None, add_inputs)
 
     def add_lora_linear(
         self,

@@ -1,0 +1,60 @@
+"""vLLM's door to sgmv: the entry point `vllm.general_plugins`, which vLLM loads in every process.
+
+With sgmv installed beside vLLM, and a CPU as vLLM's platform, vLLM's LoRA layers run on sgmv.
+`SGMV_VLLM=0` turns that off; so does vLLM's own VLLM_PLUGINS, where it does not name sgmv.
+
+This is not a module of the package sgmv, as that imports numba. vLLM's CPU worker looks into every
+module that is loaded when it starts (vllm/triton_utils/dispatcher.py), and ends on llvmlite's, of
+which one object answers to any name. So nothing of sgmv is imported until vLLM makes its wrapper.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+WRAPPER = "sgmv.compat.vllm.engine.sgmv_punica_wrapper"
+
+
+def register() -> None:
+    """Have the CPU platform name sgmv's wrapper. vLLM may call this several times."""
+    if os.environ.get("SGMV_VLLM") == "0":
+        return
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    own = getattr(platform, "get_punica_wrapper", None)
+    if not current_platform.is_cpu() or own is None or hasattr(own, "without_sgmv"):
+        return
+
+    def get_punica_wrapper(cls: Any) -> str:
+        return chosen(own())
+
+    get_punica_wrapper.without_sgmv = own  # type: ignore[attr-defined]
+    platform.get_punica_wrapper = classmethod(get_punica_wrapper)
+
+
+def chosen(own: str) -> str:
+    """The name of the wrapper that vLLM is to make: sgmv's, or its own where that cannot serve."""
+    try:
+        from sgmv.compat.vllm import engine
+
+        why = engine.unlike(own)
+    except Exception as error:  # whatever is wrong with the installation, vLLM still serves
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        warnings.warn(
+            f"sgmv {version('sgmv')} leaves LoRA to vLLM {version_of_vllm()}: {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return own if why else WRAPPER
+
+
+def version_of_vllm() -> str:
+    """The engine's version; its distributions have several names."""
+    import vllm
+
+    return str(getattr(vllm, "__version__", "of an unknown version"))

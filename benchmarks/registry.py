@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.studies import against, compat, growth, instructions, layer, mixtures, paper, peft
+from benchmarks.studies import (
+    against,
+    compat,
+    experts,
+    growth,
+    instructions,
+    layer,
+    mixtures,
+    paper,
+    peft,
+)
 from benchmarks.studies.grid import command as grid
 from benchmarks.study import Study
 
@@ -20,6 +30,7 @@ STUDIES: dict[str, Study[Any]] = {
         paper.STUDY,
         instructions.STUDY,
         mixtures.STUDY,
+        experts.STUDY,
         against.STUDY,
     )
 }

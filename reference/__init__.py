@@ -6,7 +6,7 @@
     compare.py    a result against both: the verdict, its message, the statistics
     batch.py      one seeded batch with its answer: `case.check(y)`
     workloads.py  the corpus: named nasty batches for anybody's kernel
-    mixtures.py   the same of rows with several weighted adapters
+    mixtures.py   the same of rows with several weighted adapters;  experts.py  layers of experts
     runner.py     the corpus on a kernel: `check(kernel)`;  drawn.py  random batches, shrunk
     diagnosis.py  the likeliest fault, from the pattern of failures;  questions.py  known faults
     signatures.py how each engine's kernel is called;  loading.py  FILE:FUNCTION

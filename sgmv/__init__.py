@@ -42,11 +42,21 @@ from sgmv.workers import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 # Imported when they are first asked for: `import sgmv` stays as fast as the calls above need.
-SUBMODULES = ("compat", "emulator", "explorer", "layouts", "models", "popularity", "serving")
+SUBMODULES = (
+    "compat",
+    "emulator",
+    "experts",
+    "explorer",
+    "layouts",
+    "models",
+    "popularity",
+    "serving",
+)
 
 if TYPE_CHECKING:
     from sgmv import compat as compat
     from sgmv import emulator as emulator
+    from sgmv import experts as experts
     from sgmv import explorer as explorer
     from sgmv import layouts as layouts
     from sgmv import models as models

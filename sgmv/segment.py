@@ -212,6 +212,15 @@ class Segments:
         pairs = () if self.k == 1 else (self.pairs,)
         return Segments, (self.rows, self.seq_start, self.adapter_ids, *pairs)
 
+    def of_pairs(self, share_x: bool) -> Segments:
+        """The same pairs as a plain batch of n * k rows: pair i * k + j has row i * k + j of y.
+
+        share_x  whether it reads row i of x (n, h_in), else row i * k + j of x (n * k, h_in)
+        """
+        plain = self._trusted(self.pairs, self.seq_start, self.adapter_ids)
+        object.__setattr__(plain, "_x_rows", self.rows if share_x else None)
+        return plain
+
     def weighted(self, weights: npt.ArrayLike | None) -> Segments:
         """The same segments, which one call multiplies by a weight for each pair; None for none.
 
@@ -234,6 +243,8 @@ class Segments:
         found["count"], found["rows"] = self.S, self.rows.ctypes.data
         found["seq_start"] = self.seq_start.ctypes.data
         found["adapter_ids"] = self.adapter_ids.ctypes.data
+        x_rows = getattr(self, "_x_rows", None)
+        found["x_rows"] = 0 if x_rows is None else x_rows.ctypes.data
         weights = getattr(self, "_weights", None)
         found["weights"] = 0 if weights is None else weights.ctypes.data
         found["several"] = self.k > 1

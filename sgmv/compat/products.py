@@ -177,7 +177,7 @@ def shrink(
     """The rows v (n, slices * r) in sorted order, of one slice after the other; 0 if base only."""
     weights = slices[0]
     table = _remembering(_shrink_table, *slices)(slices)
-    v = np.zeros((segments.n, weights.outputs * len(slices)), dtype)
+    v = np.zeros((len(segments.rows), weights.outputs * len(slices)), dtype)
     backend = None
     if len(slices) > 1:  # AMX's shrink knows one slice
         backend = "tiles" if VECTOR_BITS and dtype != FLOAT64 else "loops"

@@ -227,11 +227,11 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
     table = record(TABLE, call.table)
     found = views(call.scratch, n)
     rows, seq_start, segment_ids = found.rows, found.seq_start, found.segment_ids
-    call.weights = call.turns = 0
+    call.x_rows = call.weights = call.turns = 0
     if segments != 0:
         made = record(SEGMENTS, segments)
         count = made.count
-        call.weights = made.weights
+        call.x_rows, call.weights = made.x_rows, made.weights
         if made.several != 0:
             found.turns[:] = 0
             call.turns = address_of(found.turns)
@@ -243,7 +243,9 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
         count = sort(given, rows, seq_start, segment_ids, found.target, found.digits)
         if count > 0 and segment_ids[0] < BASE_ONLY:
             return False
-    call.x_rows = call.y_rows = address_of(rows)
+    if call.x_rows == 0:
+        call.x_rows = address_of(rows)
+    call.y_rows = address_of(rows)
     known = vector(table.ids, table.loaded, INTEGER)
     slot_of = vector(table.slot_of, table.loaded, INTEGER)
     ranks = vector(table.ranks, table.slots, INTEGER)

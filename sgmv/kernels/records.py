@@ -77,6 +77,7 @@ TABLE = _record(
 SEGMENTS = _record(
     "count",
     *("rows", "seq_start", "adapter_ids"),  # at (n,), (count + 1,), (count,)
+    "x_rows",  # at (n,): the row of x at each position, where it is not that of y; or 0
     "weights",  # at (n,) float32, or 0
     "several",  # 1 if a row may be in several segments
 )

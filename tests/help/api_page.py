@@ -20,6 +20,7 @@ from tests.help.pages import ROOT
 PAGE = ROOT / "docs" / "api.md"
 MODULES = {
     "sgmv": "the kernel: segments, stacks of adapters, and the calls on them",
+    "sgmv.experts": "layers of experts (MoE), with adapters on the experts",
     "sgmv.serving": "which adapters are in memory, which requests run, one step of a model",
     "sgmv.layouts": "one batch in every engine's metadata, and back",
     "sgmv.compat.peft": "a PEFT model's mixed batches through `add_lora`",
@@ -31,6 +32,8 @@ MODULES = {
     "sgmv.models": "the layers of real models",
     "reference": "what the results must be, in numpy alone; `check` for somebody's own kernel",
     "reference.workloads": "seeded batches, and the corpus",
+    "reference.mixtures": "the same of rows with several adapters",
+    "reference.experts": "layers of experts in float64",
 }
 HEAD = """\
 # The API

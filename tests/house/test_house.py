@@ -26,11 +26,12 @@ ARROWS = {
     "core": {"kernels"},
     "layouts": {"core"},
     "compat": {"core", "layouts"},
+    "experts": {"compat", "core"},
     "serving": {"core"},
     "emulator": {"core", "layouts"},
     "explorer": {"core", "emulator", "layouts"},
     "explain": {"core", "emulator", "explorer", "kernels", "layouts"},
-    "command": {"core", "compat", "emulator", "explorer", "layouts", "serving"},
+    "command": {"core", "compat", "emulator", "experts", "explorer", "layouts", "serving"},
 }
 MOST_LINES = 450
 MOST_ARGUMENTS = 10

@@ -1,0 +1,237 @@
+"""Layers of experts: grouped products against torch's and numpy's, and LoRA on them.
+
+    python -m benchmarks experts            check, timings, table; about two minutes
+    python -m benchmarks experts --record   the same, into benchmarks/records/, to commit
+
+One product x @ W[e].T of the widths of Qwen3-30B-A3B (gate and up: 2048 -> 1536, 8 of 32 experts;
+the model has 128, the weights of which would not fit beside the others) and of Mixtral-8x7B cut to
+a quarter of its inner width (4096 -> 7168, 2 of 8). Weights in float32, and in bfloat16 where
+ml_dtypes is there. Then the deltas alone of 16 adapters of rank 8 on each expert.
+
+    sgmv     experts.grouped_matmul; experts.add_lora
+    loop     an expert, or (expert, adapter), at a time: the rows gathered, numpy's products, put
+             back; weights of 16 bits are widened, as numpy has no product of them
+    torch    the same in torch, in the weights' own type
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from statistics import geometric_mean
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+import sgmv
+from benchmarks.batch import dtype_of, in_library
+from benchmarks.clock import Budget, Variant, interval, time_quietly
+from benchmarks.gate import CHECKED_ROWS, spread
+from benchmarks.peers import rests
+from benchmarks.record import Head, Times
+from benchmarks.study import Red, Study
+from benchmarks.text import Console, Table, ratio_text
+from reference import bounds, by_row, compare
+from sgmv import experts
+
+ROWS, ADAPTERS, RANK = (1, 16, 64, 256), 16, 8
+BUDGET = Budget(rounds=4, turn_s=0.1)
+
+
+class Widths(NamedTuple):
+    """A layer's widths, experts, and how many of them a row goes through."""
+
+    name: str
+    h_in: int
+    h_out: int
+    E: int
+    k: int
+
+
+LAYERS = (
+    Widths("Qwen3-30B-A3B gate/up", 2048, 1536, 32, 8),
+    Widths("Mixtral-8x7B gate/up", 4096, 7168, 8, 2),
+)
+
+
+class ExpertsCase(msgspec.Struct, forbid_unknown_fields=True):
+    """One batch. `what`: "products", or "deltas" of adapters. `times`: by form."""
+
+    layer: str
+    what: str
+    dtype: str
+    rows: int
+    S: int
+    times: dict[str, Times]
+    foreign_cores: float | None
+
+
+class ExpertsRecord(Head):
+    """One run of this file."""
+
+    STUDY: ClassVar[str] = "experts"
+    threads: int
+    cases: list[ExpertsCase]
+
+
+class Operands(NamedTuple):
+    """A layer's weights and adapters, and a batch."""
+
+    W: NDArray[Any]
+    A: NDArray[Any]  # (adapters, E, r, h_in)
+    B: NDArray[Any]  # (adapters, E, h_out, r)
+    stack: experts.ExpertStack
+    x: NDArray[Any]
+    ids: NDArray[np.int64]
+    adapter_ids: NDArray[np.int64]
+
+
+def weights(its: Widths, dtype: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], Any]:
+    """W, A, B and the stack of them."""
+    rng = np.random.Generator(np.random.SFC64(0))
+
+    def drawn(*shape: int) -> NDArray[Any]:
+        values = rng.random(shape, np.float32) - np.float32(0.5)
+        found: NDArray[Any] = (values * np.float32(shape[-1] ** -0.5)).astype(dtype_of(dtype))
+        return found
+
+    W = drawn(its.E, its.h_out, its.h_in)
+    A, B = drawn(ADAPTERS, its.E, RANK, its.h_in), drawn(ADAPTERS, its.E, its.h_out, RANK)
+    stack = experts.ExpertStack(
+        its.E, its.h_in, its.h_out, slots=ADAPTERS, max_rank=RANK, dtype=dtype_of(dtype)
+    )
+    for adapter_id in range(ADAPTERS):
+        stack.load(adapter_id, experts.ExpertAdapter(A[adapter_id], B[adapter_id]))
+    return W, A, B, stack
+
+
+def forms(o: Operands, library: str) -> dict[str, Callable[[NDArray[Any]], Any]]:
+    """Products and deltas by a loop over what is the same: of numpy, or of torch."""
+    flat = o.ids.ravel()
+    row_of = np.repeat(np.arange(len(o.x)), o.ids.shape[1])
+    pair = o.adapter_ids[row_of] * len(o.W) + flat
+    by_expert = [(e, np.flatnonzero(flat == e)) for e in np.unique(flat).tolist()]
+    by_pair = [(divmod(i, len(o.W)), np.flatnonzero(pair == i)) for i in np.unique(pair).tolist()]
+    x, W, A, B = (in_library(library, each) for each in (o.x, o.W, o.A, o.B))
+
+    def product(rows: Any, matrix: Any) -> Any:
+        if library == "numpy":
+            rows, matrix = (each.astype(np.float32, copy=False) for each in (rows, matrix))
+        return rows @ matrix.T
+
+    def products(y: NDArray[Any]) -> None:
+        out = in_library(library, y)
+        for e, p in by_expert:
+            out[p] = product(x[row_of[p]], W[e])
+
+    def deltas(y: NDArray[Any]) -> None:
+        out = in_library(library, y)
+        for (a, e), p in by_pair:
+            out[p] += product(product(x[row_of[p]], A[a, e]), B[a, e])
+
+    return {"products": products, "deltas": deltas}
+
+
+def measure(
+    its: Widths, dtype: str, rows: int, loaded: Any, budget: Budget = BUDGET
+) -> list[ExpertsCase]:
+    """Check and time both products and deltas of one batch."""
+    W, A, B, stack = loaded
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, its.h_in), np.float32).astype(W.dtype)
+    ids = np.argsort(rng.random((rows, its.E)), axis=1)[:, : its.k].copy()
+    o = Operands(W, A, B, stack, x, ids, rng.integers(0, ADAPTERS, rows))
+    pairs = sgmv.segment(ids)
+    ours: dict[str, Callable[[NDArray[Any]], Any]] = {
+        "products": lambda y: experts.grouped_matmul(x, W, pairs),
+        "deltas": lambda y: experts.add_lora(
+            y.reshape(rows, its.k, its.h_out), x, stack, pairs, o.adapter_ids
+        ),
+    }
+    others = {"loop": forms(o, "numpy")}
+    if find_spec("torch"):
+        others["torch"] = forms(o, "torch")
+    check(o, ours["products"], ours["deltas"])
+    cases = []
+    for what in ours:
+        every = {"sgmv": ours[what]} | {name: both[what] for name, both in others.items()}
+        waits = rests([{"loop": "numpy"}.get(name, name) for name in every])
+        y = np.zeros((rows * its.k, its.h_out), W.dtype)
+        turns = [
+            Variant(name, partial(form, y), settle_s=max(0.003, wait))
+            for (name, form), wait in zip(every.items(), waits, strict=True)
+        ]
+        with np.errstate(over="ignore", invalid="ignore"):
+            times, foreign = time_quietly(turns, budget)
+        cases.append(ExpertsCase(its.name, what, dtype, rows, pairs.S, times, foreign))
+    return cases
+
+
+def check(o: Operands, products: Any, deltas: Any) -> None:
+    """Hold some pairs of both to the reference. Raises Red."""
+    rows, k = o.ids.shape
+    zero = np.zeros((rows * k, o.W.shape[1]), o.W.dtype)
+    made, added = products(zero), np.array(deltas(zero.copy()))
+    try:
+        for i in spread(rows, CHECKED_ROWS).tolist():
+            e, a, row = int(o.ids[i, -1]), int(o.adapter_ids[i]), o.x[i : i + 1]
+            expected = by_row.apply_batched(row, o.W[e], {}, [-1])
+            bound = bounds.apply_batched_bound(row, o.W[e], {}, [-1], out=o.W.dtype)
+            compare.check(made[i, -1:], expected, bound, "products")
+            given = zero[:1], row, {0: (o.A[a, e], o.B[a, e])}, [0]
+            compare.check(
+                added[i, -1:], by_row.add_lora(*given), bounds.add_lora_bound(*given), "deltas"
+            )
+    except AssertionError as error:
+        raise Red("gate: RED, nothing was timed", error) from error
+
+
+def tables(record: ExpertsRecord) -> list[Table]:
+    """A line per batch; ratios to sgmv."""
+    rows, means = [], []
+    for case in record.cases:
+        ours = case.times["sgmv"]
+        cells = []
+        for name in ("loop", "torch"):
+            its = case.times.get(name)
+            if its is None:
+                cells.append("-")
+                continue
+            cells.append(ratio_text(its.q50 / ours.q50, interval((ours, its))))
+        rows.append(
+            [case.layer, case.what, case.dtype, str(case.rows), str(case.S),
+             f"{ours.q50 / 1e3:.3g}", *cells]
+        )  # fmt: skip
+    for what in ("products", "deltas"):
+        for name in ("loop", "torch"):
+            ratios = [
+                case.times[name].q50 / case.times["sgmv"].q50
+                for case in record.cases
+                if case.what == what and name in case.times
+            ]
+            if ratios:
+                means.append(
+                    f"{what}, {name} / sgmv, geometric mean: {geometric_mean(ratios):.2f}x"
+                )
+    head = ["layer", "what", "type", "n", "S", "sgmv ms", "loop / sgmv", "torch / sgmv"]
+    return [Table(head, rows, 3, [*means, f"{record.threads} threads."])]
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure every layer in both types."""
+    sgmv.set_num_threads(args.threads)
+    cases = []
+    for its in LAYERS:
+        for dtype in ("float32", "bfloat16") if find_spec("ml_dtypes") else ("float32",):
+            loaded = weights(its, dtype)
+            for rows in ROWS:
+                console.print(f"  {its.name}, {dtype}, {rows} rows")
+                cases += measure(its, dtype, rows, loaded)
+    return {"threads": args.threads, "cases": cases}
+
+
+STUDY = Study("experts", __doc__, ExpertsRecord, run, tables)

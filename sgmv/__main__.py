@@ -21,6 +21,7 @@ from sgmv.errors import SgmvError
 COMMANDS = {
     "info": ("sgmv.info", "CPU features, backend, tiles, threads, cache folder"),
     "warm-up": ("sgmv.warm_up", "compile the kernels now, before a first call needs them"),
+    "adapters": ("sgmv.adapters", "adapters on disk: what they are, and whether they fit a model"),
     "cache": ("sgmv.cache", "the folder of compiled kernels: what is in it, and --clear"),
     "explain": ("sgmv.explain.command", "a batch from rows to thread blocks, in every engine"),
     "simulate": ("sgmv.serving.command", "many adapters served: hits, waiting times, bytes"),

@@ -70,13 +70,13 @@ def without_config(directory: Path) -> tuple[str, str]:
         return _dangling(directory / CONFIG_FILE)
     snapshots = directory / "snapshots"
     if snapshots.is_dir():
-        of_adapters = _adapters(snapshots)
+        of_adapters = adapters_in(snapshots)
         if not of_adapters:
             return f"{place} (a Hub cache folder without an adapter)", "download the adapter first"
         chosen = _revision(directory)
         first = chosen if chosen in of_adapters else of_adapters[-1]
         return f"{place} (a Hub cache folder)", f"pass {shown(snapshots / first)}"
-    names = _adapters(directory)
+    names = adapters_in(directory)
     if names:
         checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
         kind = "checkpoints" if checkpoints == names else "named adapters"
@@ -151,9 +151,10 @@ def _dangling(path: Path) -> tuple[str, str]:
     return f"{shown(path)} (a link to {shown(os.readlink(path))}, which is not there)", _AGAIN
 
 
-def _adapters(directory: Path) -> list[str]:
+def adapters_in(directory: Path) -> list[str]:
     """Sub-directories that hold an adapter; checkpoint-1000 after checkpoint-500."""
-    found = [name for name in _names(directory) if (directory / name / CONFIG_FILE).is_file()]
+    files, names = (CONFIG_FILE, DIFFUSERS), _names(directory)
+    found = [n for n in names if any((directory / n / file).is_file() for file in files)]
     return sorted(
         found,
         key=lambda name: [

@@ -86,7 +86,7 @@ def read_module(directory: PathLike, module: str) -> Read:
 def read_open(directory: object, read: Callable[[OpenAdapter], T]) -> T:
     """What `read` makes of the adapter: one version of its files, which are open meanwhile."""
     path = _path(directory)
-    if path.suffix == ".safetensors" and path.name not in _FILES and path.is_file():
+    if path.suffix == ".safetensors" and path.name not in _FILES and os.path.isfile(path):
         names: tuple[str, ...] = (path.name,)
 
         def open_one(file: Opened) -> T:

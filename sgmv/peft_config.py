@@ -61,7 +61,7 @@ class Config:
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
-        self.path, self.name = path, path.name
+        self.path, self.name, self.options = path, path.name, options
         self._refuse(options)
         self.to_save = self._names(options, "modules_to_save")
         self._default_rank = options.get("r")

@@ -7,6 +7,7 @@ adapter_model.bin           a pickle: by torch's loader that runs nothing of wha
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,14 @@ class _Pickled:
         except SgmvError as error:  # sparse, say
             raise ValueError(str(error)) from error
         return np.array(array, dtype=array.dtype)  # of its own: not a part of torch's storage
+
+
+def bytes_of(entry: Entry) -> int:
+    """The bytes of a tensor's values; 0 for a type that is not read."""
+    if entry.dtype not in _TYPES:
+        return 0
+    name = _TYPES[entry.dtype]
+    return math.prod(entry.shape) * (2 if name == "bfloat16" else np.dtype(name).itemsize)
 
 
 def _widened(array: Array, dtype: str) -> Array:

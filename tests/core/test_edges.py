@@ -260,6 +260,7 @@ COMMANDS = {
     "warm-up": ["warm-up"],
     "explorer": ["explorer", "--no-open"],
     "cache": ["cache"],
+    "adapters": ["adapters", "no-such-place"],
 }
 
 

@@ -3,7 +3,8 @@
 
 const $ = (id) => document.getElementById(id);
 
-const number = (value) => value.toLocaleString("en-US");
+const NUMBERS = new Intl.NumberFormat("en-US"); // toLocaleString would make one for each number
+const number = (value) => NUMBERS.format(value);
 const count = (value, word, plural = `${word}s`) =>
   `${number(value)} ${value === 1 ? word : plural}`;
 const share = (part, whole) => {

@@ -31,10 +31,8 @@ FILTERS = {
 NAMES = "shown.cases.map(({ name }) => name)"
 STATES: list[dict[str, str]] = [
     {},
-    {"popularity": "identical", "dtype": "float32"},
     {"rows": "1", "threads": "1", "b": "nothing"},
-    {"a": OTHER, "rank": "64"},
-    {"a": OTHER, "layer": "4096>4096", "popularity": "uniform"},
+    {"a": OTHER, "rank": "64", "popularity": "identical", "dtype": "float32"},
     {"machine": "1"},
 ]
 LOOKS = ("faint_texts", "faint_labels", "faint_shapes", "overlaps", "wrong_numbers")

@@ -3,6 +3,9 @@
 A profile that no noise disturbs, where the machine gives no counters: in each loop that multiplies,
 the fused multiply-adds, all instructions, and the vectors that found no register and went through
 the stack. A tile is good where most instructions multiply and no vector spills.
+
+    python -m benchmarks instructions                  this CPU
+    python -m benchmarks instructions --arm apple-m1   what an ARM64 CPU would run, from any machine
 """
 
 from __future__ import annotations
@@ -15,7 +18,12 @@ import sys
 import tempfile
 from typing import Any, ClassVar
 
+import llvmlite.binding as llvm
 import msgspec
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
 
 from benchmarks.batch import DTYPES
 from benchmarks.record import Head
@@ -40,17 +48,30 @@ class InstructionsRecord(Head):
     STUDY: ClassVar[str] = "instructions"
     dtype: str
     loops: list[Loop]
+    arm: str | None = None  # LLVM's name of the ARM64 CPU they are for, if that is not this one
 
 
-def loops(dtype: str) -> list[Loop]:
+TRIPLE = "aarch64-unknown-linux-gnu"
+# A vector that comes from the stack or goes there: x86's, ARM64's.
+STACK = re.compile(r"\(%rsp\).*mm|mm.*\(%rsp\)|q\d.*\[sp")
+# numba compiles for this machine; only the tiles, which read no setting later, are for ARM64.
+ON_ARM = "import numba, platform; platform.machine = lambda: 'aarch64'; "
+
+
+def loops(dtype: str, arm: str | None = None) -> list[Loop]:
     """The loops of shrink and expand for x, weights and y of this type, longest first.
 
     Semantics: compiled anew in a process and a cache of their own, as compiled code that comes from
     a cache has no text.
+    arm  LLVM's name of an ARM64 CPU, for which the tiles are compiled instead
     """
     program = f"from benchmarks.studies import instructions; instructions.show({dtype!r})"
+    if arm:
+        program = ON_ARM + program.replace(".show(", ".show_for_arm(").replace(")", f", {arm!r})")
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
+        if arm:
+            environment.pop("SGMV_VECTOR_BITS", None)
         done = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True
         )
@@ -78,19 +99,64 @@ def show(dtype: str) -> None:
         print(f"=== {kernel.py_func.__name__}\n{assembly}")  # type: ignore[attr-defined]
 
 
+def show_for_arm(dtype: str, arm: str) -> None:
+    """The same of the tiles alone, as LLVM compiles them for this ARM64 CPU."""
+    from sgmv.dtypes import BITS
+    from sgmv.kernels import tiles
+
+    like, integer, pair = numba.typeof(BITS[dtype].type(0)), types.int64, tiles.PAIR
+    shrink = like, like, integer, pair, integer, pair, pair
+    expand = like, like, integer, pair, integer, integer, types.float32, pair
+    machine = target(arm)
+    for name, intrinsic, operands in (
+        ("tiles_shrink", tiles.shrink_tiles, shrink), ("tiles_expand", tiles.expand_tiles, expand),
+    ):  # fmt: skip
+        print(f"=== {name}\n{machine.emit_assembly(compiled(intrinsic, operands, machine))}")
+
+
+def target(arm: str) -> Any:
+    """LLVM's machine of this ARM64 CPU, on Linux."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    return llvm.Target.from_triple(TRIPLE).create_target_machine(cpu=arm, opt=3)
+
+
+def compiled(intrinsic: Any, operands: tuple[Any, ...], machine: Any) -> Any:
+    """A function that is this intrinsic, as LLVM's module, optimized for the machine."""
+    signature, codegen = intrinsic._defn(cpu_target.typing_context, *operands)
+    context = cpu_target.target_context
+    module = ir.Module()
+    module.triple, module.data_layout = TRIPLE, str(machine.target_data)
+    returned, *kinds = (
+        context.get_value_type(kind) for kind in (signature.return_type, *signature.args)
+    )
+    gives = signature.return_type != types.void
+    kind = ir.FunctionType(returned if gives else ir.VoidType(), kinds)
+    function = ir.Function(module, kind, "intrinsic")
+    builder = ir.IRBuilder(function.append_basic_block())
+    result = codegen(context, builder, signature, function.args)
+    builder.ret(result) if gives else builder.ret_void()
+    parsed = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(parsed, passes)
+    return parsed
+
+
 def parse(kernel: str, assembly: str) -> list[Loop]:
     r"""The blocks that jump to their own start and multiply.
 
     >>> parse("shrink", ".L1:\n\tvfmadd231ps\t8(%rsp), %ymm2, %ymm3\n\tjl\t.L1\n")
     [Loop(kernel='shrink', multiplies=1, instructions=2, spills=1, masked=False)]
+    >>> parse("shrink", ".L1:\n\tldr\tq1, [sp, #16]\n\tfmla\tv0.4s, v1.4s, v2.4s\n\tb.lt\t.L1\n")
+    [Loop(kernel='shrink', multiplies=1, instructions=3, spills=1, masked=False)]
     """
     blocks = re.split(r"^(\.L\w+):", assembly, flags=re.M)
     found = []
     for label, body in zip(blocks[1::2], blocks[2::2], strict=True):
         lines = re.findall(r"^\t([a-z].*)", body, flags=re.M)
-        multiplies = sum(line.startswith("vfmadd") for line in lines)
-        if multiplies and re.search(rf"^\tj\w+\t{re.escape(label)}$", body, flags=re.M):
-            spills = sum("(%rsp)" in line and "mm" in line.split("\t")[1] for line in lines)
+        multiplies = sum(line.startswith(("vfmadd", "fmla")) for line in lines)
+        if multiplies and re.search(rf"^\t(j|b\.)\w+\t{re.escape(label)}$", body, flags=re.M):
+            spills = sum(bool(STACK.search(line)) for line in lines)
             masked = any("vmaskmov" in line or "{%k" in line for line in lines)
             found.append(Loop(kernel, multiplies, len(lines), spills, masked))
     return found
@@ -98,11 +164,14 @@ def parse(kernel: str, assembly: str) -> list[Loop]:
 
 def arguments(parser: Parser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    parser.add_argument(
+        "--arm", metavar="CPU", help="LLVM's name of an ARM64 CPU, such as neoverse-n1 or apple-m1"
+    )
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The loops of one float type."""
-    return {"dtype": args.dtype, "loops": loops(args.dtype)}
+    return {"dtype": args.dtype, "arm": args.arm, "loops": loops(args.dtype, args.arm)}
 
 
 def tables(record: InstructionsRecord) -> list[Table]:

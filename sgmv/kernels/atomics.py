@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from sgmv.kernels.cpu import X86
+from sgmv.kernels.cpu import ARM64, X86
 from sgmv.kernels.jit import INT64
 
 _atomic = threading.Lock()
@@ -79,10 +79,13 @@ def _store(typingctx, address, value):
 @intrinsic
 def _pause(typingctx):
     def codegen(context, builder, signature, args):
-        if X86:
-            name, kind = "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])
+        if X86 or ARM64:
+            # ARM's own hint takes no time on most cores; ISB about as long as x86's pause.
+            name = "llvm.x86.sse2.pause" if X86 else "llvm.aarch64.isb"
+            arguments = [] if X86 else [ir.Constant(ir.IntType(32), 15)]
+            kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
             known = builder.module.globals.get(name)
-            builder.call(known or ir.Function(builder.module, kind, name), [])
+            builder.call(known or ir.Function(builder.module, kind, name), arguments)
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -10,7 +10,9 @@ import llvmlite.binding
 import numba
 
 JITTED = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]  # set at import
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+_MACHINE = platform.machine().lower()
+X86 = _MACHINE in ("x86_64", "amd64")
+ARM64 = _MACHINE in ("aarch64", "arm64")
 
 
 def features() -> dict[str, bool]:

@@ -7,15 +7,12 @@ is: to nearest even, subnormals kept. The caller's own comes back at the end.
 
 from __future__ import annotations
 
-import platform
-
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from sgmv.kernels.cpu import X86
+from sgmv.kernels.cpu import ARM64, X86
 
-ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 I32, I64 = ir.IntType(32), ir.IntType(64)
 # The control word as a process starts with it: MXCSR with every exception masked; FPCR.
 DEFAULT = 0x1F80 if X86 else 0
@@ -41,11 +38,8 @@ def _exchange(typingctx, mode):
 def _exchange_mxcsr(builder, mode):
     word = builder.alloca(I32)
     pointer = builder.bitcast(word, ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type])
     for name in ("stmxcsr", "ldmxcsr"):
-        function = builder.module.globals.get(f"llvm.x86.sse.{name}")
-        function = function or ir.Function(builder.module, kind, f"llvm.x86.sse.{name}")
-        builder.call(function, [pointer])
+        _call(builder, f"llvm.x86.sse.{name}", ir.VoidType(), [pointer])
         if name == "stmxcsr":
             before = builder.load(word)
             builder.store(builder.trunc(mode, I32), word)
@@ -53,9 +47,16 @@ def _exchange_mxcsr(builder, mode):
 
 
 def _exchange_fpcr(builder, mode):
-    before = builder.asm(ir.FunctionType(I64, []), "mrs $0, fpcr", "=r", [], True)
-    builder.asm(ir.FunctionType(ir.VoidType(), [I64]), "msr fpcr, $0", "r", [mode], True)
+    # Not inline assembly: over that the compiler ends the process, as numba starts no parser of it.
+    before = _call(builder, "llvm.aarch64.get.fpcr", I64, [])
+    _call(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), [mode])
     return before
+
+
+def _call(builder, name, result, arguments):
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, arguments)
 
 
 @overload(set_mode)

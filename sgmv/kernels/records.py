@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-CACHE_LINE = 64  # bytes
+from sgmv.kernels.cpu import ARM64
+
+CACHE_LINE = 128 if ARM64 else 64  # bytes; 128 are Apple's
 INTEGER, FLOAT64 = np.int64(0), np.float64(0)  # tell `vector` what is stored at an address
 
 

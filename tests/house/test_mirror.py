@@ -33,7 +33,6 @@ ELSEWHERE = {
     "emulator/sglang.py": ("emulator/test_launch.py", "one batch goes through all kernels"),
     "explain/question.py": ("explain/test_command.py", "the command's flags are the question"),
     "kernels/amx_instructions.py": ("kernels/test_amx.py", "instructions are seen in their kernel"),
-    "kernels/atomics.py": ("core/test_workers.py", "atomics need several threads"),
     "kernels/call.py": ("core/test_workers.py", "a call is seen by the threads that join it"),
     "kernels/emit.py": ("kernels/test_tiles.py", "what is emitted is a tile"),
     "kernels/loops.py": ("kernels/test_tiles.py", "loops go through the checks of tiles"),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import sgmv
-from sgmv.kernels.cpu import X86
+from sgmv.kernels.cpu import ARM64, X86
 from sgmv.kernels.jit import jit
-from sgmv.kernels.modes import ARM64, DEFAULT, set_mode
+from sgmv.kernels.modes import DEFAULT, set_mode
 from tests.conftest import JITTED
 from tests.help.acceptance import backends
 

@@ -1,7 +1,7 @@
 """Which kernels serve a call: the first of these that this CPU and the float types allow.
 
 backend   amx      x and weights of bfloat16: shrink by tile products, expand by the tiles
-          tiles    float32, float16 and bfloat16 in every mix; vectors of 256 or 512 bits; shrink of
+          tiles    float32, float16 and bfloat16 in every mix; vectors of 128 to 512 bits; shrink of
                    bfloat16 alone by the CPU's own products, where it has them (AVX512_BF16)
           loops    every float type, every CPU: the readable form, and a cross-check
 """
@@ -101,7 +101,7 @@ def flushes(backend: str | None, x: Dtype, weights: Dtype) -> bool:
 def _alternatives(v: Dtype) -> str:
     """The backends that can run instead of the one asked for, and why it cannot."""
     if not VECTOR_BITS:
-        return "loops on a CPU without 256-bit vectors"
+        return "loops where tiles have no vectors, as sgmv.info() tells"
     if v == FLOAT64:
         return "loops for float64"
     return f"tiles or loops {'but for bfloat16' if amx.is_on() else 'where AMX is not on'}"

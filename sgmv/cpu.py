@@ -12,9 +12,10 @@ from pathlib import Path
 
 from sgmv.kernels import cpu
 from sgmv.kernels.cpu import features
+from sgmv.settings import VECTOR_BITS as FORCED_BITS
 
 JITTED = cpu.JITTED  # False where kernels run as plain Python
-VECTOR_BITS = cpu.VECTOR_BITS  # 512, 256, or 0 where tiles have no vectors
+VECTOR_BITS = cpu.VECTOR_BITS  # 512, 256, 128, or 0 where tiles have no vectors
 SUMS_BFLOAT16 = cpu.SUMS_BFLOAT16  # whether tiles use its products of bfloat16
 CPUINFO = Path("/proc/cpuinfo")
 USED = (
@@ -51,7 +52,28 @@ def cores() -> int:
 def used_features() -> str:
     """Those of the CPU's features that tiles use, as text for `info`."""
     has = features()
-    return " ".join(name for name in USED if has.get(name)) or "none that tiles could use"
+    found = [name for name in USED if has.get(name)]
+    if not found and VECTOR_BITS:
+        found = ["neon" if cpu.ARM64 else "sse2"]
+    return " ".join(found) or "none that tiles could use"
+
+
+def why_vectors() -> str:
+    """Why tiles have vectors of this width, or none, as text for `info`."""
+    if not JITTED:
+        return "numba's jit is off"
+    if forced := FORCED_BITS.read():
+        return f"{FORCED_BITS.name}={forced}"
+    if VECTOR_BITS == 512:
+        return "AVX-512"
+    if VECTOR_BITS == 256:
+        return "AVX2"
+    if cpu.ARM64:
+        return "NEON"
+    if not VECTOR_BITS:
+        return f"no tiles for {platform.machine()}"
+    fewer = cpu.compiled_for() != features()
+    return f"{'numba compiles for a CPU' if fewer else 'a CPU'} without AVX2, FMA and F16C"
 
 
 def has_amx() -> bool:

@@ -53,7 +53,7 @@ class Info:
 def info() -> Info:
     """Which CPU features, backend, tiles, threads and cache folder sgmv uses here.
 
-    Semantics: `vectors` is what the tiles are made for, from the CPU or SGMV_VECTOR_BITS;
+    Semantics: `vectors` is what the tiles are made for, from the CPU or SGMV_VECTOR_BITS, and why;
     `amx` says whether bfloat16 has tile products (SGMV_AMX=1 turns them on where the CPU has them);
     `backend` names the kernels of each weight type when x and y have that type too; tiles are
     rows x ranks (shrink) and rows x columns (expand).
@@ -68,11 +68,12 @@ def info() -> Info:
     tiled = "tiles" in chosen.values()
     shrink = ", ".join(f"{rows}x{ranks}" for rows, ranks in RANKS.items())
     expand = ", ".join(f"{rows}x{LANES * vectors}" for rows, vectors in COLUMN_VECTORS.items())
+    width = f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops"
     sleep = "a futex" if workers.pool.fields[0].syscall else "a semaphore"
     return Info(
         cpu=f"{cpu.name()}, {cpu.cores()} cores",
         features=cpu.used_features(),
-        vectors=f"{VECTOR_BITS} bits, {LANES} float32" if VECTOR_BITS else "none: plain loops",
+        vectors=f"{width}; {cpu.why_vectors()}",
         amx=amx.state(),
         backend=chosen,
         shrink_tiles=shrink if tiled else "none",

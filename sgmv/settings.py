@@ -39,7 +39,7 @@ AMX = Setting(
 )
 VECTOR_BITS = Setting(
     "SGMV_VECTOR_BITS",
-    "`0`, `256`, `512`",
+    "`0`, `128`, `256`, `512`",
     "the CPU's",
     "The width of the vectors that tiles are compiled for; `0`: the plain loops alone.",
 )

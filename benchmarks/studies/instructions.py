@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 
 import llvmlite.binding as llvm
 import msgspec
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
+from numba.np import numpy_support
 
 from benchmarks.batch import DTYPES
 from benchmarks.record import Head
@@ -104,7 +104,7 @@ def show_for_arm(dtype: str, arm: str) -> None:
     from sgmv.dtypes import BITS
     from sgmv.kernels import tiles
 
-    like, integer, pair = numba.typeof(BITS[dtype].type(0)), types.int64, tiles.PAIR
+    like, integer, pair = numpy_support.from_dtype(BITS[dtype]), types.int64, tiles.PAIR
     shrink = like, like, integer, pair, integer, pair, pair
     expand = like, like, integer, pair, integer, integer, types.float32, pair
     machine = target(arm)

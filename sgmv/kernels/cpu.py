@@ -9,7 +9,8 @@ from typing import Any
 import llvmlite.binding
 import numba
 
-JITTED = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]  # set at import
+_config: Any = numba.config
+JITTED = not _config.DISABLE_JIT
 _MACHINE = platform.machine().lower()
 X86 = _MACHINE in ("x86_64", "amd64")
 ARM64 = _MACHINE in ("aarch64", "arm64")
@@ -20,25 +21,49 @@ def features() -> dict[str, bool]:
     return dict(llvmlite.binding.get_host_cpu_features()) if X86 else {}
 
 
+def compiled_for() -> dict[str, bool]:
+    """Those of them that numba compiles for: fewer, where it is told of another CPU.
+
+    Over an instruction that it has not been told of, the compiler ends the process; a fused
+    multiply-add, or a conversion of float16, becomes a call of a function for each number.
+    """
+    has = features()
+    if _config.CPU_FEATURES is not None:
+        listed = _config.CPU_FEATURES.split(",")
+        return {name: there and f"+{name}" in listed for name, there in has.items()}
+    if not _config.ENABLE_AVX:
+        return {name: there and not name.startswith("avx") for name, there in has.items()}
+    return has
+
+
 def _vector_bits() -> int:
-    """Width of this CPU's vectors: 512, 256, or 0 where there are none that tiles could use."""
-    forced = os.environ.get("SGMV_VECTOR_BITS")
-    if forced in ("0", "256", "512"):
-        return int(forced)
-    has = features() if JITTED else {}
-    if not (has.get("avx2") and has.get("fma") and has.get("f16c")):
+    """Width of this CPU's vectors: 512, 256, 128, or 0 where there are none that tiles could use.
+
+    Every x86 of 64 bits has vectors of 128 bits, and so has every ARM of 64 bits.
+    """
+    if not JITTED:
         return 0
+    forced = os.environ.get("SGMV_VECTOR_BITS")
+    if forced in ("0", "128", "256", "512"):
+        return int(forced)
+    if not (X86 or ARM64):
+        return 0
+    has = compiled_for()
+    if not (has.get("avx2") and has.get("fma") and has.get("f16c")):
+        return 128
     wide = all(has.get(f"avx512{part}") for part in ("f", "bw", "dq", "vl"))
     return 512 if wide else 256
 
 
 VECTOR_BITS = _vector_bits()
+# Registers that hold a vector.
+REGISTERS = 32 if VECTOR_BITS == 512 or ARM64 else 16
+# Whether the CPU multiplies and adds with one rounding, and converts float16. All of ARM64 does.
+FUSES = ARM64 or bool(compiled_for().get("fma"))
+CONVERTS_FLOAT16 = ARM64 or bool(compiled_for().get("f16c"))
 # The CPU's own instructions for bfloat16: they round as the tiles do, and sum products in pairs,
-# which takes subnormal numbers for 0. The compiler would end the process over them where numba is
-# told to compile for another CPU.
-_config: Any = numba.config
-_FOR_THIS_CPU = not (_config.CPU_NAME or _config.CPU_FEATURES) and bool(_config.ENABLE_AVX)
-ROUNDS_BFLOAT16 = bool(VECTOR_BITS and _FOR_THIS_CPU) and all(
-    features().get(name) for name in ("avx512bf16", "avx512vl", "avx512dq")
+# which takes subnormal numbers for 0.
+ROUNDS_BFLOAT16 = VECTOR_BITS > 128 and all(
+    compiled_for().get(name) for name in ("avx512bf16", "avx512vl", "avx512dq")
 )
 SUMS_BFLOAT16 = ROUNDS_BFLOAT16 and os.environ.get("SGMV_BFLOAT16") != "exact"

@@ -5,7 +5,7 @@ A tile is a numba intrinsic: numba calls its `codegen` with an open LLVM functio
 unroll: `for m in range(MR)` writes MR instructions. `Emit.loop` writes a loop of the machine.
 
     address   an int64: the machine adds to it what Python adds to it
-    vector    LANES float32, the width of the CPU's registers: 16 in 512 bits, 8 in 256
+    vector    LANES float32, the width of the CPU's registers: 16 in 512 bits, 8 in 256, 4 in 128
     stored    what is in memory: float32, or 16-bit floats as bits (see sgmv/dtypes.py):
               uint16 is float16, int16 is bfloat16. `load` widens, exactly; `store` rounds, once
 
@@ -17,15 +17,30 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from sgmv.kernels.cpu import ROUNDS_BFLOAT16, SUMS_BFLOAT16, VECTOR_BITS
+from sgmv.kernels.cpu import (
+    CONVERTS_FLOAT16,
+    FUSES,
+    ROUNDS_BFLOAT16,
+    SUMS_BFLOAT16,
+    VECTOR_BITS,
+)
+from sgmv.kernels.floats import (
+    HALF_NORMAL,
+    HALF_OVERFLOWS,
+    INFINITY,
+    MAGNITUDE,
+    ONE_HALF,
+    REBIAS,
+    REBIAS_FACTOR,
+)
 from sgmv.kernels.jit import INT64
 from sgmv.kernels.records import offset
 
-LANES = 8 if VECTOR_BITS == 256 else 16
+LANES = (VECTOR_BITS or 512) // 32
 
 F32, F16 = ir.FloatType(), ir.HalfType()
 I8, I16, I32 = (ir.IntType(bits) for bits in (8, 16, 32))
-STORED = {types.float32: F32, types.uint16: F16, types.int16: I16}
+STORED = {types.float32: F32, types.uint16: I16, types.int16: I16}
 
 
 def lanes(element):
@@ -97,11 +112,12 @@ class Emit:
 
     def load(self, address, stored=types.float32, mask=None, vector=None):
         """The stored elements at this address as float32."""
-        element = STORED[stored]
-        found = self.read(address, vector or lanes(element), size(stored), mask)
-        if element is F16:
-            return self.builder.fpext(found, VECTOR)
-        if element is I16:
+        found = self.read(address, vector or lanes(STORED[stored]), size(stored), mask)
+        if stored == types.uint16:
+            if not CONVERTS_FLOAT16:
+                return self._from_float16_by_integers(found)
+            return self.builder.fpext(self.builder.bitcast(found, lanes(F16)), VECTOR)
+        if stored == types.int16:
             bits = self.builder.shl(self.builder.zext(found, lanes(I32)), numbers(16))
             return self.builder.bitcast(bits, VECTOR)
         return found
@@ -117,9 +133,11 @@ class Emit:
 
     def store(self, value, address, stored=types.float32, mask=None):
         """Round float32 to the stored type, to nearest even, and store it at this address."""
-        if STORED[stored] is F16:
-            value = self.builder.fptrunc(value, lanes(F16))
-        elif STORED[stored] is I16:
+        if stored == types.uint16 and CONVERTS_FLOAT16:
+            value = self.builder.bitcast(self.builder.fptrunc(value, lanes(F16)), lanes(I16))
+        elif stored == types.uint16:
+            value = self._float16_by_integers(value)
+        elif stored == types.int16:
             value = self._bfloat16(value)
         self.store_as(value, address, size(stored), mask)
 
@@ -159,6 +177,35 @@ class Emit:
         upper = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
         return b.trunc(b.lshr(upper, numbers(16)), lanes(I16))
 
+    def _from_float16_by_integers(self, found):
+        """As floats.float16_to_float32 does."""
+        b = self.builder
+        bits = b.zext(found, lanes(I32))
+        magnitude = b.shl(b.and_(bits, numbers(0x7FFF)), numbers(13))
+        rebias = ir.Constant(VECTOR, [float(REBIAS_FACTOR)] * LANES)
+        value = b.bitcast(b.fmul(b.bitcast(magnitude, VECTOR), rebias), lanes(I32))
+        special = b.icmp_unsigned(">=", magnitude, numbers(0x7C00 << 13))
+        value = b.select(special, b.or_(magnitude, numbers(int(INFINITY))), value)
+        sign = b.shl(b.and_(bits, numbers(0x8000)), numbers(16))
+        return b.bitcast(b.or_(value, sign), VECTOR)
+
+    def _float16_by_integers(self, value):
+        """As floats.float32_to_float16 does."""
+        b = self.builder
+        bits = b.bitcast(value, lanes(I32))
+        magnitude = b.and_(bits, numbers(int(MAGNITUDE)))
+        odd = b.and_(b.lshr(magnitude, numbers(13)), numbers(1))
+        rounded = b.add(b.sub(magnitude, numbers(int(REBIAS))), b.add(odd, numbers(0xFFF)))
+        half = b.lshr(rounded, numbers(13))
+        moved = b.fadd(b.bitcast(magnitude, VECTOR), ir.Constant(VECTOR, [0.5] * LANES))
+        subnormal = b.sub(b.bitcast(moved, lanes(I32)), numbers(int(ONE_HALF)))
+        half = b.select(b.icmp_signed("<", magnitude, numbers(int(HALF_NORMAL))), subnormal, half)
+        is_nan = b.icmp_signed(">", magnitude, numbers(int(INFINITY)))
+        large = b.icmp_signed(">=", magnitude, numbers(int(HALF_OVERFLOWS)))
+        half = b.select(large, b.select(is_nan, numbers(0x7E00), numbers(0x7C00)), half)
+        sign = b.lshr(b.sub(bits, magnitude), numbers(16))
+        return b.trunc(b.or_(half, sign), lanes(I16))
+
     def products(self, x_like, w_like):
         """How to sum products of x and w along k: read, multiply, and the k that a vector holds.
 
@@ -188,7 +235,9 @@ class Emit:
         return self.builder.shuffle_vector(single, undefined, numbers([0] * vector.count))
 
     def fma(self, a, b, c):
-        """A * b + c, rounded once."""
+        """A * b + c, rounded once; twice on a CPU that does not fuse them."""
+        if not FUSES:
+            return self.builder.fadd(self.builder.fmul(a, b), c)
         return self._call(f"llvm.fma.{self._name(VECTOR)}", VECTOR, [a, b, c])
 
     def prefetch(self, address, write=False):
@@ -234,13 +283,16 @@ class Emit:
         b.position_at_end(after)
 
     def sums(self, vectors):
-        """One vector whose lane q is the sum of the lanes of vectors[q], for up to LANES vectors.
+        """One vector whose lane q is the sum of the lanes of vectors[q]; of LANES lanes, or twice.
 
         Each sum is a tree over neighbouring lanes, ((0+1)+(2+3))+..., whatever its company: at each
         step two vectors become one that holds half as many, twice as large parts of both.
 
             a0 a1 a2 a3     b0 b1 b2 b3   ->   a01 b01 a23 b23   ->   a0123 b0123 ...
         """
+        if len(vectors) > LANES:
+            halves = self.sums(vectors[:LANES]), self.sums(vectors[LANES:])
+            return self.builder.shuffle_vector(*halves, numbers(range(2 * LANES)))
         step = 1
         while step < LANES:
             if len(vectors) % 2:
@@ -279,7 +331,8 @@ class Emit:
 
     def part(self, vector, first, count):
         """The lanes first:first + count as a shorter vector."""
-        return self.builder.shuffle_vector(vector, ZERO, numbers(range(first, first + count)))
+        nothing = ir.Constant(vector.type, ir.Undefined)
+        return self.builder.shuffle_vector(vector, nothing, numbers(range(first, first + count)))
 
     def _pointer(self, address, kind):
         return self.builder.inttoptr(address, kind.as_pointer())

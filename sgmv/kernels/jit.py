@@ -31,7 +31,7 @@ from numba.core import event
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload
 
-from sgmv.kernels.cpu import JITTED, SUMS_BFLOAT16, VECTOR_BITS
+from sgmv.kernels.cpu import CONVERTS_FLOAT16, FUSES, JITTED, SUMS_BFLOAT16, VECTOR_BITS
 from sgmv.kernels.disk import KernelCache, logger
 
 # `contract` allows fused multiply-add. No nnan or ninf: NaN and inf must pass through.
@@ -42,7 +42,8 @@ ANY_ORDER = frozenset({"contract", "reassoc"})
 
 
 def _digest_of_kernels() -> str:
-    digest = hashlib.sha256(f"{VECTOR_BITS} {SUMS_BFLOAT16}".encode())
+    choices = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16
+    digest = hashlib.sha256(repr(choices).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):  # nothing is compiled elsewhere
         digest.update(path.read_bytes())
     return digest.hexdigest()

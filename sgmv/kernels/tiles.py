@@ -1,7 +1,8 @@
-"""The fast kernels: register tiles of vectors, for CPUs whose vectors have 256 or 512 bits.
+"""The fast kernels: register tiles of vectors, of 512, 256 or 128 bits.
 
 A tile is a small block of the result that stays in registers while the sums run. MR is its rows;
-LANES is a register's float32 (16, or 8 in 256 bits). Shrink and expand form their sums differently.
+LANES is a register's float32: 16, or 8 in 256 bits, 4 in 128. Shrink and expand form their sums
+differently.
 
 shrink    v[p, j] = sum over k of x[rows[p], k] * wa[j, k]. x and wa both run along k: a register
           holds LANES consecutive k of one row, and every (row, rank) has a register of partial
@@ -46,6 +47,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from sgmv.kernels.cpu import FUSES, REGISTERS
 from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
 from sgmv.kernels.jit import INT64, entry, jit, record, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
@@ -60,13 +62,20 @@ from sgmv.kernels.tasks import (
     no_task,
 )
 
-# Registers: 32 of 512 bits, or 16 of 256, and a tile's sums take three quarters of them.
-WIDE = LANES == 16
-MOST_ROWS = 6 if WIDE else 3
-# A tile of few rows takes more ranks at once, for fewer reads of x.
-RANKS = {1: 8, 2: 8, 3: 8, 4: 4, 5: 4, 6: 4} if WIDE else {1: 8, 2: 4, 3: 4}
-# Vectors of columns: with 16 registers, a single row needs eight sums to hide a FMA's latency.
-COLUMN_VECTORS = dict.fromkeys(range(1, 7), 4) if WIDE else {1: 8, 2: 4, 3: 4}
+# The other registers are for what the sums are made of, and for products that are not fused.
+SUMS = REGISTERS * 3 // 4 if FUSES else REGISTERS // 2
+MOST_ROWS = SUMS // 4
+
+
+def _as_many(rows: int, most: int) -> int:
+    """The most sums of a row, a power of two, that there are registers for; at most `most`."""
+    return next(n for n in (16, 8, 4) if n <= most and n * rows <= SUMS)
+
+
+# A tile of few rows takes more ranks at once, for fewer reads of x; and more vectors of columns,
+# since a single row needs eight sums and more to hide a FMA's latency.
+RANKS = {rows: _as_many(rows, 8) for rows in range(1, MOST_ROWS + 1)}
+COLUMN_VECTORS = {rows: _as_many(rows, PANEL // LANES) for rows in range(1, MOST_ROWS + 1)}
 K_BLOCK = 1024  # six rows of one K block are 24 KiB of x: they stay in L1 for all ranks
 L2_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
 Y_AHEAD = 512  # bytes before its use that y is asked for
@@ -102,7 +111,7 @@ def _shrink_tile(e, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w
 
     row = ir.VectorType(F32, nr)
     present = e.below(ranks, nr)
-    together = LANES // nr
+    together = max(1, LANES // nr)
     for m in range(mr):
         if m % together == 0:
             totals = e.sums(sums[m * nr : (m + together) * nr])

@@ -24,7 +24,7 @@ from sgmv import backend, launch, table
 from sgmv.checks import check_matrix
 from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.errors import SgmvError
-from sgmv.kernels import emit, tiles
+from sgmv.kernels import emit
 from sgmv.kernels.records import PANEL
 from tests.help import acceptance
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of
@@ -94,6 +94,35 @@ def check_store(name: str) -> None:
             sgmv.add_lora(y, x, stack, ids, backend=backend_name)
             actual = y.astype(np.float64)
         np.testing.assert_array_equal(actual, np.repeat(expected[:, None], columns, axis=1))
+
+
+@np.errstate(invalid="ignore")
+def check_load(name: str) -> None:
+    """Every bit pattern of x, A, B and y means what numpy says."""
+    bits = np.arange(0, 2**16, 1 if JITTED else 97).astype(np.uint16)
+    stored, wide = bits.view(TYPES[name]), np.float32
+    expected = stored.astype(wide)
+    one, many = np.ones((1, 1), TYPES[name]), stored[:, None]
+    for backend_name in backends(np.float32):
+        how = {"backend": backend_name}
+        shrunk = expected.copy()
+        if backend.flushes(backend_name, one.dtype, one.dtype):
+            shrunk[np.abs(shrunk) < np.finfo(np.float32).smallest_normal] = 0
+        stack = sgmv.AdapterStack.from_adapters([(one, one)])
+        y = np.zeros((len(bits), 1), wide)
+        sgmv.add_lora(y, many, stack, np.zeros(len(bits), int), **how)
+        np.testing.assert_array_equal(y[:, 0], shrunk)
+        stack = sgmv.AdapterStack.from_adapters([(many, np.zeros_like(stored)[None])])
+        v = sgmv.shrink(one, stack, sgmv.segment([0]), **how)
+        np.testing.assert_array_equal(v[0], shrunk)
+        stack = sgmv.AdapterStack.from_adapters([(one, many)])
+        y = np.zeros((1, len(bits)), wide)
+        sgmv.add_lora(y, one, stack, [0], **how)
+        np.testing.assert_array_equal(y[0], expected)
+        stack = sgmv.AdapterStack.from_adapters([(one, np.zeros_like(many))])
+        y = many.T.copy()
+        sgmv.add_lora(y, one, stack, [0], **how)
+        np.testing.assert_array_equal(y[0].astype(wide), expected)
 
 
 # nothing beside it
@@ -213,17 +242,19 @@ def check_briefly(bits: int) -> None:
     chosen = backend.choose(None, np.dtype(np.float32))
     if bits == 0:
         assert (chosen, backends(np.float32)) == ("loops", ["loops"])
-        with pytest.raises(SgmvError, match="loops on a CPU without 256-bit vectors"):
+        with pytest.raises(SgmvError, match="loops where tiles have no vectors"):
             backend.choose("tiles", np.dtype(np.float32))
         check_shapes(range(0, 27, 2))
         return
-    assert (chosen, emit.LANES, tiles.MOST_ROWS) == ("tiles", 8, 3)
+    assert (chosen, emit.LANES) == ("tiles", bits // 32)
     acceptance.BACKENDS = ("tiles",)  # the loops do not depend on the vectors' width
     check_shapes(range(27))
     check_guards(MIXES, EDGES)
     for mix in MIXES:
         check_mix(*mix)
-    check_store("bfloat16")
+    for name in ("float16", "bfloat16"):
+        check_store(name)
+        check_load(name)
 
 
 def plant_here(module: str, text: str, instead: str) -> None:

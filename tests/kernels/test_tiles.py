@@ -21,13 +21,12 @@ import sgmv
 from benchmarks.studies import instructions
 from reference import compare
 from reference.workloads import integer, real
-from sgmv.backend import flushes
 from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels import cpu
 from sgmv.kernels.cpu import X86
 from sgmv.kernels.emit import LANES
 from sgmv.kernels.tiles import K_BLOCK
-from tests.help.acceptance import backends, backends_of, check, check_case, stack_of, type_mixes
+from tests.help.acceptance import backends_of, check, check_case, stack_of, type_mixes
 from tests.help.bfloat16 import flush, fused
 from tests.help.planting import Fault, run_python
 from tests.help.tile_checks import (
@@ -39,6 +38,7 @@ from tests.help.tile_checks import (
     batch_of_shapes,
     check_fences,
     check_guards,
+    check_load,
     check_mix,
     check_shapes,
     check_store,
@@ -168,35 +168,6 @@ def test_y_is_rounded_to_nearest_even(name: str) -> None:
     check_store(name)
 
 
-@np.errstate(invalid="ignore")
-def check_load(name: str) -> None:
-    """Every bit pattern of x, A, B and y means what numpy says."""
-    bits = np.arange(0, 2**16, 1 if JITTED else 97).astype(np.uint16)
-    stored, wide = bits.view(TYPES[name]), np.float32
-    expected = stored.astype(wide)
-    one, many = np.ones((1, 1), TYPES[name]), stored[:, None]
-    for backend in backends(np.float32):
-        how = {"backend": backend}
-        shrunk = expected.copy()
-        if flushes(backend, one.dtype, one.dtype):
-            shrunk[np.abs(shrunk) < np.finfo(np.float32).smallest_normal] = 0
-        stack = sgmv.AdapterStack.from_adapters([(one, one)])
-        y = np.zeros((len(bits), 1), wide)
-        sgmv.add_lora(y, many, stack, np.zeros(len(bits), int), **how)
-        np.testing.assert_array_equal(y[:, 0], shrunk)
-        stack = sgmv.AdapterStack.from_adapters([(many, np.zeros_like(stored)[None])])
-        v = sgmv.shrink(one, stack, sgmv.segment([0]), **how)
-        np.testing.assert_array_equal(v[0], shrunk)
-        stack = sgmv.AdapterStack.from_adapters([(one, many)])
-        y = np.zeros((1, len(bits)), wide)
-        sgmv.add_lora(y, one, stack, [0], **how)
-        np.testing.assert_array_equal(y[0], expected)
-        stack = sgmv.AdapterStack.from_adapters([(one, np.zeros_like(many))])
-        y = many.T.copy()
-        sgmv.add_lora(y, one, stack, [0], **how)
-        np.testing.assert_array_equal(y[0].astype(wide), expected)
-
-
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_every_bit_pattern_is_read_exactly(name: str) -> None:
     check_load(name)
@@ -234,16 +205,56 @@ def test_inner_loops_keep_their_sums_in_registers() -> None:
 
 
 @pytest.mark.once
+@jitted
+@pytest.mark.parametrize("arm", ["neoverse-n1", "apple-m1"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_loops_for_arm_keep_their_sums_in_registers(dtype: str, arm: str) -> None:
+    """A tile for each number of rows up to 6, and its sums in 24 of the 32 registers or fewer.
+
+    Beside 24 fused multiply-adds a loop loads 10 vectors, and widens those of 16 bits.
+    """
+    found = [loop for loop in instructions.loops(dtype, arm) if not loop.masked]
+    for kernel, sums in {"tiles_shrink": [8, 16, 16, 20, 24, 24], "tiles_expand": None}.items():
+        loops = [loop for loop in found if loop.kernel == kernel]
+        multiplies = sorted(loop.multiplies for loop in loops)
+        assert sums in (None, multiplies)
+        assert multiplies[-1] == 24
+        for loop in loops:
+            assert loop.spills == 0, loop
+            if loop.multiplies == 24:
+                assert loop.instructions <= (40 if dtype == "float32" else 50), loop
+
+
+@pytest.mark.once
 @pytest.mark.compiles
 @jitted
 @vectors
-@pytest.mark.parametrize("bits", [256, 0])
+@pytest.mark.parametrize("bits", [256, 128, 0])
 def test_forced_vectors(bits: int, tmp_path: Path) -> None:
     """A cache of its own: this one would be emptied by another width, and the other by this."""
     done = run_python(
         f"from tests.help import tile_checks; tile_checks.check_briefly({bits}); print('checked')",
         SGMV_VECTOR_BITS=str(bits),
         NUMBA_CACHE_DIR=str(tmp_path),
+        timeout=600,
+    )
+    assert done.stdout.strip() == "checked", done.stderr
+
+
+@pytest.mark.once
+@pytest.mark.compiles
+@jitted
+@pytest.mark.skipif(not X86, reason="every ARM64 has both")
+def test_a_cpu_that_neither_fuses_nor_converts_float16(tmp_path: Path) -> None:
+    """As x86 was before AVX2: products and sums are rounded apart, float16 takes integers."""
+    done = run_python(
+        "from sgmv.kernels import cpu; from tests.help import tile_checks\n"
+        "assert not cpu.FUSES and not cpu.CONVERTS_FLOAT16\n"
+        "tile_checks.check_briefly(128); print('checked')",
+        NUMBA_CPU_NAME="nehalem",
+        NUMBA_CPU_FEATURES="+sse4.2",
+        NUMBA_CACHE_DIR=str(tmp_path),
+        timeout=600,
     )
     assert done.stdout.strip() == "checked", done.stderr
 

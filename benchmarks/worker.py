@@ -1,6 +1,7 @@
 """A process that times one checkout of sgmv, turn by turn, as `studies/against.py` asks it.
 
-It is copied beside the checkout. It imports numpy and sgmv alone, and calls what each commit has.
+It is copied beside the checkout. It imports numpy and sgmv alone, and ml_dtypes for bfloat16, and
+calls what each commit has.
 An order is a line of JSON on standard input, its answer a line on standard output.
 """
 
@@ -16,6 +17,8 @@ import numpy as np
 
 def operands(case: dict[str, Any]) -> tuple[Any, Any, dict[int, tuple[Any, Any]]]:
     """x, y and {id: (A, B)} of a case, the same in each process."""
+    if case["dtype"] == "bfloat16":
+        import ml_dtypes  # noqa: F401  # numpy then knows the name
     rng = np.random.default_rng(0)
 
     def drawn(rows: int, columns: int) -> Any:

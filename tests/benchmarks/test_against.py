@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ pytestmark = [
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few columns, and no compiling: the processes start without the jit."""
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    sizes = {"H": 24, "STARTS": 2, "ROUNDS": 3, "TURN_S": 0.0, "SETTLE_S": 0.0}
+    sizes = {"H_IN": 24, "H_OUT": 24, "STARTS": 2, "ROUNDS": 3, "TURN_S": 0.0, "SETTLE_S": 0.0}
     for name, value in sizes.items():
         monkeypatch.setattr(against, name, value)
 
@@ -42,6 +43,36 @@ def test_both_trees_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         case.times["this"].calls >= 6 and len(case.times["this"].rounds) > 1
         for case in record.cases
     )
+
+
+def test_this_tree_against_itself_in_another_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, str]] = []
+    started = against.started
+
+    def noted(folder: Path, variables: dict[str, str]) -> Any:
+        asked.append(variables)
+        return started(folder, variables)
+
+    monkeypatch.setattr(against, "started", noted)
+    argv = ["against", ".", "--rows", "2", "--popularity", "identical", "--dtype", "bfloat16"]
+    argv += ["--layer", "16x40", "--rank", "3", "--threads", "1", "--output", str(tmp_path)]
+    argv += ["--here", "SGMV_VECTOR_BITS=128", "--there", "SGMV_VECTOR_BITS=0", "SGMV_AMX=1"]
+    assert command.main(argv) == 0
+    there = {"SGMV_VECTOR_BITS": "0", "SGMV_AMX": "1"}
+    assert asked == [{"SGMV_VECTOR_BITS": "128"}, there] * against.STARTS
+    shown = capsys.readouterr().out
+    assert "16 -> 3 -> 40, bfloat16" in shown
+    assert "there: SGMV_VECTOR_BITS=0 SGMV_AMX=1" in shown
+    record = load(AgainstRecord, tmp_path / "against.json")
+    assert (record.h_out, record.there, len(record.cases)) == (40, there, 1)
+
+
+@pytest.mark.parametrize("wrong", ["--layer=4096", "--here=SGMV_AMX"])
+def test_a_wrong_argument_is_refused(wrong: str) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["against", ".", wrong, "--no-save"])
 
 
 @pytest.mark.parametrize("wrong", against.SIDES)

@@ -272,6 +272,14 @@ class Segments:
             return 1
         return int(np.count_nonzero(self.rows == self.rows[0]))
 
+    @cached_property
+    def named(self) -> Integers:
+        """(m,) the id of each pair, in the order of the pairs."""
+        found = np.empty(len(self.rows), np.int64)
+        found[self.pairs] = np.repeat(self.adapter_ids, self.lengths)
+        found.flags.writeable = False
+        return found
+
     @property
     def S(self) -> int:
         """Segments, the base-only one included."""

@@ -7,6 +7,7 @@ what remains is a plain batch: one row per pair, sorted by (adapter, expert).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from sgmv.adapter import Adapter
 from sgmv.backend import kernels
 from sgmv.checks import check_count, check_y
+from sgmv.compat.products import BATCHES_KNOWN
 from sgmv.dtypes import Array
 from sgmv.errors import ShapeError, UnknownAdapterError, some
 from sgmv.experts.grouped import pairs_of
@@ -101,6 +103,7 @@ class ExpertStack:
         slots = check_count("slots", slots, 0) * self.experts
         self.stack = AdapterStack(h_in, h_out, slots=slots, max_rank=max_rank, dtype=dtype)
         self._places: dict[int, int] = {}  # adapter id -> place
+        self._know()
 
     @property
     def ids(self) -> list[int]:
@@ -129,6 +132,7 @@ class ExpertStack:
         for e, part in enumerate(parts):
             self.stack.load(place * self.experts + e, part)
         self._places[adapter_id] = place
+        self._know()
 
     def unload(self, adapter_id: int) -> None:
         """Free the slots of this id. Raises UnknownAdapterError."""
@@ -136,23 +140,32 @@ class ExpertStack:
         for e in range(self.experts):
             self.stack.unload(place * self.experts + e)
         del self._places[adapter_id]
+        self._know()
 
     def pair_ids(self, expert_ids: Integers, adapter_ids: Integers) -> Integers:
         """(n, k) the stack's id of each pair; -1 where there is no expert or no adapter."""
-        named = np.unique(adapter_ids[adapter_ids != BASE_ONLY]).tolist()
-        place = np.full(len(adapter_ids), BASE_ONLY)
-        for adapter_id in named:
-            place[adapter_ids == adapter_id] = self._place(adapter_id, "adapter_ids")
-        found = place[:, np.newaxis] * self.experts + expert_ids
-        found[(expert_ids == BASE_ONLY) | (place == BASE_ONLY)[:, np.newaxis]] = BASE_ONLY
+        at = np.searchsorted(self._ids[:-1], adapter_ids)
+        unknown = (self._ids[at] != adapter_ids) & (adapter_ids != BASE_ONLY)
+        if unknown.any():
+            raise self._not_loaded("adapter_ids", some(np.unique(adapter_ids[unknown])))
+        found = self._first[at][:, np.newaxis] + expert_ids
+        found[(expert_ids == BASE_ONLY) | (adapter_ids == BASE_ONLY)[:, np.newaxis]] = BASE_ONLY
         return found
 
-    def _place(self, adapter_id: Any, argument: str = "adapter_id") -> int:
+    def _know(self) -> None:
+        """The ids that are loaded, ascending, and the stack's id of each one's first expert."""
+        known = self.ids
+        self._ids = np.array([*known, BASE_ONLY])
+        self._first = np.array([*(self._places[i] * self.experts for i in known), BASE_ONLY])
+
+    def _place(self, adapter_id: Any) -> int:
         if adapter_id not in self._places:
-            raise UnknownAdapterError(
-                argument, f"ids that are loaded, {some(self.ids)}", str(adapter_id), "load it first"
-            )
+            raise self._not_loaded("adapter_id", str(adapter_id))
         return self._places[adapter_id]
+
+    def _not_loaded(self, argument: str, received: str) -> UnknownAdapterError:
+        expected = f"ids that are loaded, {some(self.ids)}"
+        return UnknownAdapterError(argument, expected, received, "load it first")
 
 
 def add_lora(
@@ -194,15 +207,14 @@ def add_lora(
         raise ShapeError(
             "adapter_ids", f"shape (n,) = ({pairs.n},)", str(adapters.shape), "give one per row"
         )
-    experts = np.empty(len(pairs.rows), np.int64)
-    experts[pairs.pairs] = np.repeat(pairs.adapter_ids, pairs.lengths)
+    experts = pairs.named
     if experts.max(initial=-1) >= stack.experts:
         beyond = some(np.unique(experts[experts >= stack.experts]))
         raise UnknownAdapterError(
             "expert_ids", f"experts 0..{stack.experts - 1}", beyond, "pass this layer's ids"
         )
     ids = stack.pair_ids(experts.reshape(pairs.n, pairs.k), adapters)
-    batch = segment(ids).of_pairs(share_x=getattr(x, "ndim", 2) == 2)
+    batch = _batch(ids.tobytes(), pairs.k, getattr(x, "ndim", 2) == 2)
     rows = _rows_of(y, pairs)
     table = stack.stack.table
     if flat.shape[1] != stack.stack.h_in:
@@ -210,6 +222,12 @@ def add_lora(
     check_y(rows, batch.n, stack.stack.h_out, "x", flat)
     run_both(kernels(backend, flat.dtype, stack.stack.dtype, rows.dtype), table, batch, flat, rows)
     return y
+
+
+@lru_cache(BATCHES_KNOWN)
+def _batch(ids: bytes, k: int, share_x: bool) -> Segments:
+    """The pairs by their ids: all layers of a step, and both products of one, have the same."""
+    return segment(np.frombuffer(ids, np.int64).reshape(-1, k)).of_pairs(share_x)
 
 
 def _rows_of(y: Any, pairs: Segments) -> Array:

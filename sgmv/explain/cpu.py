@@ -12,7 +12,7 @@ from sgmv.cpu import VECTOR_BITS
 from sgmv.explain.question import Facts, Question
 from sgmv.ids import BASE_ONLY, NO_SLOT
 from sgmv.kernels.emit import LANES
-from sgmv.kernels.plan import cost, cuts, most_blocks, row_blocks
+from sgmv.kernels.plan import cost, cuts, cuts_of_shrink, most_blocks, row_blocks
 from sgmv.kernels.records import BLOCK, RANK_UNIT
 from sgmv.kernels.tasks import cut
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
@@ -94,7 +94,7 @@ def tasks(question: Question) -> Facts:
     shared = cost_ns >= launch.WORTH_SHARING_NS
     threads = threads if shared else 1
     panel = columns_of(np.dtype(np.float32))
-    shrink_cuts = cuts(len(blocks), -(-question.rank // RANK_UNIT), threads)
+    shrink_cuts = cuts_of_shrink(len(blocks), question.rank, threads)
     expand_cuts = cuts(len(blocks), -(-question.h_out // panel), threads)
     ids = list(question.slots)
     return {

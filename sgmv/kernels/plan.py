@@ -35,6 +35,7 @@ ROWS_PER_BLOCK = 96  # 96 rows of one K block are 384 KiB of float32 x: they sta
 FEWEST_ROWS_PER_BLOCK = 12  # fewer rows would read the weights once more for too little work
 # What a core does per nanosecond, roughly: multiply-adds, and weights read.
 PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
+RANKS_IN_L2 = 64  # of 1024 k each, in float32 256 KiB
 TASKS_PER_THREAD = 4  # enough that a thread which falls behind leaves work to the others
 
 
@@ -161,6 +162,15 @@ def cuts(blocks: int, units: int, threads: int) -> int:
 
 
 @jit()
+def cuts_of_shrink(blocks: int, rank: int, threads: int) -> Any:
+    """Into how many parts to cut each block of shrink: a part's weights of a K block stay in L2.
+
+    Ranks are many where weights are those of an expert, as wide as a layer.
+    """
+    return max(cuts(blocks, -(-rank // RANK_UNIT), threads), -(-rank // RANKS_IN_L2))
+
+
+@jit()
 def cost(blocks: Any, widths: int) -> Any:
     """What row blocks cost one core, roughly, and their highest rank. Units: nanoseconds.
 
@@ -269,7 +279,7 @@ def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
     widths += table.h_out if call.expand != 0 else 0
     cost_ns, rank = cost(records(BLOCK, call.blocks, call.block_count), widths)
     threads = call.threads if cost_ns >= worth_sharing_ns else 1
-    call.shrink_cuts = cuts(call.block_count, -(-rank // RANK_UNIT), threads)
+    call.shrink_cuts = cuts_of_shrink(call.block_count, rank, threads)
     panels = -(-table.h_out // table.panel_columns)
     call.expand_cuts = cuts(call.block_count, panels, threads)
     if call.turns != 0:  # the blocks of a cut follow one another: only its cuts busy all threads

@@ -454,6 +454,7 @@ KEPT = {  # what lasts as long as the process, and why it cannot grow
     "sgmv.backend._expand": "mixes of four float types",
     "sgmv.backend._kernels": "mixes of four float types",
     "sgmv.backend._shrink": "mixes of four float types",
+    "sgmv.compat.operator._owners": "of layers and wrappers that are alive",
     "sgmv.compat.peft_weights.is_float": "torch's types",
     "sgmv.compat.punica.pointers._owned": "of arrays that are alive",
     "sgmv.dtypes.bits_of": "four float types",

@@ -8,15 +8,18 @@ step.add_lora(module, y, x)      one SGMV for each layer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from sgmv.checks import check_count, fits_memory
 from sgmv.dtypes import Array
+from sgmv.embedding import add_lora_embedding
 from sgmv.errors import DtypeError, ServingError, StaleStepError, UnknownAdapterError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.lora import add_lora
@@ -26,6 +29,7 @@ from sgmv.serving.requests import LoRARequest
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.slots import AdapterSlots
 from sgmv.serving.weights import Active
+from sgmv.stack import AdapterStack
 
 R = TypeVar("R", bound=Hashable)
 BASE = Active(BASE_ONLY, BASE_ONLY)
@@ -83,8 +87,38 @@ class Step(Generic[R]):
         array([[0., 0.]], dtype=float32)
         """
         stack = self.adapter_slots.stack(module)
-        try:
+        with self._not_stale(stack):
             return add_lora(y, x, stack, self.segments, backend=backend)
+
+    def add_lora_embedding(
+        self, module: str, y: Array, tokens: npt.ArrayLike, *, backend: str | None = None
+    ) -> Array:
+        """Add every row's own delta at an embedding to y, in place.
+
+        Semantics: `sgmv.add_lora_embedding` with the embedding's adapters; `PeftAdapter.embeddings`
+        says which layers are embeddings.
+
+        module  the embedding's name
+        y       (n, h_out), as in `sgmv.add_lora_embedding`
+        tokens  (n,) integers
+
+        Raises as `add_lora`; ValueRangeError for tokens outside the adapters' vocabulary. y is then
+        as it was. Source: vLLM, lora/layers/vocal_parallel_embedding.py.
+
+        >>> slots = AdapterSlots(1, 1, 8, modules={"embed_tokens": (32, 2)})
+        >>> step = make_step(slots, {"r0": None})
+        >>> step.add_lora_embedding("embed_tokens", np.zeros((1, 2), "float32"), [7])
+        array([[0., 0.]], dtype=float32)
+        """
+        stack = self.adapter_slots.stack(module)
+        with self._not_stale(stack):
+            return add_lora_embedding(y, tokens, stack, self.segments, backend=backend)
+
+    @contextmanager
+    def _not_stale(self, stack: AdapterStack) -> Iterator[None]:
+        """Say of ids that the stack lacks that the step is older than what the slots hold."""
+        try:
+            yield
         except UnknownAdapterError as error:
             gone = [self.adapters[i].lora_name for i in self.adapters if i not in stack]
             raise StaleStepError(

@@ -558,6 +558,10 @@ CALLS: dict[str, Callable[[], Made]] = {
     "next_step": plain(
         serving.next_step, scheduler=scheduler, slots=adapter_slots, tokens=lambda: {"r0": 100}
     ),
+    "Step.add_lora_embedding": method(
+        step, "add_lora_embedding", module=const("up"), y=y, tokens=const([0, 2, 1, 0, 2]),
+        backend=const(None),
+    ),
     "Step.add_lora": method(step, "add_lora", module=const("up"), y=y, x=x, backend=const(None)),
     # emulator
     "punica_bgmv_shrink": launch("punica_bgmv_shrink", h_in=768, r=16, device=device()),

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import sgmv
+from reference import compare
+from reference.bounds import add_lora_bound
 from sgmv import serving
 from sgmv.errors import (
     DtypeError,
@@ -20,8 +22,10 @@ from sgmv.errors import (
     ServingError,
     SgmvError,
     ShapeError,
+    StaleStepError,
 )
 from sgmv.serving import AdapterSlots, LoRARequest, Scheduler
+from tests.help.peft_files import form
 from tests.help.served import BAD, FIXTURES, layers_of, lora, make_slots, read
 from tests.help.serving_model import LAYERS
 
@@ -232,6 +236,26 @@ def test_tokens_that_cannot_be_are_refused_before_anything_changes(
         serving.next_step(scheduler, slots, {names[1]: 3})  # names of those that wait are right
     with pytest.raises(SgmvError, match=part):
         serving.make_step(slots, dict.fromkeys(names), tokens)
+
+
+@pytest.mark.once
+def test_an_embedding_of_pefts_is_served_to_its_own_rows() -> None:
+    """One that PEFT wrote: tokens of the first request, and of the base model's."""
+    adapter, name = sgmv.load_peft(form("embedding-alone"))["model.embed_tokens"], "a7"
+    slots = serving.AdapterSlots(1, 1, 8)
+    one = LoRARequest(name, 7, str(form("embedding-alone")))
+    step = serving.make_step(slots, {"r0": one, "r1": None}, {"r0": 3, "r1": 2})
+    tokens, y = np.array([5, 31, 0, 4, 99]), np.ones((5, 48), "f")
+    assert step.add_lora_embedding("model.embed_tokens", y, tokens) is y
+    assert (y[3:] == 1).all()
+    looked_up = adapter.A.T[tokens[:3]].astype("d")
+    expected = 1 + adapter.scaling * (looked_up @ adapter.B.T.astype("d"))
+    x = np.eye(32, dtype="f")[tokens[:3]]
+    bound = add_lora_bound(np.ones((3, 48), "f"), x, [adapter], [0] * 3, expected=expected)
+    compare.check(y[:3], expected, bound)
+    slots.unload(7)
+    with pytest.raises(StaleStepError, match="a7"):
+        step.add_lora_embedding("model.embed_tokens", y, tokens)
 
 
 @pytest.mark.once

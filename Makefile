@@ -44,7 +44,7 @@ check: $(VENV)/dev.installed  ## linter, formatter, types, README against its re
 	$(RUN) -m build --quiet --wheel --outdir $(VENV)/wheel
 	$(RUN) -c "import glob, zipfile as z; [wheel] = glob.glob('$(VENV)/wheel/*.whl'); \
 	  found = {name.split('/')[0] for name in z.ZipFile(wheel).namelist()}; \
-	  assert {n for n in found if not n.endswith('.dist-info')} == {'sgmv', 'sgmv_vllm.py'}, found"
+	  assert {n for n in found if not n.endswith('.dist-info')} == {'sgmv', 'sgmv_vllm'}, found"
 
 format: $(VENV)/dev.installed  ## what the linter and the formatter can mend themselves
 	$(RUN) -m ruff check --fix .

@@ -55,6 +55,6 @@ VLLM = Setting(
     "on",
     "`0`: vLLM's CPU engine keeps its own LoRA products, though sgmv is installed beside it.",
 )
-# VECTOR_BITS and BFLOAT16 are read by kernels/cpu.py, VLLM by sgmv_vllm.py, outside of the package:
+# VECTOR_BITS and BFLOAT16 are read by kernels/cpu.py, VLLM by compat/vllm/entry, installed apart:
 # both import nothing of sgmv.
 SETTINGS = (NUM_THREADS, BACKEND, AMX, VECTOR_BITS, BFLOAT16, VLLM)

@@ -37,8 +37,7 @@ def grouped_matmul(
     returns     (n, h_out) for (n,) ids or with weights, else (n, k, h_out); in the smallest type
                 that holds x and W
 
-    A row's result depends on that row and its own ids alone, to the bit. `python -m benchmarks
-    experts` times it beside torch's and numpy's products, expert after expert.
+    A row's result depends on that row and its own ids alone, to the bit.
     Raises ShapeError, DtypeError, UnknownAdapterError, ValueRangeError. Source: Mixtral (arXiv
     2401.04088), section 2; MegaBlocks (arXiv 2211.15841).
 

@@ -134,6 +134,7 @@ def test_a_circle_is_found() -> None:
 
 # Commands import what they need, so that each begins as fast as it can; they fork no servers.
 LAZY = {"sgmv", "sgmv.__main__", "sgmv.compat", "sgmv.explain.command", "sgmv.extras"}
+LAZY.add("sgmv.compat.vllm.entry")  # installed apart: it must import nothing of sgmv
 
 
 def test_functions_import_nothing_but_by_one_door() -> None:

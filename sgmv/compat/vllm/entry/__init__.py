@@ -3,9 +3,10 @@
 With sgmv installed beside vLLM, and a CPU as vLLM's platform, vLLM's LoRA layers run on sgmv.
 `SGMV_VLLM=0` turns that off; so does vLLM's own VLLM_PLUGINS, where it does not name sgmv.
 
-This is not a module of the package sgmv, as that imports numba. vLLM's CPU worker looks into every
-module that is loaded when it starts (vllm/triton_utils/dispatcher.py), and ends on llvmlite's, of
-which one object answers to any name. So nothing of sgmv is imported until vLLM makes its wrapper.
+Installed, this is the package `sgmv_vllm`, not a part of sgmv, as that imports numba. vLLM's CPU
+worker looks into every module that is loaded when it starts (vllm/triton_utils/dispatcher.py), and
+ends on llvmlite's, of which one object answers to any name. So nothing of sgmv is imported until
+vLLM makes its wrapper.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
     python -m benchmarks layer      what LoRA adds to a layer, right after its base product
     python -m benchmarks compat     vLLM's calls against what vLLM does, time and memory
     python -m benchmarks peft       what LoRA adds to a PEFT model's forward pass
+    python -m benchmarks vllm       what LoRA adds in vLLM's CPU engine
     python -m benchmarks paper      Punica's roofline and microbenchmarks
     python -m benchmarks against  this tree beside another commit, in turn
     python -m benchmarks pages      tables and figures of the pages, from the committed records

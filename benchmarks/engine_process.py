@@ -16,6 +16,7 @@ were at the closest: less than what another order of sums can do to it decides n
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import sys
@@ -51,7 +52,7 @@ def sampling(tokens: int, **more: Any) -> Any:
 def generate(llm: Any, job: Any) -> Any:
     """All requests at once."""
     requests, margins = job["requests"], job.get("margins", False)
-    start = time.perf_counter()
+    used, start = cpu_seconds(), time.perf_counter()
     outputs = llm.generate(
         [prompt_of(request) for request in requests],
         [sampling(request[2], **({"logprobs": 2} if margins else {})) for request in requests],
@@ -59,10 +60,27 @@ def generate(llm: Any, job: Any) -> Any:
         use_tqdm=False,
     )
     seconds = time.perf_counter() - start
-    found = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "seconds": seconds}
+    foreign = None if used is None else max(0.0, (cpu_seconds() - used) / seconds)
+    tokens = [list(o.outputs[0].token_ids) for o in outputs]
+    found = {"tokens": tokens, "seconds": seconds, "foreign_cores": foreign}
     if margins:
         found["margins"] = [margin(o.outputs[0].logprobs) for o in outputs]
     return found
+
+
+def cpu_seconds() -> Any:
+    """What other processes have used of all cores; None where the system does not say.
+
+    As benchmarks/machine.py has it, which imports sgmv.
+    """
+    try:
+        with open("/proc/stat") as lines:
+            user, nice, system, _idle, _wait, irq, soft, steal = map(int, next(lines).split()[1:9])
+    except OSError:
+        return None
+    own = os.times()
+    busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - own.user - own.system
 
 
 def lora_of(requests: Any) -> Any:
@@ -153,6 +171,7 @@ JOBS = {
 def main() -> None:
     """Make the engine, run the jobs, print the results."""
     asked = json.load(sys.stdin)
+    import torch._dynamo.utils
     from vllm import LLM
 
     options = {
@@ -164,6 +183,7 @@ def main() -> None:
     facts = {
         "sgmv": "sgmv.compat.vllm.engine" in sys.modules,
         "numba": "numba" in sys.modules,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     sys.stdout.flush()

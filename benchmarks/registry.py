@@ -14,6 +14,7 @@ from benchmarks.studies import (
     mixtures,
     paper,
     peft,
+    vllm,
 )
 from benchmarks.studies.grid import command as grid
 from benchmarks.study import Study
@@ -31,6 +32,7 @@ STUDIES: dict[str, Study[Any]] = {
         instructions.STUDY,
         mixtures.STUDY,
         experts.STUDY,
+        vllm.STUDY,
         against.STUDY,
     )
 }

@@ -51,9 +51,9 @@ BFLOAT16 = Setting(
 )
 VLLM = Setting(
     "SGMV_VLLM",
-    "`0`",
+    "`0`, `compile`",
     "on",
-    "`0`: vLLM's CPU engine keeps its own LoRA products, though sgmv is installed beside it.",
+    "`0`: vLLM's CPU engine keeps its own LoRA products. `compile`: it keeps torch.compile on.",
 )
 # VECTOR_BITS and BFLOAT16 are read by kernels/cpu.py, VLLM by compat/vllm/entry, installed apart:
 # both import nothing of sgmv.

@@ -112,6 +112,20 @@ def test_greedy_tokens_are_those_of_vllms_own_products(root: Path) -> None:
     check_equal(ours.results, stock.results)
 
 
+def test_compiled_models_are_one_graph(root: Path) -> None:
+    """SGMV_VLLM=compile: the same tokens in every mix, and nothing is compiled again for one."""
+    jobs = [generate(requests(root, mix, seed=i)) for i, mix in enumerate(([1, 0, 2], [3], [0, 4]))]
+    ours = engines.serve(
+        "sgmv", root / "model", jobs,
+        {**ONE_THREAD, "SGMV_VLLM": "compile", "VLLM_CPU_CI_ENV": "1"}, **lora(5),
+        enforce_eager=False,
+    )  # fmt: skip
+    stock = serve("stock", root / "model", jobs, **lora(5))
+    check_equal(ours.results, stock.results)
+    assert ours.facts["graphs"] == 1
+    assert stock.facts["graphs"] == 0
+
+
 def test_base_only_rows_are_the_base_models_though_every_slot_is_taken(root: Path) -> None:
     mixed = requests(root, [1, 0, 2, 0, 3, 0, 4, 0], seed=7)
     alone = [[prompt, None, tokens] for prompt, _, tokens in mixed]
@@ -233,7 +247,7 @@ print(json.dumps([name.rpartition(".")[2], before, told]))
         ({}, "sgmv_punica_wrapper"),
         ({"SGMV_VLLM": "0"}, "PunicaWrapperCPU"),
         ({"VLLM_PLUGINS": ""}, "PunicaWrapperCPU"),
-        ({"VLLM_PLUGINS": "sgmv"}, "sgmv_punica_wrapper"),
+        ({"VLLM_PLUGINS": "sgmv", "SGMV_VLLM": "compile"}, "sgmv_punica_wrapper"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 With sgmv installed beside vLLM, and a CPU as vLLM's platform, vLLM's LoRA layers run on sgmv.
 `SGMV_VLLM=0` turns that off; so does vLLM's own VLLM_PLUGINS, where it does not name sgmv.
+`SGMV_VLLM=compile` keeps vLLM's torch.compile on, which it turns off for LoRA on CPUs.
 
 Installed, this is the package `sgmv_vllm`, not a part of sgmv, as that imports numba. vLLM's CPU
 worker looks into every module that is loaded when it starts (vllm/triton_utils/dispatcher.py), and
@@ -35,6 +36,24 @@ def register() -> None:
 
     get_punica_wrapper.without_sgmv = own  # type: ignore[attr-defined]
     platform.get_punica_wrapper = classmethod(get_punica_wrapper)
+    if os.environ.get("SGMV_VLLM") == "compile":
+        keep_compiling(platform)
+
+
+def keep_compiling(platform: Any) -> None:
+    """With LoRA, too, compile as vLLM does without: sgmv's products are operations of torch's."""
+    from vllm.config import CompilationMode
+
+    own = platform.check_and_update_config
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        compilation = vllm_config.compilation_config
+        asked = compilation.mode
+        own(vllm_config)
+        if vllm_config.lora_config is not None and asked == CompilationMode.VLLM_COMPILE:
+            compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def chosen(own: str) -> str:
@@ -45,13 +64,13 @@ def chosen(own: str) -> str:
         why = engine.unlike(own)
     except Exception as error:  # whatever is wrong with the installation, vLLM still serves
         why = f"{type(error).__name__}: {error}"
-    if why:
-        warnings.warn(
-            f"sgmv {version('sgmv')} leaves LoRA to vLLM {version_of_vllm()}: {why}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return own if why else WRAPPER
+    if not why:
+        return WRAPPER
+    told = f"sgmv {version('sgmv')} leaves LoRA to vLLM {version_of_vllm()}: {why}"
+    if os.environ.get("SGMV_VLLM") == "compile":  # vLLM's own products are not to be compiled
+        raise RuntimeError(f"{told}; SGMV_VLLM=compile needs sgmv's")
+    warnings.warn(told, RuntimeWarning, stacklevel=2)
+    return own
 
 
 def version_of_vllm() -> str:

@@ -26,7 +26,7 @@ import sgmv
 from benchmarks.clock import Budget, Variant, interval, time_quietly
 from benchmarks.gate import CHECKED_ROWS, spread
 from benchmarks.peers import rests
-from benchmarks.record import Head, Times, source
+from benchmarks.record import Head, Times
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table, ratio_text
 from reference import bounds, by_row, compare
@@ -125,16 +125,6 @@ def tables(record: MixtureRecord) -> list[Table]:
     head = ["n", "k", "adapters", "S", "one call us", "k calls / one", "merged / one"]
     note = f"k calls / one call, geometric mean: {mean:.2f}x; {record.threads} threads."
     return [Table(head, rows, 3, [note])]
-
-
-def page(record: MixtureRecord, name: str) -> str:
-    """The table of docs/group-by-id.md, and where it comes from."""
-    table = tables(record)[0]
-    head = (
-        f"{H} → {RANK} → {H} float32, {ADAPTERS} adapters, {source(record)}; record: "
-        f"`benchmarks/records/{name}`. {table.notes[0]}"
-    )
-    return f"{head}\n\n{table.markdown()}"
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:

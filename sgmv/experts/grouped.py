@@ -35,7 +35,7 @@ def grouped_matmul(
                 step
     weights     (n, k) finite numbers, a router's; left out, products are not added up
     returns     (n, h_out) for (n,) ids or with weights, else (n, k, h_out); in the smallest type
-                that holds x and W
+                that holds x and W; `Segments` of one id per row count as (n,)
 
     A row's result depends on that row and its own ids alone, to the bit.
     Raises ShapeError, DtypeError, UnknownAdapterError, ValueRangeError. Source: Mixtral (arXiv

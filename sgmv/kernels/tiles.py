@@ -69,7 +69,7 @@ MOST_ROWS = SUMS // 4
 
 def _as_many(rows: int, most: int) -> int:
     """The most sums of a row, a power of two, that there are registers for; at most `most`."""
-    return next(n for n in (16, 8, 4) if n <= most and n * rows <= SUMS)
+    return next((n for n in (16, 8, 4) if n <= most and n * rows <= SUMS), 1)
 
 
 # A tile of few rows takes more ranks at once, for fewer reads of x; and more vectors of columns,

@@ -91,6 +91,10 @@ def kernels() -> Kernels:
     return Kernels(entry(kernel), 0, 4)
 
 
+LARGE = 512  # ranks: a block is cut, so that a part's weights stay in L2
+CUTS = LARGE // plan.RANKS_IN_L2
+
+
 class Meeting:
     """A call whose tasks tell who came: `rows` of one adapter whose rank and width are large."""
 
@@ -103,10 +107,10 @@ class Meeting:
         patience: int = 3 * SECOND,
     ) -> None:
         self.kernels = kernels
-        pair = np.zeros((512, 2048), "f"), np.zeros((1, 512), "f")
+        pair = np.zeros((LARGE, 2048), "f"), np.zeros((1, LARGE), "f")
         self.stack = sgmv.AdapterStack.from_adapters([pair])
         self.ids = np.zeros(rows, np.int64)
-        self.v = np.zeros((1, TASKS + rows + 1024), np.int64)
+        self.v = np.zeros((1, TASKS + rows + 1024 * CUTS), np.int64)
         self.v[0, [EXPECTED, PATIENCE, TURNS]] = expected, patience, turns
 
     def call(self) -> None:
@@ -435,7 +439,7 @@ def test_ctrl_c_stops_a_long_call(threads: int, kernels: Kernels, pool: workers.
     started = time.monotonic()
     interrupted_call(meeting, pool)
     assert time.monotonic() - started < 20
-    assert 3 < meeting.begun < 400
+    assert 3 < meeting.begun < 400 * CUTS
     check_nobody_works(meeting, pool)
     Meeting(kernels, rows=200, expected=threads).check_all_come()
     check(CASE, add(), "after an interrupt")
@@ -456,7 +460,7 @@ def test_a_failure_is_raised_after_all_have_stopped(
         patch.setattr(call, "resume", fail)
         with pytest.raises(MemoryError):
             meeting.call()
-    assert meeting.begun < 520
+    assert meeting.begun < 520 * CUTS
     check_nobody_works(meeting, pool)
     check(CASE, add(), "after a failure")
 

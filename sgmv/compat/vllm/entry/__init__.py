@@ -66,10 +66,10 @@ def chosen(own: str) -> str:
         why = f"{type(error).__name__}: {error}"
     if not why:
         return WRAPPER
-    named = f"sgmv {version('sgmv')} leaves LoRA to vLLM {version_of_vllm()}: {why}"
+    reason = f"sgmv {version('sgmv')} leaves LoRA to vLLM {version_of_vllm()}: {why}"
     if os.environ.get("SGMV_VLLM") == "compile":  # vLLM's own products are not to be compiled
-        raise RuntimeError(f"{named}; SGMV_VLLM=compile needs sgmv's")
-    warnings.warn(named, RuntimeWarning, stacklevel=2)
+        raise RuntimeError(f"{reason}; SGMV_VLLM=compile needs sgmv's")
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)
     return own
 
 

@@ -10,6 +10,8 @@ from reference import bounds, by_einsum, by_row, mixtures
 from reference.bounds import unit_roundoff
 from reference.workloads import Workload
 
+pytestmark = pytest.mark.once
+
 TYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 
 

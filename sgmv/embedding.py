@@ -11,7 +11,7 @@ from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import ShapeError, ValueRangeError, some
 from sgmv.ids import as_integers
 from sgmv.launch import run_expand
-from sgmv.segment import Segments, segment
+from sgmv.segment import Segments, pair_weights, segment
 from sgmv.stack import AdapterStack, check_stack
 
 
@@ -71,6 +71,6 @@ def add_lora_embedding(
             v[span, : rank[s]] = stored.wa[:, looked_up[segments.rows[span]]].T
     if weights is not None:
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            v *= segments.pair_weights(weights)[:, np.newaxis]
+            v *= pair_weights(segments, weights)[:, np.newaxis]
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)
     return y

@@ -9,7 +9,7 @@ from sgmv.backend import kernels
 from sgmv.checks import check_v, check_y
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.launch import run_expand
-from sgmv.segment import Segments, check_segments
+from sgmv.segment import Segments, check_segments, pair_weights
 from sgmv.stack import AdapterStack, check_stack
 
 
@@ -56,6 +56,6 @@ def expand(
     v = np.ascontiguousarray(v, sum_dtype(v.dtype, stack.dtype, y.dtype))
     if weights is not None:
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            v = v * segments.pair_weights(weights)[:, np.newaxis].astype(v.dtype)
+            v = v * pair_weights(segments, weights)[:, np.newaxis].astype(v.dtype)
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)
     return y

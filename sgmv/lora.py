@@ -24,7 +24,7 @@ from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.ids import BASE_ONLY, Integers, as_pairs
 from sgmv.launch import run_both
-from sgmv.segment import Segments, segment
+from sgmv.segment import Segments, segment, weighted
 from sgmv.stack import AdapterStack, check_stack
 
 
@@ -84,11 +84,11 @@ def _batch(
 ) -> Segments | Integers:
     """Ids, one per row, as they are: compiled code sorts them. Anything else is segmented here."""
     if isinstance(adapter_ids, Segments):
-        return adapter_ids.weighted(weights)
+        return weighted(adapter_ids, weights)
     ids, k = as_pairs(adapter_ids)
     if k is None and weights is None:
         return ids
-    return segment(adapter_ids).weighted(weights)
+    return weighted(segment(adapter_ids), weights)
 
 
 def apply_batched(

@@ -212,30 +212,6 @@ class Segments:
         pairs = () if self.k == 1 else (self.pairs,)
         return Segments, (self.rows, self.seq_start, self.adapter_ids, *pairs)
 
-    def of_pairs(self, share_x: bool) -> Segments:
-        """The same pairs as a plain batch of n * k rows: pair i * k + j has row i * k + j of y.
-
-        share_x  whether it reads row i of x (n, h_in), else row i * k + j of x (n * k, h_in)
-        """
-        plain = self._trusted(self.pairs, self.seq_start, self.adapter_ids)
-        object.__setattr__(plain, "_x_rows", self.rows if share_x else None)
-        return plain
-
-    def weighted(self, weights: npt.ArrayLike | None) -> Segments:
-        """The same segments, which one call multiplies by a weight for each pair; None for none.
-
-        Raises ShapeError, DtypeError and ValueRangeError unless they are (n, k) finite numbers, or
-        (n,) for k = 1.
-        """
-        if weights is None:
-            return self
-        found = self.pair_weights(weights)
-        return self._trusted(self.rows, self.seq_start, self.adapter_ids, self.pairs, found)
-
-    def pair_weights(self, weights: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """(m,) the weight of the pair at each position; errors as `weighted`."""
-        return check_weights(weights, self.n, self.k).reshape(-1)[self.pairs]
-
     @cached_property
     def _record(self) -> npt.NDArray[Any]:
         """The segments as compiled code takes them."""
@@ -431,6 +407,33 @@ def _of_pairs(pairs: Integers, seq_start: Integers, ids: Integers, k: int) -> Se
         pairs, rows, ids = pairs[order], rows[order], ids[part // k]
         seq_start = np.searchsorted(pieces[order], np.arange(len(part) + 1))
     return Segments._trusted(rows, seq_start, ids, pairs)
+
+
+def of_pairs(segments: Segments, share_x: bool) -> Segments:
+    """The same pairs as a plain batch of n * k rows: pair i * k + j has row i * k + j of y.
+
+    share_x  whether it reads row i of x (n, h_in), else row i * k + j of x (n * k, h_in)
+    """
+    plain = Segments._trusted(segments.pairs, segments.seq_start, segments.adapter_ids)
+    object.__setattr__(plain, "_x_rows", segments.rows if share_x else None)
+    return plain
+
+
+def weighted(segments: Segments, weights: npt.ArrayLike | None) -> Segments:
+    """The same segments, which one call multiplies by a weight for each pair; None for none.
+
+    Raises ShapeError, DtypeError and ValueRangeError unless they are (n, k) finite numbers, or
+    (n,) for k = 1.
+    """
+    if weights is None:
+        return segments
+    arrays = segments.rows, segments.seq_start, segments.adapter_ids, segments.pairs
+    return Segments._trusted(*arrays, pair_weights(segments, weights))
+
+
+def pair_weights(segments: Segments, weights: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """(m,) the weight of the pair at each position; errors as `weighted`."""
+    return check_weights(weights, segments.n, segments.k).reshape(-1)[segments.pairs]
 
 
 def check_segments(segments: object) -> None:

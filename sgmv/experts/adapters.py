@@ -22,7 +22,7 @@ from sgmv.errors import ShapeError, UnknownAdapterError, some
 from sgmv.experts.grouped import pairs_of
 from sgmv.ids import BASE_ONLY, Integers, as_ids, check_id
 from sgmv.launch import run_both
-from sgmv.segment import Segments, segment
+from sgmv.segment import Segments, of_pairs, segment
 from sgmv.stack import AdapterStack
 
 
@@ -227,7 +227,7 @@ def add_lora(
 @lru_cache(BATCHES_KNOWN)
 def _batch(ids: bytes, k: int, share_x: bool) -> Segments:
     """The pairs by their ids: all layers of a step, and both products of one, have the same."""
-    return segment(np.frombuffer(ids, np.int64).reshape(-1, k)).of_pairs(share_x)
+    return of_pairs(segment(np.frombuffer(ids, np.int64).reshape(-1, k)), share_x)
 
 
 def _rows_of(y: Any, pairs: Segments) -> Array:

@@ -12,7 +12,7 @@ from sgmv.compat.products import check_stacks, stack_of
 from sgmv.compat.products import shrink as products
 from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import ShapeError
-from sgmv.segment import Segments, segment
+from sgmv.segment import Segments, of_pairs, segment
 from sgmv.tensors import as_array
 
 
@@ -95,7 +95,7 @@ def pairs_of(x: Array, expert_ids: Segments | npt.ArrayLike) -> tuple[Segments, 
         )
     if not apart:
         return pairs, pairs, check_matrix("x", x)
-    return pairs, pairs.of_pairs(share_x=False), check_matrix("x", x.reshape(-1, shape[2]))
+    return pairs, of_pairs(pairs, share_x=False), check_matrix("x", x.reshape(-1, shape[2]))
 
 
 def names_several(expert_ids: Segments | npt.ArrayLike) -> bool:

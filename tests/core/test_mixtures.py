@@ -209,7 +209,7 @@ FAULTS = {
         "kernels.tasks", "v[j] *= weights[p]", "v[j] *= weights[task.first]"
     ),
     "weights are those of the unsorted pairs": Fault(
-        "segment", ".reshape(-1)[self.pairs]", ".reshape(-1)[np.arange(len(self.pairs))]"
+        "segment", ".reshape(-1)[segments.pairs]", ".reshape(-1)[np.arange(len(segments.pairs))]"
     ),
     "weights are left out": Fault("kernels.tasks", "if call.weights != 0:", "if False:"),
     "a cut begins with its second block": Fault(

@@ -162,8 +162,8 @@ def make_pool(
 ) -> Pool:
     """Seeded random adapters; scalings differ, so that a kernel that mixes them up is found."""
     rng = np.random.Generator(np.random.SFC64(seed))
-    A = _uniform(rng, (slots, rank, h_in), h_in**-0.5)
-    wb = _uniform(rng, (slots, rank, h_out), rank**-0.5)
+    A = uniform(rng, (slots, rank, h_in), h_in**-0.5)
+    wb = uniform(rng, (slots, rank, h_out), rank**-0.5)
     scalings = rng.choice(np.array([0.5, 1.0, 2.0], np.float32), slots)
     a, b = A, wb
     if dtype != np.float32:
@@ -195,8 +195,8 @@ def make_batch(pool: Pool, adapter_ids: NDArray[np.int64], seed: int) -> Batch:
     """Seeded x and y of the pool's dtype, and the segments of `adapter_ids`."""
     rng = np.random.Generator(np.random.SFC64(seed))
     n = len(adapter_ids)
-    x = _uniform(rng, (n, pool.A.shape[2]), 1.0).astype(pool.dtype, copy=False)
-    y = _uniform(rng, (n, pool.wb.shape[2]), 1.0).astype(pool.dtype, copy=False)
+    x = uniform(rng, (n, pool.A.shape[2]), 1.0).astype(pool.dtype, copy=False)
+    y = uniform(rng, (n, pool.wb.shape[2]), 1.0).astype(pool.dtype, copy=False)
     slots, counts = np.unique(adapter_ids, return_counts=True)
     order = np.argsort(adapter_ids, kind="stable")
     rows = np.split(order, np.cumsum(counts)[:-1])
@@ -229,7 +229,7 @@ def _pool(
     return Pool(adapters, stack, A, wb, ranks, scalings, weight_bytes, dtype)
 
 
-def _uniform(
+def uniform(
     rng: np.random.Generator, shape: tuple[int, ...], deviation: float
 ) -> NDArray[np.float32]:
     """Uniform values with mean 0 and the given standard deviation.

@@ -142,7 +142,7 @@ def interval(*pairs: tuple[Times, Times]) -> tuple[float, float] | None:
 
     Semantics: None without two rounds or more of each. Rounds are drawn, the same for both sides,
     as a slow minute hits both; the interval is as wide as what rounds differ by. Of the few rounds
-    of a case it knows no more than that: 3 rounds give 27 draws, whose interval is nearly their
+    of a case it knows no more than that: 3 rounds give 27 draws, and the interval is nearly their
     range.
 
     >>> ten, twenty = summary([[10], [10], [10]]), summary([[20], [20], [20]])

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sgmv.extras import load
+from sgmv.models import Model
 
 ROOT = Path(__file__).parents[1]
 Job = Mapping[str, Any]
@@ -29,28 +30,23 @@ PRODUCTS = ("base", "stock", "sgmv")  # an engine without LoRA, with vLLM's own,
 
 
 @dataclass(frozen=True)
-class Llama:
-    """A Llama's widths."""
+class Llama(Model):
+    """A whole Llama: a layer's widths, its depth, and its vocabulary."""
 
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     layers: int
     vocabulary: int
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(h_in, h_out) of a layer's linear modules, by their names in it."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q = self.layer("q")
         return {
-            "self_attn.q_proj": (self.hidden, q),
-            "self_attn.k_proj": (self.hidden, kv),
-            "self_attn.v_proj": (self.hidden, kv),
-            "self_attn.o_proj": (q, self.hidden),
-            "mlp.gate_proj": (self.hidden, self.intermediate),
-            "mlp.up_proj": (self.hidden, self.intermediate),
-            "mlp.down_proj": (self.intermediate, self.hidden),
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": self.layer("kv"),
+            "self_attn.v_proj": self.layer("kv"),
+            "self_attn.o_proj": q[::-1],
+            "mlp.gate_proj": self.layer("gate/up"),
+            "mlp.up_proj": self.layer("gate/up"),
+            "mlp.down_proj": self.layer("down"),
         }
 
     def config(self) -> dict[str, Any]:

@@ -23,8 +23,6 @@ import sys
 import time
 from typing import Any
 
-Request = "list[Any]"
-
 
 def prompt_of(request: Any) -> Any:
     """A request's prompt as vLLM takes it."""

@@ -122,7 +122,7 @@ def check_rows(
 ) -> None:
     """Hold rows at both ends and between of one call to the reference: it is not timed if wrong."""
     rows = spread(len(ids), CHECKED_ROWS)
-    adapters = {int(i): stack[int(i)] for i in ids[rows]}
+    adapters = {i: stack[i] for i in np.unique(ids[rows]).tolist()}
     expected = by_row.add_lora(y[rows], x[rows], adapters, ids[rows])
     bound = bounds.add_lora_bound(y[rows], x[rows], adapters, ids[rows], expected=expected)
     result = sgmv.add_lora(y.copy(), x, stack, ids)

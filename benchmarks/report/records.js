@@ -9,50 +9,33 @@ const [LOSS, UNDECIDED] = ["!", "~"];
 const range = (count) => Array.from({ length: count }, (_, i) => i);
 const distinct = (values) => [...new Set(values)];
 
+// The fields that a case of the page's data begins with, in the order of write.py; after them come
+// shares, times, ratios and skipped.
+const FIELDS = [
+  ...["h_in", "h_out", "names", "rank", "rows", "popularity", "dtype", "S"],
+  ...["footprint", "flops", "foreign"],
+];
+
 // A record of the grid as the page's data has it, its cases by name of their fields.
 function unpacked(grid) {
-  const cases = grid.cases.map(
-    ([
-      h_in,
-      h_out,
-      names,
-      rank,
-      rows,
-      popularity,
-      dtype,
-      S,
-      footprint,
-      flops,
-      foreign,
-      ...rest
-    ]) => {
-      const [shares, times, ratios, skipped] = rest;
-      const found = {
-        h_in,
-        h_out,
-        rank,
-        rows,
-        popularity,
-        dtype,
-        S,
-        footprint,
-        flops,
-        foreign,
-        shares,
-        ratios,
-        names: grid.names[names],
-        times: {},
-        skipped: Object.fromEntries(
-          Object.entries(skipped).map(([peer, why]) => [peer, grid.reasons[why]]),
-        ),
-      };
-      grid.variants.forEach((variant, i) => {
-        if (times[i].length) found.times[variant] = times[i];
-      });
-      found.name = case_name(found);
-      return found;
-    },
-  );
+  const cases = grid.cases.map((values) => {
+    const [shares, times, ratios, skipped] = values.slice(FIELDS.length);
+    const found = {
+      ...Object.fromEntries(FIELDS.map((field, i) => [field, values[i]])),
+      shares,
+      ratios,
+      times: {},
+      skipped: Object.fromEntries(
+        Object.entries(skipped).map(([peer, why]) => [peer, grid.reasons[why]]),
+      ),
+    };
+    found.names = grid.names[found.names];
+    grid.variants.forEach((variant, i) => {
+      if (times[i].length) found.times[variant] = times[i];
+    });
+    found.name = case_name(found);
+    return found;
+  });
   return { ...grid, cases };
 }
 

@@ -129,9 +129,10 @@ def curves(found: growth.GrowthRecord) -> dict[str, Any]:
                 "name": series.name,
                 "axis": series.axis,
                 "points": [[point.n, *_quantiles(point.times)] for point in series.points],
-                "fit": [growth.fitted(series).a, growth.fitted(series).b],
+                "fit": [line.a, line.b],
             }
             for series in found.series
+            for line in [growth.fitted(series)]
         ],
     }
 

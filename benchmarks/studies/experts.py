@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.batch import dtype_of, in_library
+from benchmarks.batch import dtype_of, in_library, uniform
 from benchmarks.clock import Budget, Variant, interval, time_quietly
 from benchmarks.gate import CHECKED_ROWS, spread
 from benchmarks.peers import rests
@@ -95,8 +95,7 @@ def weights(its: Widths, dtype: str) -> tuple[NDArray[Any], NDArray[Any], NDArra
     rng = np.random.Generator(np.random.SFC64(0))
 
     def drawn(*shape: int) -> NDArray[Any]:
-        values = rng.random(shape, np.float32) - np.float32(0.5)
-        found: NDArray[Any] = (values * np.float32(shape[-1] ** -0.5)).astype(dtype_of(dtype))
+        found: NDArray[Any] = uniform(rng, shape, shape[-1] ** -0.5).astype(dtype_of(dtype))
         return found
 
     W = drawn(its.E, its.h_out, its.h_in)

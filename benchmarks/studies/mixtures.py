@@ -24,12 +24,11 @@ from numpy.typing import NDArray
 
 import sgmv
 from benchmarks.clock import Budget, Variant, interval, time_quietly
-from benchmarks.gate import CHECKED_ROWS, spread
+from benchmarks.gate import check_rows
 from benchmarks.peers import rests
 from benchmarks.record import Head, Times
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table, ratio_text
-from reference import bounds, by_row, compare
 
 H, RANK, ADAPTERS = 4096, 16, 16
 ROWS, PLACES, MIXES = (1, 16, 64, 256, 1024), (2, 4), ("drawn", "shared")
@@ -86,7 +85,10 @@ def measure(rows: int, k: int, mix: str, budget: Budget = BUDGET) -> MixtureCase
     if mix == "shared":
         merged = np.sum([B @ A for A, B in (pairs[i] for i in ids[0].tolist())], axis=0)
         forms["merged"] = lambda y: np.add(y, x @ merged.T, out=y)
-    check(forms["sgmv"], y, x, pairs, ids)
+    try:
+        check_rows(y, x, stack, ids)
+    except AssertionError as error:
+        raise Red("gate: RED, nothing was timed", error) from error
     waits = rests(["numpy" if name == "merged" else "sgmv" for name in forms])
     variants = [
         Variant(name, partial(form, y.copy()), settle_s=max(0.003, wait))
@@ -94,19 +96,6 @@ def measure(rows: int, k: int, mix: str, budget: Budget = BUDGET) -> MixtureCase
     ]
     times, foreign = time_quietly(variants, budget)
     return MixtureCase(rows, k, mix, together.S, times, foreign)
-
-
-def check(form: Any, y: NDArray[Any], x: NDArray[Any], pairs: Any, ids: NDArray[np.int64]) -> None:
-    """Hold rows at both ends and between to the reference. Raises Red."""
-    result = y.copy()
-    form(result)
-    rows = spread(len(y), CHECKED_ROWS)
-    expected = by_row.add_lora(y[rows], x[rows], pairs, ids[rows])
-    bound = bounds.add_lora_bound(y[rows], x[rows], pairs, ids[rows], expected=expected)
-    try:
-        compare.check(result[rows], expected, bound)
-    except AssertionError as error:
-        raise Red("gate: RED, nothing was timed", error) from error
 
 
 def tables(record: MixtureRecord) -> list[Table]:

@@ -53,8 +53,8 @@ def test_a_wrong_mixture_is_not_timed(
 ) -> None:
     add_lora = sgmv.add_lora
 
-    def first_alone(y: Any, x: Any, stack: Any, segments: Any) -> None:
-        add_lora(y, x, stack, np.zeros(len(y), np.int64))
+    def first_alone(y: Any, x: Any, stack: Any, segments: Any) -> Any:
+        return add_lora(y, x, stack, np.zeros(len(y), np.int64))
 
     monkeypatch.setattr(sgmv, "add_lora", first_alone)
     monkeypatch.setattr(mixtures, "time_quietly", must_not_run)

@@ -72,10 +72,9 @@ class Workload:
 
     x (n, h_in), y (n, h_out) before the call, adapter_ids (n,) int64, adapters {id: (A, B) or
     None}, scalings {id: float}; `why` says which fault it hunts. A mixture has adapter_ids (n, k)
-    and weights (n, k), or None = 1. `exact`: every sum fits the
-    significand of the sums' type, so that only the expected value, rounded once to y's type, is
-    right. Give a kernel a copy of y; `check` finds one that writes to anything else, and names
-    what it wrote to.
+    and weights (n, k), or None = 1. `exact`: every sum fits the significand of the sums' type, so
+    that only the expected value, rounded once to y's type, is right. Give a kernel a copy of y;
+    `check` finds one that writes to anything else, and names what it wrote to.
 
     >>> case = real("demo", "shows the fields", [0, -1], {0: 2}, h_in=3, h_out=4)
     >>> case.expected.shape, case.rows, case.seq_start, case.segment_ids
@@ -112,19 +111,24 @@ class Workload:
         _, lengths = np.unique(self.adapter_ids, return_counts=True)
         return _frozen(np.concatenate(([0], np.cumsum(lengths))))
 
+    @property
+    def _pairs(self) -> tuple[Any, Any, Any]:
+        """Who has which adapter, as the reference's calls take it."""
+        return self.adapters, self.adapter_ids, self.scalings
+
     @cached_property
     def expected(self) -> NDArray[np.float64]:
         """What y must become, (n, h_out)."""
-        inputs = (self.y, self.x, self.adapters, self.adapter_ids, self.scalings)
-        return by_row.add_lora(*inputs, weights=self.weights)
+        return by_row.add_lora(self.y, self.x, *self._pairs, weights=self.weights)
 
     @cached_property
     def bound(self) -> NDArray[np.float64]:
         """How far from `expected` each element may be, (n, h_out)."""
         if self.exact:
             return _store_error(self.expected, self.y.dtype)
-        inputs = (self.y, self.x, self.adapters, self.adapter_ids, self.scalings)
-        return bounds.add_lora_bound(*inputs, weights=self.weights, expected=self.expected)
+        return bounds.add_lora_bound(
+            self.y, self.x, *self._pairs, weights=self.weights, expected=self.expected
+        )
 
     @cached_property
     def W(self) -> NDArray[Any]:
@@ -138,17 +142,15 @@ class Workload:
     @cached_property
     def expected_applied(self) -> NDArray[np.float64]:
         """What `apply_batched(x, W, ...)` must return, (n, h_out)."""
-        inputs = (self.x, self.W, self.adapters, self.adapter_ids, self.scalings)
-        return by_row.apply_batched(*inputs, weights=self.weights)
+        return by_row.apply_batched(self.x, self.W, *self._pairs, weights=self.weights)
 
     @cached_property
     def bound_applied(self) -> NDArray[np.float64]:
         """How far from `expected_applied` each element may be, (n, h_out)."""
         if self.exact:
             return _store_error(self.expected_applied, self.x.dtype)
-        inputs = (self.x, self.W, self.adapters, self.adapter_ids, self.scalings)
         return bounds.apply_batched_bound(
-            *inputs, weights=self.weights, expected=self.expected_applied
+            self.x, self.W, *self._pairs, weights=self.weights, expected=self.expected_applied
         )
 
     @cached_property
@@ -156,10 +158,8 @@ class Workload:
         """What a kernel that flushes subnormal numbers in shrink may add to a bound, (n, h_out)."""
         if self.exact:
             return np.zeros(self.y.shape)
-        inputs = (self.y, self.x, self.adapters, self.adapter_ids, self.scalings)
-        return np.where(
-            np.isfinite(self.expected), bounds.flush_bound(*inputs, weights=self.weights), 0.0
-        )
+        more = bounds.flush_bound(self.y, self.x, *self._pairs, weights=self.weights)
+        return np.where(np.isfinite(self.expected), more, 0.0)
 
     def check(self, actual: ArrayLike, flushes: bool = False) -> None:
         """Passes if `actual` is a right y.

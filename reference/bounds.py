@@ -136,9 +136,7 @@ def add_lora_bound(
         expected = by_row.add_lora(y, x, adapters, ids, scalings, weights=weights)
     start = _Start(np.abs(y.astype(np.float64)), y, float_type(y.dtype), roundings=0)
     out_type = float_type(y.dtype if out is None else out)
-    if ids.ndim == 1 and weights is None:
-        return _bound(start, x, ids, chosen, expected, out_type)
-    return _bound_of_pairs(start, x, _pairs(ids, chosen, weights), expected, out_type)
+    return _bound(start, x, ids, chosen, weights, expected, out_type)
 
 
 @np.errstate(invalid="ignore", over="ignore", under="ignore")
@@ -172,10 +170,7 @@ def apply_batched_bound(
         out = np.result_type(x, W, *used)
     size = np.abs(x.astype(np.float64)) @ np.abs(W.astype(np.float64)).T
     start = _Start(size, W, float_type(sum_dtype(x, W)), roundings=x.shape[1])
-    if ids.ndim == 1 and weights is None:
-        return _bound(start, x, ids, chosen, expected, float_type(out))
-    pairs = _pairs(ids, chosen, weights)
-    return _bound_of_pairs(start, x, pairs, expected, float_type(out))
+    return _bound(start, x, ids, chosen, weights, expected, float_type(out))
 
 
 @np.errstate(invalid="ignore", over="ignore", under="ignore")
@@ -204,12 +199,12 @@ def flush_bound(
     ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], y.shape[1], len(y))
     tiny, u = float_type("float32").smallest_normal, float_type("float32").unit_roundoff
     bound = np.zeros(y.shape)
+    places = 1 if ids.ndim == 1 else ids.shape[1]
     for rows, adapter, factor in _pairs(ids, chosen, weights):
         A, B, its = (np.abs(a.astype(np.float64)) for a in (*adapter[:2], x[rows]))
         v = tiny * (A.sum(axis=1) + its.sum(axis=1)[:, None] + 2 * x.shape[1])
-        carried = (1 + gamma(x.shape[1] + len(A) + 4, u)) * (1 + 2.0**-8) ** (
-            1 if ids.ndim == 1 else ids.shape[1]
-        )
+        roundings = x.shape[1] + len(A) + 3 + (weights is not None)
+        carried = (1 + gamma(roundings, u)) * (1 + 2.0**-8) ** places
         bound[rows] += carried * abs(adapter.scaling) * factor * (v @ B.T)
     return bound
 
@@ -272,10 +267,8 @@ def _bound_of_pairs(
             total[rows] += np.where(touched, gamma(delta.r, types[1].unit_roundoff), 0) * most[rows]
         stores[rows] += touched & (out.unit_roundoff > sum_type.unit_roundoff)
         additions, u = additions + delta.r + 1, max(u, sum_type.unit_roundoff)
-    for of_type in (start.type, _FLOAT64):
-        own = gamma(start.roundings, of_type.unit_roundoff)
-        total += own * start.size
-        total += (1 + own) * start.roundings * of_type.half_smallest_subnormal
+    total += _start_error(start, start.size, start.type)
+    total += _start_error(start, start.size, _FLOAT64)
     later = (1 + gamma(additions, u)) * (1 + out.unit_roundoff) ** stores
     total *= later
     if start.roundings:  # y is made in the sum's type, and stored at the end
@@ -290,9 +283,12 @@ def _bound(
     x: NDArray[Any],
     ids: NDArray[np.int64],
     chosen: dict[int, Adapter | None],
+    weights: ArrayLike | None,
     expected: Bound,
     out: FloatType,
 ) -> Bound:
+    if ids.ndim > 1 or weights is not None:
+        return _bound_of_pairs(start, x, _pairs(ids, chosen, weights), expected, out)
     h_in, h_out = x.shape[1], start.size.shape[1]
     nothing = Adapter(np.zeros((0, h_in), x.dtype), np.zeros((h_out, 0), x.dtype), 0.0)
     bound = np.zeros(start.size.shape)
@@ -339,10 +335,14 @@ def _sum_error(
     """The inequality in this file's head, and the start's own error carried through it."""
     error = _delta_error(delta, touched, v_type, sum_type)
     later = np.where(touched, gamma(delta.r, sum_type.unit_roundoff), 0.0)
-    own = gamma(start.roundings, start_type.unit_roundoff)
-    own_error = own * start.size[rows]
-    own_error += (1 + own) * start.roundings * start_type.half_smallest_subnormal
-    return error + later * start.size[rows] + (1 + later) * own_error
+    size = start.size[rows]
+    return error + later * size + (1 + later) * _start_error(start, size, start_type)
+
+
+def _start_error(start: _Start, size: Bound, in_type: FloatType) -> Bound:
+    """The error of what the delta is added to, of this size."""
+    own = gamma(start.roundings, in_type.unit_roundoff)
+    return own * size + (1 + own) * start.roundings * in_type.half_smallest_subnormal
 
 
 def _delta_error(

@@ -1,4 +1,4 @@
-"""Batches whose rows name several adapters: seeded ones, and a corpus of nasty ones.
+"""Batches of rows with several adapters: seeded ones, and a corpus of hard cases.
 
     y[i] + sum over j of weights[i, j] * scaling * B @ (A @ x[i])    adapter_ids, weights (n, k)
 
@@ -56,7 +56,7 @@ def mixture(
 
 
 def corpus(dtype: DTypeLike = np.float32) -> Iterator[Workload]:
-    """The nasty mixtures in one float type.
+    """The hard cases in one float type.
 
     Semantics: each in normal deviates; and in integers, where y's type holds every sum on the way,
     as y may be rounded after each of a row's deltas.

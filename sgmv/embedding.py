@@ -11,7 +11,7 @@ from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import ShapeError, ValueRangeError, some
 from sgmv.ids import as_integers
 from sgmv.launch import run_expand
-from sgmv.segment import Segments, pair_weights, segment
+from sgmv.segment import Segments, segment, times_weights
 from sgmv.stack import AdapterStack, check_stack
 
 
@@ -27,7 +27,7 @@ def add_lora_embedding(
     """Add every row's own delta of an embedding to y, in place: look up, then expand.
 
     Semantics: `y[i] += scaling * A[:, tokens[i]] @ B.T` with the adapter of `adapter_ids[i]`, which
-    is `add_lora` of x whose row i is 0 but for a 1 at tokens[i]. Rows of id -1 or of a None entry
+    is `add_lora` of x where row i is 1 at tokens[i] and else 0. Rows of id -1 or of a None entry
     keep their bits, and their tokens are not looked at.
 
     y            (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
@@ -70,7 +70,6 @@ def add_lora_embedding(
         if stored is not None:
             v[span, : rank[s]] = stored.wa[:, looked_up[segments.rows[span]]].T
     if weights is not None:
-        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            v *= pair_weights(segments, weights)[:, np.newaxis]
+        v = times_weights(v, segments, weights)
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)
     return y

@@ -9,7 +9,7 @@ from sgmv.backend import kernels
 from sgmv.checks import check_v, check_y
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.launch import run_expand
-from sgmv.segment import Segments, check_segments, pair_weights
+from sgmv.segment import Segments, check_segments, times_weights
 from sgmv.stack import AdapterStack, check_stack
 
 
@@ -55,7 +55,6 @@ def expand(
     check_v(v, len(segments.rows), int(rank.max(initial=0)))
     v = np.ascontiguousarray(v, sum_dtype(v.dtype, stack.dtype, y.dtype))
     if weights is not None:
-        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            v = v * pair_weights(segments, weights)[:, np.newaxis].astype(v.dtype)
+        v = times_weights(v, segments, weights)
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)
     return y

@@ -34,7 +34,7 @@ def run_both(
     """Shrink and expand: add the delta of every row of x to its row of y. Any strides."""
     space, row = workspace.take(), table.width * kernels.v_itemsize
     x, dense = _dense(x), _dense(y)  # copies are kept alive until the call is over
-    v = space.v_of((batch.most if isinstance(batch, Segments) else len(batch)) * row)
+    v = space.v_of(_positions(batch) * row)
     call.place_x_and_y(space.address, as_bits(x), as_bits(dense), v, row)
     _run(space, workers.pool_of(y), kernels, table, batch)
     if dense is not y:
@@ -87,9 +87,10 @@ def _run(
 ) -> None:
     """Run the call: its operands are in the record. `pool` helps, unless another caller has it."""
     if isinstance(batch, Segments):
-        n, segments, ids = batch.most, batch.address, 0
+        segments, ids = batch.address, 0
     else:
-        n, segments, ids = len(batch), 0, call.array_address(batch)
+        segments, ids = 0, call.array_address(batch)
+    n = _positions(batch)
     threads = workers.get_num_threads()
     held = threads > 1 and JITTED and pool.lock.acquire(False)
     gate = pool.address if held else 0
@@ -112,6 +113,11 @@ def _run(
         workspace.give_back(space)
     if outcome == call.REFUSED:
         table.find((batch if isinstance(batch, Segments) else segment(batch)).adapter_ids)
+
+
+def _positions(batch: Segments | Integers) -> int:
+    """Room that v and the plan need."""
+    return batch.most if isinstance(batch, Segments) else len(batch)
 
 
 def _dense(array: Array) -> Array:

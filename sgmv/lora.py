@@ -88,7 +88,7 @@ def _batch(
     ids, k = as_pairs(adapter_ids)
     if k is None and weights is None:
         return ids
-    return weighted(segment(adapter_ids), weights)
+    return weighted(segment(ids if k is None else ids.reshape(-1, k)), weights)
 
 
 def apply_batched(

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import mul
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +123,8 @@ class Segments:
     seq_start: Integers
     adapter_ids: Integers
     pairs: Integers = None  # type: ignore[assignment]  # rows, then
+    _weights: ClassVar[Any] = None  # set by `weighted`
+    _x_rows: ClassVar[Any] = None  # set by `of_pairs`
 
     def __post_init__(self) -> None:
         if self.pairs is None:
@@ -193,7 +195,7 @@ class Segments:
         seq_start: Integers,
         adapter_ids: Integers,
         pairs: Integers | None = None,
-        weights: npt.NDArray[np.float32] | None = None,
+        **more: Any,
     ) -> Segments:
         """Without copies and checks, for arrays that `segment` made itself."""
         made = object.__new__(cls)
@@ -205,7 +207,8 @@ class Segments:
         ):
             array.flags.writeable = False
             object.__setattr__(made, name, array)
-        object.__setattr__(made, "_weights", weights)
+        for name, value in more.items():
+            object.__setattr__(made, name, value)
         return made
 
     def __reduce__(self) -> tuple[type[Segments], tuple[Integers, ...]]:
@@ -219,10 +222,8 @@ class Segments:
         found["count"], found["rows"] = self.S, self.rows.ctypes.data
         found["seq_start"] = self.seq_start.ctypes.data
         found["adapter_ids"] = self.adapter_ids.ctypes.data
-        x_rows = getattr(self, "_x_rows", None)
-        found["x_rows"] = 0 if x_rows is None else x_rows.ctypes.data
-        weights = getattr(self, "_weights", None)
-        found["weights"] = 0 if weights is None else weights.ctypes.data
+        for name, array in (("x_rows", self._x_rows), ("weights", self._weights)):
+            found[name] = 0 if array is None else array.ctypes.data
         found["several"] = self.k > 1
         return found
 
@@ -414,9 +415,8 @@ def of_pairs(segments: Segments, share_x: bool) -> Segments:
 
     share_x  whether it reads row i of x (n, h_in), else row i * k + j of x (n * k, h_in)
     """
-    plain = Segments._trusted(segments.pairs, segments.seq_start, segments.adapter_ids)
-    object.__setattr__(plain, "_x_rows", segments.rows if share_x else None)
-    return plain
+    arrays = segments.pairs, segments.seq_start, segments.adapter_ids
+    return Segments._trusted(*arrays, _x_rows=segments.rows if share_x else None)
 
 
 def weighted(segments: Segments, weights: npt.ArrayLike | None) -> Segments:
@@ -428,11 +428,17 @@ def weighted(segments: Segments, weights: npt.ArrayLike | None) -> Segments:
     if weights is None:
         return segments
     arrays = segments.rows, segments.seq_start, segments.adapter_ids, segments.pairs
-    return Segments._trusted(*arrays, pair_weights(segments, weights))
+    return Segments._trusted(*arrays, _weights=_of_positions(segments, weights))
 
 
-def pair_weights(segments: Segments, weights: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """(m,) the weight of the pair at each position; errors as `weighted`."""
+def times_weights(v: Any, segments: Segments, weights: npt.ArrayLike) -> Any:
+    """The rows of v, each times the weight of its pair; errors as `weighted`."""
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        return v * _of_positions(segments, weights)[:, np.newaxis].astype(v.dtype)
+
+
+def _of_positions(segments: Segments, weights: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """(m,) the weight of the pair at each position."""
     return check_weights(weights, segments.n, segments.k).reshape(-1)[segments.pairs]
 
 

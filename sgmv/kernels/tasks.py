@@ -98,7 +98,8 @@ def leave_undone(address: int) -> None:
 @jit()
 def claim_shrink(address: int) -> Any:
     """A `Task` of shrink that no other thread will do; its number is NONE if there is none left."""
-    return claim(address, SHRINK_NEXT, record(CALL, address).shrink_cuts, RANKS, RANK_UNIT)
+    number = add_atomic(address + SHRINK_NEXT, 1)
+    return task_of(address, number, record(CALL, address).shrink_cuts, RANKS, RANK_UNIT)
 
 
 @jit()
@@ -202,15 +203,8 @@ def no_task() -> Any:
 
 
 @jit()
-def claim(address: int, counter: int, cuts: int, columns: int, unit: int) -> Any:
-    """The next `Task` of a phase, one of `cuts` of a block's columns; for RANKS, of its ranks."""
-    number = add_atomic(address + counter, 1)
-    return task_of(address, number, cuts, columns, unit)
-
-
-@jit()
 def task_of(address: int, number: int, cuts: int, columns: int, unit: int) -> Any:
-    """The `Task` of this number, if there are as many."""
+    """The `Task` of this number: one of `cuts` of a block's columns; for RANKS, of its ranks."""
     call = record(CALL, address)
     if number >= call.block_count * cuts:
         return no_task()

@@ -8,8 +8,7 @@ step.add_lora(module, y, x)      one SGMV for each layer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -87,8 +86,10 @@ class Step(Generic[R]):
         array([[0., 0.]], dtype=float32)
         """
         stack = self.adapter_slots.stack(module)
-        with self._not_stale(stack):
+        try:
             return add_lora(y, x, stack, self.segments, backend=backend)
+        except UnknownAdapterError as error:
+            raise self._stale(stack) from error
 
     def add_lora_embedding(
         self, module: str, y: Array, tokens: npt.ArrayLike, *, backend: str | None = None
@@ -111,22 +112,20 @@ class Step(Generic[R]):
         array([[0., 0.]], dtype=float32)
         """
         stack = self.adapter_slots.stack(module)
-        with self._not_stale(stack):
-            return add_lora_embedding(y, tokens, stack, self.segments, backend=backend)
-
-    @contextmanager
-    def _not_stale(self, stack: AdapterStack) -> Iterator[None]:
-        """Say of ids that the stack lacks that the step is older than what the slots hold."""
         try:
-            yield
+            return add_lora_embedding(y, tokens, stack, self.segments, backend=backend)
         except UnknownAdapterError as error:
-            gone = [self.adapters[i].lora_name for i in self.adapters if i not in stack]
-            raise StaleStepError(
-                "step",
-                "adapters that are still in the slots they had",
-                f"{some(gone)} evicted or replaced since",
-                "make the step again, and run it from its first layer",
-            ) from error
+            raise self._stale(stack) from error
+
+    def _stale(self, stack: AdapterStack) -> StaleStepError:
+        """The stack lacks ids of the step, which is older than what the slots hold."""
+        gone = [self.adapters[i].lora_name for i in self.adapters if i not in stack]
+        return StaleStepError(
+            "step",
+            "adapters that are still in the slots they had",
+            f"{some(gone)} evicted or replaced since",
+            "make the step again, and run it from its first layer",
+        )
 
 
 def next_step(

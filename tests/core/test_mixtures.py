@@ -21,7 +21,7 @@ from sgmv.errors import ShapeError
 from tests.conftest import JITTED
 from tests.help import acceptance
 from tests.help.acceptance import assert_same_bits, backends, backends_of, check, stack_of
-from tests.help.planting import Fault, verdict
+from tests.help.planting import SMALL_BLOCKS, Fault, verdict
 from tests.stress import mixtures as random_mixtures
 
 TYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
@@ -185,13 +185,6 @@ def test_no_engine_has_such_metadata(lay_out: Callable[..., Any]) -> None:
         lay_out([[0, 1], [1, 0]])
 
 
-# Small blocks, so that a few rows are several of them; then what goes wrong.
-SMALL = (
-    Fault("kernels.records", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
-    Fault("kernels.plan", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
-    Fault("kernels.plan", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
-    Fault("launch", "WORTH_SHARING_NS = 20_000", "WORTH_SHARING_NS = 0"),
-)
 FAULTS = {
     "the last pair is lost": Fault(
         "segment",
@@ -235,13 +228,13 @@ def accept(modules: dict[str, ModuleType]) -> None:
 
 @pytest.mark.once
 def test_accepted_without_a_fault() -> None:
-    assert verdict(accept, *SMALL) == "nothing"
+    assert verdict(accept, *SMALL_BLOCKS) == "nothing"
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rejected(fault: str) -> None:
-    assert verdict(accept, *SMALL, FAULTS[fault]) != "nothing"
+    assert verdict(accept, *SMALL_BLOCKS, FAULTS[fault]) != "nothing"
 
 
 @pytest.mark.once

@@ -14,7 +14,7 @@ import pytest
 
 from reference.workloads import corpus
 from tests.help import acceptance
-from tests.help.planting import Fault, verdict
+from tests.help.planting import SMALL_BLOCKS, Fault, verdict
 
 pytestmark = pytest.mark.once
 
@@ -27,16 +27,6 @@ SMALL_CASES = [
     for case in corpus(most, [dtype])
     if len(case.adapter_ids) <= 40 and case.name.startswith(names)
 ]
-
-# Small blocks everywhere, so that a case of 40 columns and 20 rows has several.
-SMALL_BLOCKS = (
-    Fault("kernels.loops", "K_BLOCK = 1024", "K_BLOCK = 16"),
-    Fault("kernels.records", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
-    Fault("kernels.records", "RANK_UNIT = 8", "RANK_UNIT = 4"),
-    Fault("kernels.plan", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
-    Fault("kernels.plan", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
-    Fault("launch", "WORTH_SHARING_NS = 20_000", "WORTH_SHARING_NS = 0"),
-)
 
 # what goes wrong: module, text there, what stands there instead
 FAULTS = {

@@ -34,6 +34,17 @@ class Fault(NamedTuple):
     instead: str
 
 
+# Small blocks everywhere, so that a case of 40 columns and 20 rows has several.
+SMALL_BLOCKS = (
+    Fault("kernels.loops", "K_BLOCK = 1024", "K_BLOCK = 16"),
+    Fault("kernels.records", "PANEL, WIDE_PANEL = 64, 1024", "PANEL, WIDE_PANEL = 8, 8"),
+    Fault("kernels.records", "RANK_UNIT = 8", "RANK_UNIT = 4"),
+    Fault("kernels.plan", "\nROWS_PER_BLOCK = 96", "\nROWS_PER_BLOCK = 9"),
+    Fault("kernels.plan", "FEWEST_ROWS_PER_BLOCK = 12", "FEWEST_ROWS_PER_BLOCK = 2"),
+    Fault("launch", "WORTH_SHARING_NS = 20_000", "WORTH_SHARING_NS = 0"),
+)
+
+
 def plant(folder: Path, *faults: Fault) -> Path:
     """Copy the package into the folder, with these faults; returns the folder."""
     ignore = shutil.ignore_patterns("__pycache__")

@@ -106,7 +106,7 @@ class PeftAdapter(dict[str, Adapter]):
     embeddings  the names of those layers that are embeddings: their A is (r, vocabulary), and a
                 token's delta is that of a one-hot x, `scaling * A[:, token] @ B.T`
     saved       parameter -> array: what the adapter replaces in the model, as a classification
-                head's "score.weight" (labels, h_in), or an embedding whose vocabulary has grown.
+                head's "score.weight" (labels, h_in), or an embedding with added words.
                 A delta of such a layer is added to the product of its saved weight
 
     Source: peft 0.21, `modules_to_save` and `save_embedding_layers`, lora.Embedding.

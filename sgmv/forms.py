@@ -115,7 +115,7 @@ def _is_lora(names: Collection[str]) -> bool:
 
 
 def program_of(names: Collection[str]) -> str | None:
-    """The program that gives tensors such names, if it is none whose files are read."""
+    """The program that gives tensors such names, if its files are not read here."""
     for pattern, program in _PROGRAMS.items():
         if any(re.search(pattern, name) for name in names):
             return program

@@ -22,9 +22,9 @@ def features() -> dict[str, bool]:
 
 
 def compiled_for() -> dict[str, bool]:
-    """Those of them that numba compiles for: fewer, where it is told of another CPU.
+    """Those of them that numba compiles for: fewer, where its settings name another CPU.
 
-    Over an instruction that it has not been told of, the compiler ends the process; a fused
+    Over an instruction that is not among them, the compiler ends the process; a fused
     multiply-add, or a conversion of float16, becomes a call of a function for each number.
     """
     has = features()

@@ -8,8 +8,8 @@ A slot that vLLM has set for a layer that the adapter leaves alone holds zeros: 
 its rows take no time. Measured against reading the stacks where they are stored: docs/engines.md.
 
 A change is noticed twice. vLLM's layers say which slot they write (engine.py), so that one adapter
-is packed again; torch counts the writes to each tensor, and a write that nobody told of makes all
-slots stale. No stale slot is ever read.
+is packed again; torch counts the writes to each tensor, and a write that no layer announced makes
+all slots stale. No stale slot is ever read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from sgmv.backend import kernels
 from sgmv.dtypes import BITS
 from sgmv.errors import ShapeError
-from sgmv.ids import Integers
+from sgmv.ids import BASE_ONLY, Integers
 from sgmv.launch import run_both_at
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     def of(cls, indices: Integers) -> Batch:
         """The batch of these indices, one for each row."""
         found = segment(indices)
-        return cls(found, frozenset(found.adapter_ids.tolist()) - {-1})
+        return cls(found, frozenset(found.adapter_ids.tolist()) - {BASE_ONLY})
 
 
 class Packed:
@@ -76,7 +76,7 @@ class Packed:
             self._seen = self._look()
 
     def _notice(self) -> None:
-        """After writes that nobody told of, every slot is stale."""
+        """After writes that no layer announced, every slot is stale."""
         if (now := self._look()) != self._seen:
             self._stale, self._seen = set(range(len(self._slices[0][0]))), now
 

@@ -15,7 +15,7 @@ from sgmv.dtypes import Array, promote
 from sgmv.errors import DtypeError, SgmvError, ShapeError
 from sgmv.files import shown
 from sgmv.peft import PathLike, Read, read_module, read_modules
-from sgmv.peft_models import in_model
+from sgmv.peft_models import experts_in_model, in_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,18 +98,113 @@ class Adapter:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertAdapter:
+    """One adapter of a layer of experts: delta(x) of expert e = scaling * (x @ A[e].T) @ B[e].T.
+
+    A        (E, r, h_in), or (r, h_in) if all experts share it
+    B        (E, h_out, r), or (h_out, r) if all experts share it
+    scaling  finite
+
+    Raises ShapeError, DtypeError or ValueRangeError, as `Adapter` does.
+    Source: LoRA (arXiv 2106.09685); PEFT, LoraConfig.target_parameters.
+
+    >>> adapter = ExpertAdapter(np.ones((4, 2, 8)), np.ones((16, 2)), scaling=0.5)
+    >>> adapter.experts, adapter.of(3).B.shape
+    (4, (16, 2))
+    """
+
+    A: Array
+    B: Array
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("A", "B"):
+            shape = getattr(getattr(self, name), "shape", ())
+            if len(shape) not in (2, 3):
+                raise ShapeError(
+                    name, "(experts, rows, columns) or (rows, columns)", str(shape), "stack them"
+                )
+        counts = {len(each) for each in (self.A, self.B) if each.ndim == 3}
+        if len(counts) != 1 or 0 in counts:
+            raise ShapeError(
+                "A and B",
+                "the same number of experts, 1 or more, in one of them at least",
+                f"{self.A.shape} and {self.B.shape}",
+                "share one factor at most; for both shared use sgmv.Adapter",
+            )
+        self.of(0)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.A) if self.A.ndim == 3 else len(self.B)
+
+    @classmethod
+    def joined(cls, first: ExpertAdapter, second: ExpertAdapter) -> ExpertAdapter:
+        """One adapter for weights that are put together, as a gate's rows and an up's in W13.
+
+        Semantics: `delta(x)` is the first's, and behind it the second's. Its rank is the sum of
+        both, as each column of B serves one of them: the other's rows are 0 there.
+
+        returns  A (E, r1 + r2, h_in), B (E, h_out1 + h_out2, r1 + r2), scaling 1.0 if they differ
+
+        Raises ShapeError for other numbers of experts or another h_in.
+        Source: peft 0.21, utils/transformers_weight_conversion.py, `PeftConcatenate`.
+
+        >>> one = ExpertAdapter(np.ones((4, 2, 8)), np.ones((4, 16, 2)))
+        >>> ExpertAdapter.joined(one, one).of(0)
+        Adapter(r=4, h_in=8, h_out=32, float64, scaling=1.0)
+        """
+        both = first, second
+        shapes = [(each.experts, each.of(0).h_in) for each in both]
+        if shapes[0] != shapes[1]:
+            raise ShapeError(
+                "second",
+                f"(experts, h_in) = {shapes[0]}, as the first has",
+                str(shapes[1]),
+                "join what reads the same x",
+            )
+        A = np.concatenate([each._of_all("A") for each in both], axis=1)
+        parts = [each._of_all("B") for each in both]
+        if first.scaling != second.scaling:
+            parts = [
+                part * part.dtype.type(each.scaling) for part, each in zip(parts, both, strict=True)
+            ]
+        rows, ranks = (sum(part.shape[axis] for part in parts) for axis in (1, 2))
+        B = np.zeros((first.experts, rows, ranks), promote(*(part.dtype for part in parts)))
+        B[:, : parts[0].shape[1], : parts[0].shape[2]] = parts[0]
+        B[:, parts[0].shape[1] :, parts[0].shape[2] :] = parts[1]
+        return cls(A, B, first.scaling if first.scaling == second.scaling else 1.0)
+
+    def _of_all(self, half: str) -> Array:
+        """A or B with an axis of experts."""
+        factor: Array = getattr(self, half)
+        return (
+            factor if factor.ndim == 3 else np.broadcast_to(factor, (self.experts, *factor.shape))
+        )
+
+    def of(self, expert: int) -> Adapter:
+        """One expert's adapter, over the same memory."""
+        A, B = (each[expert] if each.ndim == 3 else each for each in (self.A, self.B))
+        return Adapter(A, B, self.scaling)
+
+
 class PeftAdapter(dict[str, Adapter]):
     """What `load_peft` has read: the adapter of each layer by the layer's name, and what is beside.
 
-    Semantics: a dict, with two attributes more.
+    Semantics: a dict of linear layers and embeddings, with three attributes more.
 
+    experts     name -> `ExpertAdapter`: "model.layers.0.mlp.experts.down_proj" of a model that
+                keeps all experts in one parameter, as transformers 5, and of one with a layer for
+                each expert, "...experts.3.down_proj", if their ranks and scalings are the same
     embeddings  the names of those layers that are embeddings: their A is (r, vocabulary), and a
                 token's delta is that of a one-hot x, `scaling * A[:, token] @ B.T`
     saved       parameter -> array: what the adapter replaces in the model, as a classification
                 head's "score.weight" (labels, h_in), or an embedding with added words.
                 A delta of such a layer is added to the product of its saved weight
 
-    Source: peft 0.21, `modules_to_save` and `save_embedding_layers`, lora.Embedding.
+    Source: peft 0.21, `modules_to_save` and `save_embedding_layers`, lora.Embedding, ParamWrapper.
 
     >>> PeftAdapter({}).saved
     {}
@@ -120,13 +215,15 @@ class PeftAdapter(dict[str, Adapter]):
         layers: Mapping[str, Adapter],
         embeddings: Collection[str] = (),
         saved: Mapping[str, Array] | None = None,
+        experts: Mapping[str, ExpertAdapter] | None = None,
     ) -> None:
         super().__init__(layers)
+        self.experts = dict(experts or {})
         self.embeddings = frozenset(embeddings)
         self.saved = dict(saved or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self), self.embeddings, self.saved)
+        return type(self), (dict(self), self.embeddings, self.saved, self.experts)
 
 
 def load_peft(directory: PathLike, model: object = None) -> PeftAdapter:
@@ -142,7 +239,8 @@ def load_peft(directory: PathLike, model: object = None) -> PeftAdapter:
                needs torch 2.6; or MLX's adapters.safetensors; or diffusers' file, or is its path
     model      where the adapter is to run: a torch module, {name: (h_in, h_out)}, or names. The
                names are then the model's own, also for an adapter of an older release of it
-    returns    `PeftAdapter`, a dict; what the adapter replaces in the model is in its `saved`
+    returns    `PeftAdapter`, a dict; what the adapter replaces in the model is in its `saved`, and
+               what it adds to experts in its `experts`
     module     the layer's name in the base model, as in "model.layers.0.self_attn.q_proj"
                without what wrappers add: torch.compile, FSDP, DDP, checkpointing
     A (r, h_in), B (h_out, r)  as on disk: float32, float16, ml_dtypes.bfloat16 or float64, and
@@ -178,15 +276,25 @@ def load_peft(directory: PathLike, model: object = None) -> PeftAdapter:
     found = read_modules(directory)
     _warn(directory, found)
     layers = {module: Adapter(*parts) for module, parts in found.layers.items()}
-    adapter = PeftAdapter(layers, found.embeddings, found.saved)
+    experts = {name: ExpertAdapter(*parts) for name, parts in found.experts.items()}
+    adapter = PeftAdapter(layers, found.embeddings, found.saved, experts)
     if model is None:
         return adapter
+    place = os.fsdecode(directory)
     widths = {name: (one.h_in, one.h_out) for name, one in adapter.items()}
-    names = in_model(model, widths, found.saved, os.fsdecode(directory))
+    names = in_model(model, widths, found.saved, place)
+    shapes = {name: (one.experts, one.of(0).h_in, one.of(0).h_out) for name, one in experts.items()}
+    parts = experts_in_model(model, shapes, place)
     return PeftAdapter(
         {names[module]: one for module, one in adapter.items()},
         [names[module] for module in adapter.embeddings],
         {names[name]: array for name, array in adapter.saved.items()},
+        {
+            name: experts[of[0]]
+            if len(of) == 1
+            else ExpertAdapter.joined(experts[of[0]], experts[of[1]])
+            for name, of in parts.items()
+        },
     )
 
 

@@ -19,7 +19,7 @@ from sgmv.errors import SgmvError
 from sgmv.files import shown
 from sgmv.foreign import OpenAdapter
 from sgmv.model_files import ModelFiles, model_files
-from sgmv.peft import read_open, shape_of
+from sgmv.peft import read_open, shape_of, stacks_of
 from sgmv.peft_tensors import bytes_of
 from sgmv.terminal import Terminal, plural
 
@@ -38,6 +38,7 @@ class Described:
     bytes: int = 0
     modules: list[str] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
+    experts: dict[str, int] = field(default_factory=dict)  # how many, by their stack's name
     saved: list[str] = field(default_factory=list)  # what it replaces in the model
     unknown: str = ""  # options that PEFT does not have
     base: str = ""  # the model that it was trained on
@@ -57,6 +58,8 @@ def _described(path: str, adapter: OpenAdapter, model: ModelFiles | None) -> Des
     names, entries, config = adapter.names, adapter.tensors.entries, adapter.config
     found = Described(path, adapter.form, len(names.layers), unknown=config.unknown)
     found.embeddings, found.saved = sorted(names.embeddings), sorted(names.saved)
+    stacks = stacks_of(adapter)
+    found.experts = {stack: shape.experts for stack, shape in stacks.items()}
     found.modules = sorted(names.layers)
     found.bytes = sum(map(bytes_of, entries.values()))
     options = getattr(config, "options", {})
@@ -65,13 +68,14 @@ def _described(path: str, adapter: OpenAdapter, model: ModelFiles | None) -> Des
     found.types = sorted({entry.dtype for entry in used})
     ranks, alphas, scalings = set(), set(), set()
     for module in found.modules:
-        rank, h_in, h_out, scaling = shape_of(adapter, module)
+        rank, h_in, h_out, scaling, experts = shape_of(adapter, module)
         ranks.add(rank)
         scalings.add(scaling)
         alphas.add(scaling * (math.sqrt(rank) if options.get("use_rslora") else rank))
         if model is not None:
             of_columns = module in names.embeddings or bool(options.get("fan_in_fan_out"))
-            found.misfits += filter(None, [model.problem(module, h_in, h_out, of_columns)])
+            problem = model.problem(module, h_in, h_out, of_columns, experts)
+            found.misfits += filter(None, [problem])
     found.ranks, found.scalings = sorted(ranks), sorted(scalings)
     found.alphas = sorted(round(alpha, 6) for alpha in alphas)
     if model is not None:
@@ -147,6 +151,9 @@ def _notes(one: Described, model: ModelFiles | None) -> list[str]:
     notes = []
     if one.embeddings:
         notes.append(f"embeddings among its layers: {_first(one.embeddings)}")
+    if one.experts:
+        counts = [f"{name} ({experts})" for name, experts in one.experts.items()]
+        notes.append(f"experts among its layers: {_first(counts)}")
     if one.saved:
         notes.append(f"replaces in the model: {_first(one.saved)}")
     if one.unknown:

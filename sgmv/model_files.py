@@ -16,6 +16,7 @@ from typing import Any
 
 from sgmv.errors import SgmvError
 from sgmv.files import TensorFile, shown
+from sgmv.peft_experts import JOINED
 from sgmv.peft_names import near_names
 
 Shape = tuple[int, ...]
@@ -47,11 +48,16 @@ class ModelFiles:
         candidates = [module, without, *(f"{front}.{module}" for front in sorted(fronts))]
         return next((name for name in candidates if name in self.shapes), None)
 
-    def problem(self, module: str, h_in: int, h_out: int, is_transposed: bool) -> str:
+    def problem(
+        self, module: str, h_in: int, h_out: int, is_transposed: bool, experts: int = 0
+    ) -> str:
         """Why a layer of an adapter does not fit; "" if it does.
 
         is_transposed  whether the weight is (h_in, h_out): an embedding's, or a Conv1D's
+        experts        how many the layer has, if it is all experts' in one parameter
         """
+        if experts:
+            return self._problem_of_experts(module, h_in, h_out, experts)
         name = self.name_of(module)
         if name is None:
             end = module.rpartition(".")[2]
@@ -62,6 +68,27 @@ class ModelFiles:
         if shape is None or shape == widths:
             return ""
         return f"{module!r} is for a weight of shape {widths}, and the model's has {shape}"
+
+    def _problem_of_experts(self, parameter: str, h_in: int, h_out: int, experts: int) -> str:
+        """Of a parameter of all experts; on disk it is that, or a layer for each expert."""
+        known = None if self.ends else self.name_of(parameter)
+        if known is not None:
+            shape = self.shapes[known]
+            fits = [(experts, h_out, h_in), (experts, h_in, h_out)]
+            if shape is None or shape in fits:
+                return ""
+            return f"{parameter!r} is for weights of shape {fits[0]}, and the model's has {shape}"
+        place, _, name = parameter.rpartition(".")
+        for parts in JOINED.get(name, ()):
+            problems = [
+                self.problem(f"{place}.{e}.{part}", h_in, h_out // len(parts), False)
+                for e in (0, experts - 1)
+                for part in parts
+            ]
+            if self.name_of(f"{place}.0.{parts[0]}") is not None:
+                return next(filter(None, problems), "")
+        near = near_names(name, self.ends) if self.ends else near_names(parameter, self.shapes)
+        return f"the model has no {parameter!r}; {near}"
 
 
 def model_files(directory: str) -> ModelFiles:
@@ -103,7 +130,9 @@ def _shapes(path: Path) -> dict[str, Shape | None]:
             ) from error
         for name, entry in entries.items():
             module, _, part = name.rpartition(".")
-            if part in ("weight", "qweight") and module:
+            if len(entry.shape) == 3:  # all experts in one parameter
+                shapes[name.removesuffix(".weight")] = entry.shape
+            elif part in ("weight", "qweight") and module:
                 is_plain = len(entry.shape) == 2 and _FLOATS.fullmatch(entry.dtype)
                 shapes[module] = entry.shape if is_plain and part == "weight" else None
     return shapes

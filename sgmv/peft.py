@@ -7,6 +7,7 @@ each adapted layer, and the parameters that the adapter replaces:
     base_model.model.<module>.lora_A.weight   A (r, h_in)
     base_model.model.<module>.lora_B.weight   B (h_out, r)
 
+Experts are read from two forms, into one: peft_experts.py.
 MLX and diffusers write the same in forms of their own: foreign.py.
 
 Another process may write there meanwhile: what is returned is one version of all files.
@@ -21,12 +22,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from sgmv import foreign, forms
 from sgmv.dtypes import Array
 from sgmv.errors import PeftError
 from sgmv.files import Opened, existing, one_version, read_text, shown
 from sgmv.foreign import OpenAdapter
 from sgmv.peft_config import Config
+from sgmv.peft_experts import is_swapped, unpacked
 from sgmv.peft_names import MERGE, PREFIX, near_names, sorted_out
 from sgmv.peft_tensors import Tensors, damaged
 from sgmv.tensors import why_no_pickles
@@ -40,7 +44,7 @@ _SHARD = (
 _EXPECTED = "a PEFT adapter directory"
 _LOCAL = "pass a local directory that save_pretrained wrote (nothing is downloaded)"
 _FILES = (forms.CONFIG_FILE, forms.WEIGHTS_FILE, forms.PICKLE, forms.MLX, forms.DIFFUSERS)
-Parts = tuple[Array, Array, float]  # A (r, h_in), B (h_out, r), scaling
+Parts = tuple[Array, Array, float]  # A (r, h_in), B (h_out, r), scaling; or each for E experts
 PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
@@ -48,6 +52,7 @@ class Read(NamedTuple):
     """What an adapter's files hold."""
 
     layers: dict[str, Parts]
+    experts: dict[str, Parts]  # A (E, r, h_in), B (E, h_out, r)
     embeddings: frozenset[str]  # which of the layers are embeddings
     saved: dict[str, Array]  # parameters of the model that the adapter replaces
     unknown: str  # options of the config that PEFT does not have
@@ -58,12 +63,15 @@ def read_modules(directory: PathLike) -> Read:
 
     def read(adapter: OpenAdapter) -> Read:
         names, tensors = adapter.names, adapter.tensors
-        layers = {module: _read(adapter, module) for module in names.layers}
+        stacks = stacks_of(adapter)
+        of_one = {layer for stack in stacks for layer in names.experts.get(stack, [stack])}
+        layers = {module: _read(adapter, module) for module in names.layers if module not in of_one}
+        experts = {stack: _read_experts(adapter, stack) for stack in stacks}
         saved = {
             parameter: tensors.value(name, f"{shown(parameter)} in {shown(tensors.path)}", False)
             for parameter, name in names.saved.items()
         }
-        return Read(layers, names.embeddings, saved, adapter.config.unknown)
+        return Read(layers, experts, names.embeddings, saved, adapter.config.unknown)
 
     return read_open(directory, read)
 
@@ -77,8 +85,11 @@ def read_module(directory: PathLike, module: str) -> Read:
             expected = f"a layer that the adapter in {shown(adapter.tensors.path.parent)} changes"
             remedy = near_names(str(module), names.layers)
             raise PeftError("module", expected, repr(module), remedy)
+        if module in stacks_of(adapter):
+            remedy = "take it from load_peft(directory).experts"
+            raise PeftError("module", "one linear layer", f"{module!r}, all experts'", remedy)
         layers = {module: _read(adapter, module)}
-        return Read(layers, names.embeddings & {module}, {}, adapter.config.unknown)
+        return Read(layers, {}, names.embeddings & {module}, {}, adapter.config.unknown)
 
     return read_open(directory, read)
 
@@ -120,7 +131,7 @@ def _open(
         tensors = Tensors(path / forms.WEIGHTS_FILE, weights)
     if program := forms.program_of(tensors.entries):
         raise PeftError(shown(tensors.path), "names as PEFT gives them", program, forms.CONVERT)
-    names = sorted_out(tensors.entries, tensors.path, config.to_save)
+    names = sorted_out(tensors.entries, tensors.path, config.to_save, config.targets)
     return OpenAdapter("PEFT", config, tensors, names)
 
 
@@ -145,19 +156,26 @@ def _check_is_directory(path: Path) -> None:
         raise PeftError("directory", _EXPECTED, got, _LOCAL)
 
 
-def shape_of(adapter: OpenAdapter, module: str) -> tuple[int, int, int, float]:
-    """Rank, widths and scaling of a layer, once its shapes are those of its config: r, h_in, h_out.
+class Shape(NamedTuple):
+    """What a layer's A (r, h_in) and B (h_out, r) are, of each of its experts."""
+
+    r: int
+    h_in: int
+    h_out: int
+    scaling: float
+    experts: int = 0  # of a stack of them
+
+
+def shape_of(adapter: OpenAdapter, module: str) -> Shape:
+    """Rank, widths and scaling of a layer, once its shapes are those of its config.
 
     Raises PeftError for what is no linear layer's, or a save that disagrees with its config.
     """
-    tensors = adapter.tensors
-    names = [adapter.names.layers[module][half] for half in "AB"]
-    shape_a, shape_b = (tensors.entries[name].shape for name in names)
-    if adapter.is_transposed:
-        shape_a, shape_b = shape_a[::-1], shape_b[::-1]
-    saved = names[0].rpartition(".lora_")[0]
+    parameter = adapter.names.parameters.get(module)
+    name, source = adapter.names.layers[module]["A"], _source(adapter, module)
+    shape_a, shape_b = _shapes(adapter, module)
+    saved = module if parameter else name.rpartition(".lora_")[0]
     saved = saved.partition(PREFIX)[2] or saved
-    source = f"{shown(module)} in {shown(tensors.path)}"
     shapes = f"lora_A {shape_a} and lora_B {shape_b}"
     if len(shape_a) != 2 or len(shape_b) != 2 or 0 in shape_a + shape_b:
         is_shard = any(len(shape) < 2 or 0 in shape for shape in (shape_a, shape_b))
@@ -165,18 +183,66 @@ def shape_of(adapter: OpenAdapter, module: str) -> tuple[int, int, int, float]:
         expected = "a linear layer's A (r, h_in) and B (h_out, r)"
         raise PeftError(source, expected, f"{shapes} ({what})", remedy)
     rank = adapter.config.rank(module, saved, shape_a[0])
-    if shape_a[0] != rank or shape_b[1] != rank:
-        expected = f"A ({rank}, h_in) and B (h_out, {rank}), as {adapter.config.name} says"
+    experts = max(shape_a[0] // rank, 1) if parameter else 1
+    if shape_a[0] != rank * experts or shape_b[1] != rank * experts:
+        times = f"{rank} * E" if parameter else str(rank)
+        expected = f"A ({times}, h_in) and B (h_out, {times}), as {adapter.config.name} says"
         raise PeftError(source, expected, shapes, "take config and tensors from the same save")
-    return rank, shape_a[1], shape_b[0], adapter.config.scaling(module, saved, rank)
+    scaling = adapter.config.scaling(module, saved, rank)
+    if not parameter or (experts == 1 and parameter == "weight"):
+        return Shape(rank, shape_a[1], shape_b[0], scaling)
+    h_in, h_out = shape_a[1], shape_b[0]
+    if _is_swapped(adapter, module):
+        h_in, h_out = h_out, h_in
+    return Shape(rank, h_in, h_out, scaling, experts)
+
+
+def stacks_of(adapter: OpenAdapter) -> dict[str, Shape]:
+    """The stacks of experts: parameters of all, and layers of one each that are alike."""
+    names = adapter.names
+    stacks = {module: shape_of(adapter, module) for module in sorted(names.parameters)}
+    stacks = {module: shape for module, shape in stacks.items() if shape.experts}
+    for stack, layers in names.experts.items():
+        shapes = {shape_of(adapter, layer) for layer in layers}
+        if len(shapes) == 1 and stack not in names.layers:
+            stacks[stack] = shapes.pop()._replace(experts=len(layers))
+    return stacks
+
+
+def _shapes(adapter: OpenAdapter, module: str) -> list[tuple[int, ...]]:
+    """The shapes of A and of B."""
+    halves = adapter.names.layers[module]
+    shapes = [adapter.tensors.entries[halves[half]].shape for half in "AB"]
+    return [shape[::-1] for shape in shapes] if adapter.is_transposed else shapes
+
+
+def _source(adapter: OpenAdapter, module: str) -> str:
+    return f"{shown(module)} in {shown(adapter.tensors.path)}"
 
 
 def _read(adapter: OpenAdapter, module: str) -> Parts:
-    *_, scaling = shape_of(adapter, module)
-    source = f"{shown(module)} in {shown(adapter.tensors.path)}"
+    scaling = shape_of(adapter, module).scaling
     halves = (adapter.names.layers[module][half] for half in "AB")
-    A, B = (adapter.tensors.value(name, source) for name in halves)
+    A, B = (adapter.tensors.value(name, _source(adapter, module)) for name in halves)
     return (A.T, B.T, scaling) if adapter.is_transposed else (A, B, scaling)
+
+
+def _read_experts(adapter: OpenAdapter, stack: str) -> Parts:
+    if layers := adapter.names.experts.get(stack):
+        parts = [_read(adapter, layer) for layer in layers]
+        A, B = (np.stack([part[half] for part in parts]) for half in (0, 1))
+        return A, B, parts[0][2]
+    A, B, scaling = _read(adapter, stack)
+    experts = shape_of(adapter, stack).experts
+    return *unpacked(A, B, experts, _is_swapped(adapter, stack)), scaling
+
+
+def _is_swapped(adapter: OpenAdapter, module: str) -> bool:
+    names = adapter.names.parameters
+    shapes = {name: _shapes(adapter, name) for name in names}
+    widths = {name: (a[-1], b[0]) for name, (a, b) in shapes.items() if a and b}
+    options = getattr(adapter.config, "options", {})
+    return is_swapped(module, widths, options, _source(adapter, module))
 
 
 def _read_json(path: Path, file: Opened) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ _KNOWN_OPTIONS = (
     | {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type"}
     # Which modules were adapted: the tensors say that themselves.
     | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-    | {"ensure_weight_tying"}
+    | {"ensure_weight_tying", "target_parameters"}
     # How it was trained, or is to be run by PEFT.
     | {"lora_dropout", "velora_config", "inference_mode", "runtime_config", "merge_weights"}
     # Settings of what init_lora_weights, megatron_config and use_qalora switch on.
@@ -44,7 +44,6 @@ _REFUSED_OPTIONS = {
     "monteclora_config": "MonteCLoRA adds sampled perturbations to A and B",
     "trainable_token_indices": "replaces rows of the base model's embedding",
     "layer_replication": "repeats layers of the base model, so that module names mean others",
-    "target_parameters": "keeps the factors of all experts of a parameter in one matrix",
     "megatron_config": "Megatron may hold only a shard of each layer",
 }
 
@@ -58,12 +57,14 @@ class Config:
     path     the file, for messages; name, its last part
     unknown  the options that are set and that PEFT does not have, for a warning
     to_save  modules_to_save: ends of the names of modules that the adapter replaces
+    targets  target_parameters: ends of the names of parameters, of experts say
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
         self.path, self.name, self.options = path, path.name, options
         self._refuse(options)
         self.to_save = self._names(options, "modules_to_save")
+        self.targets = self._names(options, "target_parameters")
         self._default_rank = options.get("r")
         self._default_alpha = options.get("lora_alpha")
         self._ranks = self._pattern(options, "rank_pattern")

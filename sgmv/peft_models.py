@@ -14,9 +14,11 @@ from sgmv.checks import check_several
 from sgmv.errors import DtypeError, PeftError
 from sgmv.extras import load
 from sgmv.files import shown
+from sgmv.peft_experts import joined, of_experts
 from sgmv.peft_names import matched, unwrapped
 
 Widths = tuple[int, int]  # h_in, h_out
+Stack = tuple[int, int, int]  # E, h_in, h_out
 _KINDS = "a torch module, a mapping name -> (h_in, h_out), or names of modules"
 
 
@@ -44,6 +46,62 @@ def in_model(
     return names | {
         name: f"{found[owner]}.{name.rpartition('.')[2]}" for name, owner in owners.items()
     }
+
+
+def experts_in_model(
+    model: object, stacks: Mapping[str, Stack], directory: str
+) -> dict[str, tuple[str, ...]]:
+    """By the model's own names, the stacks of an adapter that each is of: one, or a gate and an up.
+
+    stacks  name -> (E, h_in, h_out)
+
+    The model has a parameter for all experts, or a layer for each, of whatever widths.
+    Raises PeftError as `in_model` does.
+    """
+    if not stacks:
+        return {}
+    known, rename, place = _stacks_of(model), _renaming(model), shown(directory)
+    containers = {name: name.rpartition(".")[0] for name in stacks}
+    own = {
+        stack: f"{rename(containers[stack])}{stack.removeprefix(containers[stack])}"
+        for stack in stacks
+    }
+    parts = joined(own.values(), known)
+    of_joined = {name for names in parts.values() for name in names}
+    alone = [name for name in own.values() if name not in of_joined]
+    found: dict[str, tuple[str, ...]] = {
+        name: (old,) for old, name in matched(alone, known, rename, place).items()
+    } | parts
+    shape_of = {own[stack]: shape for stack, shape in stacks.items()}
+    for name, of in found.items():
+        shapes = [shape_of[each] for each in of]
+        E, h_in, _ = shapes[0]
+        shape = E, h_in, sum(h_out for *_, h_out in shapes)
+        if known[name] and shape not in known[name]:
+            raise PeftError(
+                "model",
+                f"{name!r} of (experts, h_in, h_out) = {shape}, as the adapter in {place} has it",
+                " or ".join(map(str, known[name])),
+                "load it for the model that it was trained for",
+            )
+    old_name = {name: stack for stack, name in own.items()}
+    return {name: tuple(old_name[each] for each in of) for name, of in found.items()}
+
+
+def _stacks_of(model: Any) -> dict[str, list[Stack]]:
+    """What may be experts, and the shapes that each may be for; none where they are not known."""
+    layers = _layers_of(model)
+    found: dict[str, list[Stack]] = {name: [] for name in layers}
+    for stack, of_one in of_experts(layers).items():
+        widths = layers[of_one[0]]
+        found[stack] = [(len(of_one), *widths)] if widths else []
+    if callable(getattr(model, "named_parameters", None)):
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 3:  # (E, h_out, h_in), or as GPT-OSS has it (E, h_in, h_out)
+                E, first, second = map(int, parameter.shape)
+                module = unwrapped(name).replace(".base_layer", "").removesuffix(".weight")
+                found[module] = [(E, second, first), (E, first, second)]
+    return found
 
 
 def _layers_of(model: Any) -> dict[str, Widths | None]:

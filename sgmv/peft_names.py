@@ -4,6 +4,8 @@
     base_model.model.<module>.lora_embedding_A       A (r, vocabulary) of an embedding
     base_model.model.<module>.<parameter>            what the adapter replaces, if it says so
 
+Experts have names of their own: peft_experts.py.
+
 What wrappers add is taken away: torch.compile, FSDP, DDP, checkpointing, a PeftModel in a
 PeftModel, and the layers that PEFT itself puts around a module that has adapted parts.
 """
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sgmv.errors import PeftError
 from sgmv.files import shown
+from sgmv.peft_experts import check_wrappers, of_experts, of_parameter
 
 PREFIX = "base_model.model."
 MERGE = "run it with PEFT, or merge it into the base weights where PEFT can (merge_and_unload)"
@@ -46,16 +50,22 @@ class Names(NamedTuple):
     layers: dict[str, dict[str, str]]  # module -> "A" and "B" -> tensor
     embeddings: frozenset[str]  # those of the modules that are embeddings
     saved: dict[str, str]  # parameter of the model -> tensor that replaces it
+    parameters: Mapping[str, str] = MappingProxyType({})  # layer -> its parameter, if targeted so
+    experts: Mapping[str, list[str]] = MappingProxyType({})  # stack -> layers, an expert's each
 
 
-def sorted_out(names: Iterable[str], path: Path, to_save: Collection[str] = ()) -> Names:
+def sorted_out(
+    names: Iterable[str], path: Path, to_save: Collection[str] = (), targets: Collection[str] = ()
+) -> Names:
     """What each tensor of a file is; raises PeftError for one that belongs to no plain LoRA.
 
     path     the file, for messages
     to_save  the config's modules_to_save: ends of the names of modules that the adapter replaces
+    targets  the config's target_parameters: names of parameters, or their ends
     """
     layers: dict[str, dict[str, str]] = {}
     adapters, embeddings, others = set(), set(), []
+    parameters: dict[str, str] = {}
     for name in sorted(names):
         plain = unwrapped(name)
         match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
@@ -66,6 +76,9 @@ def sorted_out(names: Iterable[str], path: Path, to_save: Collection[str] = ()) 
         module = _without(match["module"], "base_layer")
         if match.re is _EMBEDDING:
             embeddings.add(module)
+        if parameter := of_parameter(module, _wraps(match["module"]), targets, path):
+            module = module if parameter == "weight" else f"{module}.{parameter}"
+            parameters[module] = parameter
         halves = layers.setdefault(module, {})
         first = halves.setdefault(match["half"], name)
         if first != name and len(adapters) == 1:
@@ -75,7 +88,18 @@ def sorted_out(names: Iterable[str], path: Path, to_save: Collection[str] = ()) 
     saved = _replaced(others, path, layers, to_save)
     _check_one(adapters, path)
     _check_whole(layers, path)
-    return Names(layers, frozenset(embeddings), saved)
+    check_wrappers(parameters, targets, path)
+    return Names(layers, frozenset(embeddings), saved, parameters, of_experts(layers))
+
+
+def _wraps(name: str) -> int:
+    """How many wrappers are around the module of this name.
+
+    >>> _wraps("mlp.experts.base_layer")
+    1
+    """
+    parts = name.split(".")
+    return next((i for i, part in enumerate(reversed(parts)) if part != "base_layer"), len(parts))
 
 
 def _replaced(

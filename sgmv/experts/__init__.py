@@ -9,7 +9,8 @@
 `moe_layer` is all of it: gate and up, SwiGLU, down, with mixed adapters.
 """
 
-from sgmv.experts.adapters import ExpertAdapter, ExpertStack, add_lora
+from sgmv.adapter import ExpertAdapter
+from sgmv.experts.adapters import ExpertStack, add_lora
 from sgmv.experts.grouped import grouped_matmul
 from sgmv.experts.layer import moe_layer, top_k
 

@@ -6,14 +6,13 @@ what remains is a plain batch: one row per pair, sorted by (adapter, expert).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapter import Adapter
+from sgmv.adapter import Adapter, ExpertAdapter
 from sgmv.backend import kernels
 from sgmv.checks import check_count, check_y
 from sgmv.compat.products import BATCHES_KNOWN
@@ -24,54 +23,6 @@ from sgmv.ids import BASE_ONLY, Integers, as_ids, check_id
 from sgmv.launch import run_both
 from sgmv.segment import Segments, of_pairs, segment
 from sgmv.stack import AdapterStack
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertAdapter:
-    """One adapter of a layer of experts: delta(x) of expert e = scaling * (x @ A[e].T) @ B[e].T.
-
-    A        (E, r, h_in), or (r, h_in) if all experts share it
-    B        (E, h_out, r), or (h_out, r) if all experts share it
-    scaling  finite
-
-    Raises ShapeError, DtypeError or ValueRangeError, as `Adapter` does.
-    Source: LoRA (arXiv 2106.09685); PEFT, LoraConfig.target_parameters.
-
-    >>> adapter = ExpertAdapter(np.ones((4, 2, 8)), np.ones((16, 2)), scaling=0.5)
-    >>> adapter.experts, adapter.of(3).B.shape
-    (4, (16, 2))
-    """
-
-    A: Array
-    B: Array
-    scaling: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("A", "B"):
-            shape = getattr(getattr(self, name), "shape", ())
-            if len(shape) not in (2, 3):
-                raise ShapeError(
-                    name, "(experts, rows, columns) or (rows, columns)", str(shape), "stack them"
-                )
-        counts = {len(each) for each in (self.A, self.B) if each.ndim == 3}
-        if len(counts) != 1 or 0 in counts:
-            raise ShapeError(
-                "A and B",
-                "the same number of experts, 1 or more, in one of them at least",
-                f"{self.A.shape} and {self.B.shape}",
-                "share one factor at most; for both shared use sgmv.Adapter",
-            )
-        self.of(0)
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        return len(self.A) if self.A.ndim == 3 else len(self.B)
-
-    def of(self, expert: int) -> Adapter:
-        """One expert's adapter, over the same memory."""
-        A, B = (each[expert] if each.ndim == 3 else each for each in (self.A, self.B))
-        return Adapter(A, B, self.scaling)
 
 
 class ExpertStack:

@@ -188,3 +188,26 @@ def test_an_adapter_of_the_vision_part_is_not_the_texts(
     directory = named(tmp_path, "model.vision_tower.layers.0.self_attn.q_proj.lora_?.weight")
     with pytest.raises(PeftError, match=r"none called 'model\.vision_tower"):
         load_peft(directory, tiny_llama(lib))
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # which they did
+@pytest.mark.parametrize("form", ["mixtral", "mixtral-4", "gpt-oss"])
+def test_experts_of_a_real_model(lib: SimpleNamespace, form: str) -> None:
+    """Names of an older release, too; and inside of PEFT's own wrappers."""
+    sizes = {
+        "vocab_size": 16, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3,
+    }  # fmt: skip
+    of = {"gpt-oss": ("GptOssConfig", "GptOssForCausalLM")}
+    config, causal = of.get(form, ("MixtralConfig", "MixtralForCausalLM"))
+    model = getattr(lib.transformers, causal)(getattr(lib.transformers, config)(**sizes))
+    names = {f"model.layers.0.mlp.experts.{end}_proj" for end in ("gate_up", "down")}
+    directory = FIXTURES / "experts" / form
+    assert load_peft(directory, model).experts.keys() == names
+    wrapped = lib.peft.PeftModel.from_pretrained(model, directory)
+    assert load_peft(directory, wrapped).experts.keys() == names
+    sizes["num_local_experts"] = 4
+    other = getattr(lib.transformers, causal)(getattr(lib.transformers, config)(**sizes))
+    with pytest.raises(PeftError, match=r"\(experts, h_in, h_out\) = \(3, "):
+        load_peft(directory, other)

@@ -139,3 +139,25 @@ def test_it_is_a_plain_batch_of_pairs(rng: np.random.Generator) -> None:
     stacked = sgmv.AdapterStack.from_adapters(pairs)
     sgmv.add_lora(plain, np.repeat(its.x, 2, axis=0), stacked, ids.ravel())
     assert_same_bits(y.reshape(40, 48), plain, "as a plain batch")
+
+
+@pytest.mark.parametrize("scalings", [(0.5, 0.5), (0.5, 2.0)])
+def test_joined_is_both_side_by_side(scalings: tuple[float, float]) -> None:
+    """Integers: to the bit. One of them shares its A with all experts."""
+    rng = np.random.default_rng(1)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return rng.integers(-3, 4, shape).astype("float32")
+
+    first = ExpertAdapter(drawn(2, 8), drawn(3, 5, 2), scalings[0])
+    second = ExpertAdapter(drawn(3, 1, 8), drawn(3, 4, 1), scalings[1])
+    joined = ExpertAdapter.joined(first, second)
+    x = drawn(6, 8)
+    for e in range(3):
+        expected = [one.scaling * (x @ one.A.T) @ one.B.T for one in (first.of(e), second.of(e))]
+        its = joined.of(e)
+        np.testing.assert_array_equal(
+            its.scaling * (x @ its.A.T) @ its.B.T, np.concatenate(expected, axis=1)
+        )
+    with pytest.raises(ShapeError, match=r"second: expected \(experts, h_in\) = \(3, 8\)"):
+        ExpertAdapter.joined(first, ExpertAdapter(drawn(2, 1, 8), drawn(2, 4, 1)))

@@ -1,7 +1,7 @@
 """What this machine can do at most: read bandwidth by footprint, and float32 FMA peak.
 
 Measured in each run and never cached, so that the share a case attains is of the machine as it is
-now. The two probes are the only jitted code outside the library.
+now. The probes are the only jitted code outside the library.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 FOOTPRINTS = tuple(1 << shift for shift in range(15, 30, 2))  # 32 KiB .. 512 MiB
+STREAMS = 8  # rows of weights that a kernel reads side by side
 ACCUMULATORS = 12  # two FMA pipes of latency 4 need 8; 12 still fit 16 registers
 
 
@@ -91,6 +92,18 @@ def _read(words: NDArray[np.int64], passes: int) -> int:
     return found
 
 
+@njit(nogil=True)
+def _read_streams(streams: tuple[NDArray[np.int64], ...], passes: int) -> int:
+    """The same of STREAMS arrays side by side."""
+    found = 0
+    a, b, c, d, e, f, g, h = streams
+    for _ in range(passes):
+        found += 1
+        for i in range(a.shape[0]):
+            found |= a[i] | b[i] | c[i] | d[i] | e[i] | f[i] | g[i] | h[i]
+    return found
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """Measured limits, by number of threads. Units: bytes/s by footprint in bytes; FLOP/s."""
@@ -140,13 +153,28 @@ def probe(threads: Sequence[int], *, pass_s: float = 0.03, repeats: int = 3) -> 
 def _bandwidth(
     words: NDArray[np.int64], footprint: int, threads: int, pass_s: float, repeats: int
 ) -> float:
+    """The better of reading one stream and STREAMS of them.
+
+    Which is better depends on the CPU: beyond the caches of a Sapphire Rapids eight streams read 1.3
+    times as fast as one; in those of an EPYC Zen 4 one reads 1.2 times as fast as eight.
+    """
     parts = np.array_split(words[: footprint // 8], threads)
+    in_streams = [tuple(np.array_split(part, STREAMS)) for part in parts]
 
-    def run(passes: int) -> float:
-        return _concurrent([partial(_read, part, passes) for part in parts])
+    def rate(calls: list[Callable[[int], int]]) -> float:
+        def run(passes: int) -> float:
+            return _concurrent([partial(call, passes) for call in calls])
 
-    passes = _calibrate(run, pass_s)
-    return passes * footprint / min(run(passes) for _ in range(repeats))
+        passes = _calibrate(run, pass_s)
+        return passes * footprint / min(run(passes) for _ in range(repeats))
+
+    def one(part: NDArray[np.int64]) -> Callable[[int], int]:
+        return lambda passes: _read(part, passes)
+
+    def several(streams: tuple[NDArray[np.int64], ...]) -> Callable[[int], int]:
+        return lambda passes: _read_streams(streams, passes)
+
+    return max(rate([one(part) for part in parts]), rate([several(part) for part in in_streams]))
 
 
 def _peak(threads: int, pass_s: float, repeats: int) -> float:

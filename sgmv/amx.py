@@ -14,7 +14,7 @@ import numpy as np
 
 from sgmv import cpu
 from sgmv.cpu import JITTED, VECTOR_BITS
-from sgmv.kernels import amx
+from sgmv.kernels import amx, amx_expand
 from sgmv.kernels.amx_instructions import CPU, EMULATION
 from sgmv.kernels.records import BLOCK, CALL, TABLE
 from sgmv.kernels.tasks import EVERY_TASK, take_part
@@ -58,6 +58,11 @@ def unit() -> Any:
 def shrink_kernel() -> int:
     """The address of shrink on tile products; compiled on first use."""
     return amx.shrink_kernel(unit())
+
+
+def expand_kernel(y_like: Any) -> int:
+    """The address of expand on tile products; compiled on first use."""
+    return amx_expand.expand_kernel(unit(), y_like)
 
 
 def _is_right() -> bool:

@@ -64,8 +64,7 @@ def kernels(
         operands = [dtype for dtype in (x, weights) if dtype is not None]
         chosen = choose(backend, v, all(dtype.name == "bfloat16" for dtype in operands))
         shrink = 0 if x is None else _shrink_kernel(chosen, x, weights, v)
-        also = "tiles" if chosen == "amx" else chosen
-        expand = 0 if y is None else _expand_kernel(also, v, weights, y)
+        expand = 0 if y is None else _expand_kernel(chosen, v, weights, y)
         found = _kernels[key] = Kernels(shrink, expand, v.itemsize)
     _last = x, weights, y, v, backend, found
     return found
@@ -124,7 +123,9 @@ def _expand_kernel(backend: str, v: Dtype, weights: Dtype, y: Dtype) -> int:
     key = (backend, v, weights, y)
     if key not in _expand:
         v_like, w_like, y_like = (BITS[dtype.name].type(0) for dtype in (v, weights, y))
-        if backend == "tiles":
+        if backend == "amx":
+            _expand[key] = amx.expand_kernel(y_like)
+        elif backend == "tiles":
             _expand[key] = tiles.expand_kernel(w_like, y_like)
         else:
             _expand[key] = loops.expand_kernel(v_like, w_like, y_like)

@@ -1,30 +1,36 @@
 """Shrink by tile products (AMX), for x and weights of bfloat16.
 
-v[p, j] = sum over k of x[rows[p], k] * wa[j, k], computed transposed, so that wa needs no packing:
+v[p, j] = sum over k of x[rows[p], k] * wa[j, k]. Of the two operands of a product one is read where
+it is stored, 16 rows at one stride, and the other from a panel, into which it is packed first:
 
-              wa (r, h_in)             panel of x: pairs, rows          v.T
-                k ->                     p    p+1   p+2               p   p+1  p+2
-    rank j    [ 0 1 | 2 3 | .. ]       [ 0 1 | 0 1 | 0 1 | .. ]     [ s | s | s | .. ]
-    rank j+1  [ 0 1 | 2 3 | .. ]   x   [ 2 3 | 2 3 | 2 3 | .. ]  =  [ s | s | s | .. ]
-      ..                                 ..
-    16 ranks, 16 pairs of k            16 pairs, 1 to 16 rows       16 ranks, 1 to 16 rows
+              in place                panel: pairs, rows          sums
+                k ->                    j    j+1   j+2              j   j+1  j+2
+    row p     [ 0 1 | 2 3 | .. ]      [ 0 1 | 0 1 | 0 1 | .. ]    [ s | s | s | .. ]
+    row p+1   [ 0 1 | 2 3 | .. ]  x   [ 2 3 | 2 3 | 2 3 | .. ] =  [ s | s | s | .. ]
+      ..                                ..
+    16 rows, 16 pairs of k            16 pairs, 1 to 16 rows      16 rows, 1 to 16 columns
 
-Rows of x are first gathered into the panel, one K block long. Two k of a row are one number of 32
-bits, and (rows, pairs) of these are turned into (pairs, rows), 16 pairs at a time. Segments of few
-rows have a narrow panel of 1, 2, 4 or 8 columns; columns without a row repeat the last one.
+Packing is what is dear: two k of a row are one number of 32 bits, and (rows, pairs) of these are
+turned into (pairs, rows). So the operand of fewer rows is packed:
 
-Four tiles of sums take turns as steps of 32 k go by, for a product waits some 50 cycles for the one
-before. At the end of a K block they become (s0 + s1) + (s2 + s3), are turned back and added to v.
+    few rows    x is packed and wa read in place, for which weights need no order of their own; the
+                sums are (ranks, rows) and turned back. Panels of a few rows are 1, 2, 4 or 8 wide
+    many rows   a K block of wa is packed once for all rows of the task; x is read in place, where
+                the rows of a block are at one stride, and else copied side by side
 
-Same row, same bits: segments of any length take this way, and k alone decides in which order an
-element's products are added (see amx_instructions.py). Edge rules as in tiles.py: where fewer than
-16 ranks are left, the tile begins earlier, and the ranks that v has already are dropped; the last k
-are copied beside zeros first.
+Two tiles in place by two panels are four tiles of sums: a tile is read for each product, and a
+product takes twice as long as that. A K block is one chain of products, steps of 32 k ascending; at
+its end the sums are added to v.
+
+Same row, same bits: a product of two numbers is the same either way round, and k alone decides in
+which order an element's products are added (see amx_instructions.py). Edge rules as in tiles.py:
+where fewer than 16 rows are left in place, the tile begins earlier, and sums that v has already are
+dropped; the last k are copied beside zeros first.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -34,22 +40,27 @@ from numba.extending import intrinsic
 from sgmv.kernels.amx_instructions import NUMBERS, PAIRS, SIDE, START, STATE_BYTES, WORDS
 from sgmv.kernels.emit import I8, I16, numbers
 from sgmv.kernels.jit import INT64, entry, jit, record, vector
-from sgmv.kernels.records import CALL, TABLE
+from sgmv.kernels.records import CALL, INTEGER, TABLE
 from sgmv.kernels.tasks import NONE, claim_shrink, finish_shrink, item
 
-CHAINS = 4  # tiles 0 to 3 hold sums,
-WEIGHTS, COLUMNS = (4, 5), (6, 7)  # these the operands, in turn
+SUMS, IN_PLACE, PANELS = (0, 1, 2, 3), (4, 5), (6, 7)  # the tile registers
 STEP = 2 * SIDE  # k of one product
-TURN = CHAINS * STEP
-K_BLOCK = 1024  # its panel, and its weights of 16 ranks, are 32 KiB each
+K_BLOCK = 1024  # of 16 rows, 32 KiB
+PACKED = 4 * SIDE  # rows that are packed at a time
 WIDTHS = (1, 2, 4, 8, 16)  # of a panel
+AHEAD = 512  # bytes before its use that memory read in place is asked for
 
-# A task's memory: the tiles' state, the panel, the last weights beside zeros, the sums.
-PANEL = STATE_BYTES
-LAST = PANEL + K_BLOCK * SIDE * 2
-SUMS = LAST + SIDE * TURN * 2
-SUM_BYTES = SIDE * SIDE * 4
-MEMORY_BYTES = SUMS + CHAINS * SUM_BYTES
+# A task's memory: the tiles' state, the addresses of rows, panels, rows copied side by side, the
+# last k beside zeros, the sums.
+TILE_BYTES = SIDE * 64
+PANEL_BYTES = K_BLOCK * SIDE * 2
+COPY_STRIDE = K_BLOCK * 2 + 64  # rows a power of two apart would crowd the same sets of the cache
+ADDRESSES = STATE_BYTES
+PANEL = ADDRESSES + 8 * PACKED
+COPY = PANEL + PACKED // SIDE * PANEL_BYTES
+LAST = COPY + len(IN_PLACE) * SIDE * COPY_STRIDE
+SUM = LAST + len(IN_PLACE) * TILE_BYTES
+MEMORY_BYTES = SUM + len(SUMS) * TILE_BYTES
 
 # Lanes of two vectors in turn: of their lower halves, and of their upper ones.
 LOWER, UPPER = (
@@ -58,7 +69,16 @@ LOWER, UPPER = (
 BYTE = np.uint8(0)
 
 
-def _read_pairs(e, address, count=None):
+class Operand(NamedTuple):
+    """Rows of bfloat16 in memory: row i is at base + stride * (rows[i], or i if rows is 0)."""
+
+    base: int
+    stride: int
+    rows: int  # at (count,) int64, or 0: all are at one stride
+    count: int
+
+
+def read_pairs(e, address, count=None):
     """32 bfloat16 as 16 pairs; those from `count` on are not read, and 0."""
     mask = None if count is None else e.below(count, STEP)
     return e.builder.bitcast(e.read(address, ir.VectorType(I16, STEP), 2, mask), PAIRS)
@@ -79,78 +99,9 @@ def _rotate_numbers(e, vectors, times):
     return vectors
 
 
-def _gather(e, n, x, x_stride, rows, count, width):
-    """The panel of x[rows[:count], :width], n columns wide, with zeros to the end of its turn."""
-    last = e.add(count, -1)
-    found = [e.integer(e.add(rows, e.multiply(e.at_most(m, last), 8))) for m in range(n)]
-    x_rows = [e.add(x, e.multiply(x_stride, row)) for row in found]
-
-    def step(k, count=None):
-        pairs = [_read_pairs(e, e.add(row, e.multiply(k, 2)), count) for row in x_rows]
-        for i, turned in enumerate(_rotate_numbers(e, pairs, n.bit_length() - 1)):
-            e.store(turned, e.add(e.state, PANEL + 64 * i, e.multiply(k, 2 * n)))
-        return []
-
-    whole = e.builder.and_(width, ir.Constant(INT64, -STEP))
-    padded = e.builder.and_(e.add(width, TURN - 1), ir.Constant(INT64, -TURN))
-    e.loop(START, whole, STEP, [], lambda k, _: step(k))
-    e.loop(whole, padded, STEP, [], lambda k, _: step(k, e.builder.sub(width, k)))
-
-
-def _multiply(e, w, w_stride, ranks, columns, width):
-    """Sums (CHAINS, 16, columns) of w[:ranks, :width] and the panel."""
-    stride = e.multiply(columns, 4)
-
-    def turn(k, w, w_stride):
-        panel = e.add(e.state, PANEL, e.multiply(columns, e.multiply(k, 2)))
-        for q in range(CHAINS):
-            a, b = WEIGHTS[q % 2], COLUMNS[q % 2]
-            e.load_tile(a, e.add(w, 2 * STEP * q), w_stride)
-            e.load_tile(b, e.add(panel, e.multiply(columns, 2 * STEP * q)), stride)
-            e.multiply_tiles(q, a, b)
-        return []
-
-    def last_turn(k, _):
-        copy, left = e.add(e.state, LAST), e.builder.sub(width, k)
-
-        def rank(j, _):
-            row = e.add(w, e.multiply(w_stride, j), e.multiply(k, 2))
-            for i in range(0, TURN, STEP):
-                pairs = _read_pairs(e, e.add(row, 2 * i), e.add(left, -i))
-                e.store(pairs, e.add(copy, e.multiply(j, 2 * TURN), 2 * i))
-            return []
-
-        e.loop(START, ranks, 1, [], rank)
-        return turn(k, copy, ir.Constant(INT64, 2 * TURN))
-
-    for q in range(CHAINS):
-        e.zero_tile(q)
-    whole = e.builder.and_(width, ir.Constant(INT64, -TURN))
-    e.loop(START, whole, TURN, [], lambda k, _: turn(k, e.add(w, e.multiply(k, 2)), w_stride))
-    e.loop(whole, width, TURN, [], last_turn)
-    for q in range(CHAINS):
-        e.store_tile(q, e.add(e.state, SUMS + SUM_BYTES * q), stride)
-
-
-def _add_to_v(e, n, v, v_stride, count, lanes, fresh):
-    """Add the sums to `count` rows of v, in these lanes; if fresh, overwrite it."""
-    add = e.builder.fadd
-    chains = [
-        [e.read(e.add(e.state, SUMS + SUM_BYTES * q + 64 * i), NUMBERS, 4) for i in range(n)]
-        for q in range(CHAINS)
-    ]
-    totals = [add(add(a, b), add(c, d)) for a, b, c, d in zip(*chains)]  # noqa: B905
-    for m, total in enumerate(_rotate_numbers(e, totals, 4)):
-        exists = e.builder.icmp_signed("<", ir.Constant(INT64, m), count)
-        present = e.builder.select(exists, lanes, ir.Constant(lanes.type, None))
-        row = e.add(v, e.multiply(v_stride, m))
-        old = e.builder.select(fresh, ir.Constant(NUMBERS, None), e.read(row, NUMBERS, 4, present))
-        e.store(add(old, total), row, mask=present)
-
-
 @intrinsic
 def _task_memory(typingctx):
-    """Its address, on the stack."""
+    """Its address, on the stack, at the start of a cache line."""
 
     def codegen(context, builder, signature, args):
         with builder.goto_entry_block():
@@ -162,62 +113,316 @@ def _task_memory(typingctx):
 
 
 @intrinsic
-def _tile_products(typingctx, unit, call, memory, columns, wa, first, last, low, high):
-    """v[first:last, low:high] = x[rows[first:last]] @ wa[low:high].T, in a panel of `columns`."""
+def configure(typingctx, unit, memory):
+    """Put the configuration at `memory` in force."""
 
     def codegen(context, builder, signature, args):
-        call, memory, columns, wa, first, last, low, high = args[1:]
-        e = WORDS[unit](builder, memory)
-        x, x_stride, v, v_stride = e.fields(CALL, call, "x", "x_stride", "v", "v_stride")
-        rows, table = e.fields(CALL, call, "x_rows", "table")
-        [h_in] = e.fields(TABLE, table, "h_in")
-        w_stride = e.multiply(h_in, 2)
-        ranks = e.at_most(SIDE, builder.sub(high, low))
-        top = builder.sub(high, ranks)
-
-        def block(k, _):
-            width = e.at_most(K_BLOCK, builder.sub(h_in, k))
-            fresh = builder.icmp_signed("==", k, START)
-            offset = e.multiply(k, 2)
-
-            def group(p, _):
-                count = e.at_most(SIDE, builder.sub(last, p))
-                rows_p = e.add(rows, e.multiply(p, 8))
-                operands = e.add(x, offset), x_stride, rows_p, count, width
-                e.switch(columns, WIDTHS, lambda n: _gather(e, n, *operands))
-
-                def tile(j, _):
-                    start = e.at_most(j, top)
-                    w = e.add(wa, e.multiply(w_stride, start), offset)
-                    _multiply(e, w, w_stride, ranks, columns, width)
-                    new = builder.not_(e.below(builder.sub(j, start), SIDE))
-                    lanes = builder.and_(e.below(ranks, SIDE), new)
-                    target = e.add(v, e.multiply(v_stride, p), e.multiply(start, 4))
-                    sums = target, v_stride, count, lanes, fresh
-                    e.switch(columns, WIDTHS, lambda n: _add_to_v(e, n, *sums))
-                    return []
-
-                return e.loop(low, high, SIDE, [], tile)
-
-            return e.loop(first, last, SIDE, [], group)
-
-        e.configure()
-        e.loop(START, h_in, K_BLOCK, [], block)
-        e.release()
+        WORDS[unit](builder, args[1]).configure()
         return context.get_dummy_value()
 
-    return types.void(unit, *[types.int64] * 8), codegen
+    return types.void(unit, types.int64), codegen
+
+
+@intrinsic
+def release(typingctx, unit, memory):
+    """Leave the tiles as other code expects them, empty."""
+
+    def codegen(context, builder, signature, args):
+        WORDS[unit](builder, args[1]).release()
+        return context.get_dummy_value()
+
+    return types.void(unit, types.int64), codegen
 
 
 @jit()
-def _write_configuration(memory, ranks, columns):
-    """Sums (ranks, columns), weights (ranks, 16 pairs), panel (16 pairs, columns)."""
+def write_configuration(memory, rows, columns):
+    """Tiles in place (rows, 16 pairs), panels (16 pairs, columns), sums (rows, columns)."""
     configuration = vector(memory, 64, BYTE)
     configuration[:] = 0
     configuration[0] = 1
     for tile in range(8):
-        configuration[16 + 2 * tile] = 4 * (SIDE if tile in WEIGHTS else columns)
-        configuration[48 + tile] = SIDE if tile in COLUMNS else ranks
+        configuration[16 + 2 * tile] = 4 * (SIDE if tile in IN_PLACE else columns)
+        configuration[48 + tile] = SIDE if tile in PANELS else rows
+
+
+@intrinsic
+def _pack(typingctx, unit, memory, number, columns, k, width):
+    """Panel `number` of the rows at the first `columns` addresses: k:k + width, and zeros."""
+
+    def codegen(context, builder, signature, args):
+        memory, number, columns, k, width = args[1:]
+        e = WORDS[unit](builder, memory)
+        whole = builder.and_(width, ir.Constant(INT64, -STEP))
+
+        def pack(n):
+            first = e.multiply(number, 8 * SIDE)
+            rows = [
+                e.add(e.integer(e.add(memory, first, ADDRESSES + 8 * m)), e.multiply(k, 2))
+                for m in range(n)
+            ]
+            panel = e.add(memory, PANEL, e.multiply(number, PANEL_BYTES))
+
+            def step(k, count=None):
+                pairs = [read_pairs(e, e.add(row, e.multiply(k, 2)), count) for row in rows]
+                for i, turned in enumerate(_rotate_numbers(e, pairs, n.bit_length() - 1)):
+                    e.store(turned, e.add(panel, 64 * i, e.multiply(k, 2 * n)))
+                return []
+
+            e.loop(START, whole, STEP, [], lambda k, _: step(k))
+            e.loop(whole, width, STEP, [], lambda k, _: step(k, builder.sub(width, k)))
+
+        e.switch(columns, WIDTHS, pack)
+        return context.get_dummy_value()
+
+    return types.void(unit, *[types.int64] * 5), codegen
+
+
+@intrinsic
+def _copy(typingctx, unit, memory, number, k, width):
+    """The 16 rows at the first addresses, k:k + width and zeros, side by side as tile `number`."""
+
+    def codegen(context, builder, signature, args):
+        memory, number, k, width = args[1:]
+        e = WORDS[unit](builder, memory)
+        whole = builder.and_(width, ir.Constant(INT64, -STEP))
+        target = e.add(memory, COPY, e.multiply(number, SIDE * COPY_STRIDE))
+
+        def row(m, _):
+            address = e.integer(e.add(memory, ADDRESSES, e.multiply(m, 8)))
+            source, copy = e.add(address, e.multiply(k, 2)), e.add(target, e.multiply(m, COPY_STRIDE))
+
+            def piece(k, count=None):
+                offset = e.multiply(k, 2)
+                e.store(read_pairs(e, e.add(source, offset), count), e.add(copy, offset))
+                return []
+
+            e.loop(START, whole, STEP, [], lambda k, _: piece(k))
+            return e.loop(whole, width, STEP, [], lambda k, _: piece(k, builder.sub(width, k)))
+
+        e.loop(START, ir.Constant(INT64, SIDE), 1, [], row)
+        return context.get_dummy_value()
+
+    return types.void(unit, *[types.int64] * 4), codegen
+
+
+@intrinsic
+def _multiply(typingctx, unit, memory, shape, addresses, stride, rows, panel, columns, width):
+    """The sums of one or two tiles in place, and of one or two panels from `panel` on.
+
+    shape  (tiles in place, panels);  addresses  of both tiles' first rows;  rows  of a tile
+    """
+
+    def codegen(context, builder, signature, args):
+        memory, shape, addresses, stride, rows, panel, columns, width = args[1:]
+        e = WORDS[unit](builder, memory)
+        (tiles, panels), addresses = e.pair(shape), e.pair(addresses)
+        panel = e.add(memory, PANEL, e.multiply(panel, PANEL_BYTES))
+        panel_stride = e.multiply(columns, 4)
+        whole = builder.and_(width, ir.Constant(INT64, -STEP))
+        form = e.add(e.multiply(tiles, 4), panels)
+
+        def multiply(form):
+            m, n = divmod(form, 4)
+
+            def products(k, places, stride):
+                for i in range(m):
+                    e.load_tile(IN_PLACE[i], places[i], stride)
+                for q in range(n):
+                    there = e.add(panel, q * PANEL_BYTES, e.multiply(columns, e.multiply(k, 2)))
+                    e.load_tile(PANELS[q], there, panel_stride)
+                    for i in range(m):
+                        e.multiply_tiles(SUMS[2 * i + q], IN_PLACE[i], PANELS[q])
+                return []
+
+            def step(k, _):
+                places = [e.add(address, e.multiply(k, 2)) for address in addresses[:m]]
+                if n == 1:  # few products for each tile: they wait for memory
+                    for place in places:
+                        for i in range(SIDE):
+                            e.prefetch(e.add(place, AHEAD, e.multiply(stride, i)))
+                return products(k, places, stride)
+
+            def last_step(k, _):
+                copies = [e.add(memory, LAST + i * TILE_BYTES) for i in range(m)]
+
+                def row(j, _):
+                    for address, copy in zip(addresses[:m], copies):  # noqa: B905
+                        there = e.add(address, e.multiply(stride, j), e.multiply(k, 2))
+                        pairs = read_pairs(e, there, builder.sub(width, k))
+                        e.store(pairs, e.add(copy, e.multiply(j, 64)))
+                    return []
+
+                e.loop(START, rows, 1, [], row)
+                return products(k, copies, ir.Constant(INT64, 64))
+
+            for i in range(m):
+                for q in range(n):
+                    e.zero_tile(SUMS[2 * i + q])
+            e.loop(START, whole, STEP, [], step)
+            e.loop(whole, width, STEP, [], last_step)
+            for i in range(m):
+                for q in range(n):
+                    tile = 2 * i + q
+                    e.store_tile(SUMS[tile], e.add(memory, SUM + tile * TILE_BYTES), panel_stride)
+
+        e.switch(form, [4 * m + n for m in (1, 2) for n in (1, 2)], multiply)
+        return context.get_dummy_value()
+
+    pair = types.UniTuple(types.int64, 2)
+    return types.void(unit, types.int64, pair, pair, *[types.int64] * 5), codegen
+
+
+@intrinsic
+def _add_rows(typingctx, unit, memory, tile, columns, rows, v, v_stride, ranks, fresh):
+    """v[i, :ranks] (+)= row i of a tile of sums, from row low to high.
+
+    rows  (low, high): the rows of the tile that v has not yet
+    """
+
+    def codegen(context, builder, signature, args):
+        memory, tile, columns, rows, v, v_stride, ranks, fresh = args[1:]
+        e = WORDS[unit](builder, memory)
+        low, high = e.pair(rows)
+        sums = e.add(memory, SUM, e.multiply(tile, TILE_BYTES))
+        present = e.below(ranks, SIDE)
+        fresh = builder.icmp_signed("!=", fresh, START)
+
+        def row(i, _):
+            target = e.add(v, e.multiply(v_stride, i))
+            total = e.read(e.add(sums, e.multiply(e.multiply(i, columns), 4)), NUMBERS, 4, present)
+            both = builder.fadd(e.read(target, NUMBERS, 4, present), total)
+            e.store(builder.select(fresh, total, both), target, mask=present)
+            return []
+
+        e.loop(low, high, 1, [], row)
+        return context.get_dummy_value()
+
+    pair, integer = types.UniTuple(types.int64, 2), types.int64
+    return types.void(unit, integer, integer, integer, pair, *[integer] * 4), codegen
+
+
+@intrinsic
+def _add_turned(typingctx, unit, memory, tile, columns, lanes, v, v_stride, count, fresh):
+    """v[i, lanes] (+)= column i of a tile of sums, for the first `count` columns.
+
+    lanes  (low, high): the ranks of the tile that v has not yet
+    """
+
+    def codegen(context, builder, signature, args):
+        memory, tile, columns, lanes, v, v_stride, count, fresh = args[1:]
+        e = WORDS[unit](builder, memory)
+        low, high = e.pair(lanes)
+        lanes = builder.and_(e.below(high, SIDE), builder.not_(e.below(low, SIDE)))
+        sums = e.add(memory, SUM, e.multiply(tile, TILE_BYTES))
+        fresh = builder.icmp_signed("!=", fresh, START)
+
+        def add(n):
+            totals = [e.read(e.add(sums, 64 * i), NUMBERS, 4) for i in range(n)]
+            for i, total in enumerate(_rotate_numbers(e, totals, 4)):
+                exists = builder.icmp_signed("<", ir.Constant(INT64, i), count)
+                present = builder.select(exists, lanes, ir.Constant(lanes.type, None))
+                row = e.add(v, e.multiply(v_stride, i))
+                both = builder.fadd(e.read(row, NUMBERS, 4, present), total)
+                e.store(builder.select(fresh, total, both), row, mask=present)
+
+        e.switch(columns, WIDTHS, add)
+        return context.get_dummy_value()
+
+    pair, integer = types.UniTuple(types.int64, 2), types.int64
+    return types.void(unit, integer, integer, integer, pair, *[integer] * 4), codegen
+
+
+@jit()
+def address_of_row(operand, i):
+    if operand.rows == 0:
+        return operand.base + operand.stride * i
+    return operand.base + operand.stride * item(operand.rows, i)
+
+
+@jit()
+def at_one_stride(operand):
+    """The same rows without their numbers, where these are at one distance from each other."""
+    first = item(operand.rows, 0)
+    apart = item(operand.rows, 1) - first if operand.count > 1 else 0
+    for i in range(2, operand.count):
+        if item(operand.rows, i) - item(operand.rows, i - 1) != apart:
+            return operand
+    base, stride = operand.base + operand.stride * first, operand.stride * apart
+    return Operand(base, stride, 0, operand.count)
+
+
+@jit()
+def _write_addresses(memory, operand, first, count):
+    """Of `count` rows from `first` on, past the last its own again."""
+    addresses = vector(memory + ADDRESSES, count, INTEGER)
+    for i in range(count):
+        addresses[i] = address_of_row(operand, min(first + i, operand.count - 1))
+
+
+@jit()
+def _place(unit, memory, in_place, starts, k, width):
+    """Addresses of two tiles' rows from k on, their stride, and the k to multiply.
+
+    Rows that are not at one stride are copied side by side first, with zeros up to whole steps.
+    """
+    if in_place.rows == 0:
+        a, b = address_of_row(in_place, starts[0]), address_of_row(in_place, starts[1])
+        return (a + 2 * k, b + 2 * k), in_place.stride, width
+    for tile in range(2):
+        _write_addresses(memory, in_place, starts[tile], SIDE)
+        _copy(unit, memory, tile, k, width)
+    copies = memory + COPY, memory + COPY + SIDE * COPY_STRIDE
+    return copies, COPY_STRIDE, -(-width // STEP) * STEP
+
+
+@jit()
+def _block(unit, memory, turned, packed, first, in_place, columns, k, width, v, v_stride):
+    """Add one K block of the products of rows in place and the packed ones from `first` on to v."""
+    rows = min(in_place.count, SIDE)
+    top = in_place.count - rows
+    last, fresh = min(first + PACKED, packed.count), int(k == 0)
+    panels = -(-(last - first) // SIDE)
+    _write_addresses(memory, packed, first, panels * SIDE)
+    for panel in range(panels):
+        _pack(unit, memory, panel, columns, k, width)
+    for i in range(0, in_place.count, 2 * SIDE):
+        tiles = 2 if i + SIDE < in_place.count else 1
+        starts = min(i, top), min(i + SIDE, top)
+        places, stride, wide = _place(unit, memory, in_place, starts, k, width)
+        for panel in range(0, panels, 2):
+            shape = tiles, min(2, panels - panel)
+            _multiply(unit, memory, shape, places, stride, rows, panel, columns, wide)
+            for tile in range(tiles):
+                start, new = starts[tile], i + tile * SIDE
+                for q in range(shape[1]):
+                    number = 2 * tile + q
+                    low = first + (panel + q) * SIDE
+                    sums, news = (unit, memory, number, columns), (new - start, rows)
+                    count = min(SIDE, last - low)
+                    if turned:
+                        target = v + v_stride * low + 4 * start
+                        _add_turned(*sums, news, target, v_stride, count, fresh)
+                    else:
+                        target = v + v_stride * start + 4 * low
+                        _add_rows(*sums, news, target, v_stride, count, fresh)
+
+
+@jit()
+def shrink_task(unit, memory, x, wa, h_in, v, v_stride):
+    """v[:x.count, :wa.count] = x @ wa.T; v is the address of its first element."""
+    turned = x.count <= SIDE or x.count < wa.count
+    packed, in_place = (x, wa) if turned else (wa, x)
+    columns = 1
+    while columns < min(packed.count, SIDE):
+        columns *= 2
+    write_configuration(memory, min(in_place.count, SIDE), columns)
+    configure(unit, memory)
+    for first in range(0, packed.count, PACKED):
+        for k in range(0, h_in, K_BLOCK):
+            width = min(K_BLOCK, h_in - k)
+            operands = packed, first, in_place, columns, k, width
+            _block(unit, memory, turned, *operands, v, v_stride)
+    release(unit, memory)
 
 
 def shrink_kernel(unit: Any) -> int:
@@ -227,21 +432,21 @@ def shrink_kernel(unit: Any) -> int:
     """
 
     def amx_shrink(address, limit):
-        table = record(TABLE, record(CALL, address).table)
+        call = record(CALL, address)
+        table = record(TABLE, call.table)
+        row = 2 * table.h_in
         memory = _task_memory()
         for _ in range(limit):
             task = claim_shrink(address)
             if task.number == NONE:
                 return
-            low, high = task.low, task.high
-            if low < high:  # a configuration of no rank is refused
-                columns = 1
-                while columns < min(task.last - task.first, SIDE):
-                    columns *= 2
-                _write_configuration(memory, min(high - low, SIDE), columns)
-                rows = task.first, task.last
-                wa = item(table.wa, task.slot)
-                _tile_products(unit, address, memory, columns, wa, *rows, low, high)
+            if task.low < task.high:  # a configuration of no rank is refused
+                count = task.last - task.first
+                x = Operand(call.x, call.x_stride, call.x_rows + 8 * task.first, count)
+                wa = item(table.wa, task.slot) + task.low * row
+                ranks = Operand(wa, row, 0, task.high - task.low)
+                v = call.v + call.v_stride * task.first + 4 * task.low
+                shrink_task(unit, memory, at_one_stride(x), ranks, table.h_in, v, call.v_stride)
             finish_shrink(address, task, np.float32(0))
 
     return entry(amx_shrink)

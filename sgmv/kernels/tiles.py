@@ -296,6 +296,17 @@ def columns_in_l2(r, w_like):
     return max(1, L2_BYTES // (PANEL * max(r, 1) * size_of(w_like))) * PANEL
 
 
+@jit()
+def expand_block(w_like, y_like, address, task, wb, columns, scaling):
+    """The task's rows and these columns (low, high), a tile of rows after the other."""
+    groups = -(-(task.last - task.first) // MOST_ROWS)
+    p = task.first
+    for g in range(groups):
+        count = (task.last - p) // (groups - g)
+        expand_tiles(w_like, y_like, address, (p, count), wb, task.r, scaling, columns)
+        p += count
+
+
 def expand_kernel(w_like: Any, y_like: Any) -> int:
     """The kernel y += scaling * v @ wb: up to `limit` tasks of the call, row block by row block."""
 
@@ -309,17 +320,11 @@ def expand_kernel(w_like: Any, y_like: Any) -> int:
             if task.number == NONE:
                 return
             scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            groups = -(-(task.last - task.first) // MOST_ROWS)
             step = columns_in_l2(task.r, w_like)
             for c in range(task.low, task.high, step):
                 end = min(c + step, task.high)
                 wb = panels(table, task.slot, task.r, c, end, room, w_like)
-                p = task.first
-                for g in range(groups):
-                    count = (task.last - p) // (groups - g)
-                    rows, columns = (p, count), (c, end)
-                    expand_tiles(w_like, y_like, address, rows, wb, task.r, scaling, columns)
-                    p += count
+                expand_block(w_like, y_like, address, task, wb, (c, end), scaling)
         leave_expand(address, task)
 
     return entry(tiles_expand)

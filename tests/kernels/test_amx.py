@@ -41,7 +41,7 @@ def product(c: Matrix, a: Matrix, b: Matrix) -> Matrix:
     return flush(c + flush(even + odd))
 
 
-def foretold(x: Matrix, wa: Matrix, chains: int = 4, block: int = 1024, step: int = 32) -> Matrix:
+def foretold(x: Matrix, wa: Matrix, chains: int = 1, block: int = 1024, step: int = 32) -> Matrix:
     x, wa = (np.pad(m.astype(np.float32), ((0, 0), (0, -m.shape[1] % 128))) for m in (x, wa))
     x, wa = flush(x), flush(wa)
     v = None
@@ -104,7 +104,7 @@ def test_every_bit_is_foretold(h_in: int, name: str) -> None:
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "other", [{"chains": 2}, {"chains": 8}, {"block": 512}, {"step": 16}, {"step": 64}], ids=str
+    "other", [{"chains": 2}, {"chains": 4}, {"block": 512}, {"step": 16}, {"step": 64}], ids=str
 )
 def test_another_order_would_be_noticed(other: dict[str, int]) -> None:
     x, was, _ids = operands("normal", 1057)

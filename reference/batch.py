@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -153,20 +153,20 @@ class Workload:
             self.x, self.W, *self._pairs, weights=self.weights, expected=self.expected_applied
         )
 
-    @cached_property
-    def flush_bound(self) -> NDArray[np.float64]:
-        """What a kernel that flushes subnormal numbers in shrink may add to a bound, (n, h_out)."""
-        if self.exact:
-            return np.zeros(self.y.shape)
-        more = bounds.flush_bound(self.y, self.x, *self._pairs, weights=self.weights)
+    def flush_bound(self, phases: Collection[str]) -> NDArray[np.float64] | float:
+        """What a kernel that flushes subnormal numbers in these phases may add to a bound."""
+        if self.exact or not phases:
+            return 0.0
+        operands = self.y, self.x, *self._pairs
+        more = bounds.flush_bound(*operands, weights=self.weights, expand="expand" in phases)
         return np.where(np.isfinite(self.expected), more, 0.0)
 
-    def check(self, actual: ArrayLike, flushes: bool = False) -> None:
+    def check(self, actual: ArrayLike, flushes: Collection[str] = ()) -> None:
         """Passes if `actual` is a right y.
 
         Semantics: y's shape and type; inputs unchanged; base-only rows equal to y bit for bit;
         every other element within `bound` of `expected`, NaN and inf exactly where expected.
-        flushes adds `flush_bound`.
+        flushes  the phases, shrink and expand, that may take subnormal numbers for 0
         Raises: AssertionError naming the case and the worst element, or the operand changed.
         """
         wrong = self.wrong(actual, flushes)
@@ -174,7 +174,7 @@ class Workload:
             why = "" if wrong.kind in ("result", "spoiled") else f" ({self.why})"
             raise AssertionError(f"{self.name}{why}: {wrong.what}")
 
-    def wrong(self, actual: ArrayLike, flushes: bool = False) -> Wrong | None:
+    def wrong(self, actual: ArrayLike, flushes: Collection[str] = ()) -> Wrong | None:
         """What is wrong with `actual` as y, told instead of raised; None if nothing is.
 
         Semantics: as `check`. The first of: the result's type and shape, operands that changed,
@@ -193,14 +193,14 @@ class Workload:
             for ids in self.adapter_ids
         ]
         base_only = np.flatnonzero(~np.array(has_adapter, bool))
-        bound = self.bound + self.flush_bound if flushes else self.bound
+        bound = self.bound + self.flush_bound(flushes)
         worst = compare.worst(actual, self.expected, bound)
         lost = [i for i in base_only if actual[i].tobytes() != self.y[i].tobytes()]
         if lost:
             return Wrong("base only", f"base-only row {lost[0]} of y lost its bits", worst)
         return None if worst is None else Wrong("values", str(worst), worst)
 
-    def check_applied(self, actual: ArrayLike, flushes: bool = False) -> None:
+    def check_applied(self, actual: ArrayLike, flushes: Collection[str] = ()) -> None:
         """Passes if `actual` is a right result of `apply_batched(x, W, ...)`.
 
         Semantics: as `check`, with `expected_applied` and `bound_applied`, in x's type.
@@ -210,7 +210,7 @@ class Workload:
         if refused is not None:
             raise AssertionError(f"{self.name}: {refused.what}")
         name = f"{self.name}, applied ({self.why})"
-        bound = self.bound_applied + self.flush_bound if flushes else self.bound_applied
+        bound = self.bound_applied + self.flush_bound(flushes)
         compare.check(actual, self.expected_applied, bound, name)
 
     def _refused(self, actual: ArrayLike, dtype: np.dtype[Any]) -> Wrong | None:

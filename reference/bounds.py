@@ -182,13 +182,21 @@ def flush_bound(
     scalings: Scaling = None,
     *,
     weights: ArrayLike | None = None,
+    expand: bool = False,
 ) -> Bound:
-    """What must be added to a bound where shrink takes numbers below 2**-126 for 0, as AMX does.
+    """What must be added to a bound where numbers below 2**-126 are taken for 0, as AMX does.
 
-    Semantics: t = 2**-126 is the most that one such number can be. An x_k lost costs t |A_jk|, an
-    A_jk lost t |x_k|; and of the h_in products and their additions each may be lost. So v_j errs by
-    t (sum_k |A_jk| + sum_k |x_k| + 2 h_in) more, which expand's own roundings, and the store's to
-    at most 8 bits, then carry on. Arguments and errors as `by_row.add_lora` -> (n, h_out) float64.
+    Semantics: t = 2**-126 is the most that one such number can be. In shrink an x_k lost costs
+    t |A_jk|, an A_jk lost t |x_k|; and of the h_in products and their additions each may be lost.
+    So v_j errs by t (sum_k |A_jk| + sum_k |x_k| + 2 h_in) more, which expand's own roundings, and
+    the store's to at most 8 bits, then carry on.
+    In expand v_j is three parts, of which those below t are lost: together less than 2 t. A B_ij
+    lost costs t |v_j|; and of the 3 (r + 1) products, added as they are made, and of two additions
+    for each 32 of them, each sum may be lost: fewer than 4 r + 8. So y_i errs by another
+    |s| t (sum_j 2 |B_ij| + |v_j| + 4 r + 8).
+
+    expand  whether expand does so, too
+    Arguments and errors otherwise as `by_row.add_lora` -> (n, h_out) float64.
 
     >>> one = np.ones((1, 1))
     >>> flush_bound(one, one, [(one, one)], [0]) < 2.0**-123
@@ -203,9 +211,13 @@ def flush_bound(
     for rows, adapter, factor in _pairs(ids, chosen, weights):
         A, B, its = (np.abs(a.astype(np.float64)) for a in (*adapter[:2], x[rows]))
         v = tiny * (A.sum(axis=1) + its.sum(axis=1)[:, None] + 2 * x.shape[1])
+        more = factor * (v @ B.T)
+        if expand:
+            size = factor * (its @ A.T).sum(axis=1)[:, None]
+            more = more + tiny * (2 * B.sum(axis=1) + size + 4 * len(A) + 8)
         roundings = x.shape[1] + len(A) + 3 + (weights is not None)
         carried = (1 + gamma(roundings, u)) * (1 + 2.0**-8) ** places
-        bound[rows] += carried * abs(adapter.scaling) * factor * (v @ B.T)
+        bound[rows] += carried * abs(adapter.scaling) * more
     return bound
 
 

@@ -89,12 +89,14 @@ def choose(backend: str | None, v: Dtype, bfloat16: bool = False) -> str:
     return next(name for name in BACKENDS[BACKENDS.index(asked) :] if name in able)
 
 
-def flushes(backend: str | None, x: Dtype, weights: Dtype) -> bool:
-    """Whether shrink takes subnormal numbers for 0, as the CPU's own products of bfloat16 do."""
+def flushes(backend: str | None, x: Dtype, weights: Dtype) -> tuple[str, ...]:
+    """The phases that take subnormal numbers for 0, as the CPU's own products of bfloat16 do."""
     if x.name != "bfloat16" or weights.name != "bfloat16":
-        return False
+        return ()
     chosen = choose(backend, sum_dtype(x, weights), bfloat16=True)
-    return chosen == "amx" or (chosen == "tiles" and SUMS_BFLOAT16)
+    if chosen == "amx":
+        return ("shrink", "expand")
+    return ("shrink",) if chosen == "tiles" and SUMS_BFLOAT16 else ()
 
 
 def _alternatives(v: Dtype) -> str:

@@ -77,8 +77,8 @@ def why_vectors() -> str:
 
 
 def has_amx() -> bool:
-    """Whether it has tile products of bfloat16."""
-    has = features()
+    """Whether it has tile products of bfloat16, and numba compiles for them."""
+    has = cpu.compiled_for()
     return bool(has.get("amx-tile") and has.get("amx-bf16"))
 
 

@@ -54,7 +54,7 @@ def info() -> Info:
     """Which CPU features, backend, tiles, threads and cache folder sgmv uses here.
 
     Semantics: `vectors` is what the tiles are made for, from the CPU or SGMV_VECTOR_BITS, and why;
-    `amx` says whether bfloat16 has tile products (SGMV_AMX=1 turns them on where the CPU has them);
+    `amx` says whether bfloat16 runs on the CPU's tile products, why not, and how to change it;
     `backend` names the kernels of each weight type when x and y have that type too; tiles are
     rows x ranks (shrink) and rows x columns (expand).
 

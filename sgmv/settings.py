@@ -33,9 +33,9 @@ BACKEND = Setting(
 )
 AMX = Setting(
     "SGMV_AMX",
-    "`1`, `emulate`",
-    "off",
-    "`1` allows tile products where the CPU has them; `emulate` computes the same bits, slowly.",
+    "`0`, `emulate`",
+    "on, where the CPU has it",
+    "`0` leaves tile products to the tiles; `emulate` computes their bits, slowly, on any CPU.",
 )
 VECTOR_BITS = Setting(
     "SGMV_VECTOR_BITS",

@@ -86,6 +86,7 @@ def emulated_amx() -> Iterator[None]:
         patch.delenv("SGMV_BACKEND", raising=False)
         patch.setattr(acceptance, "BACKENDS", ("amx",))
         patch.setattr(backend, "_shrink", {})
+        patch.setattr(backend, "_expand", {})
         patch.setattr(backend, "_kernels", {})
         patch.setattr(backend, "_last", (0, 0, 0, 0, 0, backend.Kernels(0, 0, 0)))
         amx.is_on.cache_clear()

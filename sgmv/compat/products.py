@@ -21,8 +21,7 @@ import numpy.typing as npt
 
 from sgmv.backend import kernels
 from sgmv.checks import check_dtype, check_matrix, check_y
-from sgmv.cpu import VECTOR_BITS
-from sgmv.dtypes import FLOAT64, Array, sum_dtype
+from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import (
     DtypeError,
     MemoryLayoutError,
@@ -178,10 +177,7 @@ def shrink(
     weights = slices[0]
     table = _remembering(_shrink_table, *slices)(slices)
     v = np.zeros((len(segments.rows), weights.outputs * len(slices)), dtype)
-    backend = None
-    if len(slices) > 1:  # AMX's shrink knows one slice
-        backend = "tiles" if VECTOR_BITS and dtype != FLOAT64 else "loops"
-    run_shrink(kernels(backend, x.dtype, weights.dtype, None, dtype), table, segments, x, v)
+    run_shrink(kernels(None, x.dtype, weights.dtype, None, dtype), table, segments, x, v)
     return v
 
 

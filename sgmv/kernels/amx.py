@@ -37,14 +37,28 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sgmv.kernels.amx_instructions import NUMBERS, PAIRS, SIDE, START, STATE_BYTES, WORDS
-from sgmv.kernels.emit import I8, I16, numbers
+from sgmv.kernels.amx_instructions import (
+    IN_PLACE,
+    NUMBERS,
+    PAIRS,
+    PANELS,
+    SIDE,
+    START,
+    STATE_BYTES,
+    STEP,
+    SUMS,
+    TILE_BYTES,
+    WORDS,
+    configure,
+    on_the_stack,
+    release,
+    write_configuration,
+)
+from sgmv.kernels.emit import I16, numbers
 from sgmv.kernels.jit import INT64, entry, jit, record, vector
 from sgmv.kernels.records import CALL, INTEGER, TABLE
 from sgmv.kernels.tasks import NONE, claim_shrink, finish_shrink, item
 
-SUMS, IN_PLACE, PANELS = (0, 1, 2, 3), (4, 5), (6, 7)  # the tile registers
-STEP = 2 * SIDE  # k of one product
 K_BLOCK = 1024  # of 16 rows, 32 KiB
 PACKED = 4 * SIDE  # rows that are packed at a time
 WIDTHS = (1, 2, 4, 8, 16)  # of a panel
@@ -52,7 +66,6 @@ AHEAD = 512  # bytes before its use that memory read in place is asked for
 
 # A task's memory: the tiles' state, the addresses of rows, panels, rows copied side by side, the
 # last k beside zeros, the sums.
-TILE_BYTES = SIDE * 64
 PANEL_BYTES = K_BLOCK * SIDE * 2
 COPY_STRIDE = K_BLOCK * 2 + 64  # rows a power of two apart would crowd the same sets of the cache
 ADDRESSES = STATE_BYTES
@@ -62,11 +75,12 @@ LAST = COPY + len(IN_PLACE) * SIDE * COPY_STRIDE
 SUM = LAST + len(IN_PLACE) * TILE_BYTES
 MEMORY_BYTES = SUM + len(SUMS) * TILE_BYTES
 
+task_memory = on_the_stack(MEMORY_BYTES)
+
 # Lanes of two vectors in turn: of their lower halves, and of their upper ones.
 LOWER, UPPER = (
     [lane + vector for lane in half for vector in (0, SIDE)] for half in (range(8), range(8, 16))
 )
-BYTE = np.uint8(0)
 
 
 class Operand(NamedTuple):
@@ -76,6 +90,14 @@ class Operand(NamedTuple):
     stride: int
     rows: int  # at (count,) int64, or 0: all are at one stride
     count: int
+
+
+class Target(NamedTuple):
+    """Where sums are added: v, its stride, and whether the rows in place are its columns."""
+
+    v: int
+    stride: int
+    turned: bool
 
 
 def read_pairs(e, address, count=None):
@@ -97,52 +119,6 @@ def _rotate_numbers(e, vectors, times):
             for lanes in (LOWER, UPPER)
         ]
     return vectors
-
-
-@intrinsic
-def _task_memory(typingctx):
-    """Its address, on the stack, at the start of a cache line."""
-
-    def codegen(context, builder, signature, args):
-        with builder.goto_entry_block():
-            memory = builder.alloca(ir.ArrayType(I8, MEMORY_BYTES))
-            memory.align = 64
-        return builder.ptrtoint(memory, INT64)
-
-    return types.int64(), codegen
-
-
-@intrinsic
-def configure(typingctx, unit, memory):
-    """Put the configuration at `memory` in force."""
-
-    def codegen(context, builder, signature, args):
-        WORDS[unit](builder, args[1]).configure()
-        return context.get_dummy_value()
-
-    return types.void(unit, types.int64), codegen
-
-
-@intrinsic
-def release(typingctx, unit, memory):
-    """Leave the tiles as other code expects them, empty."""
-
-    def codegen(context, builder, signature, args):
-        WORDS[unit](builder, args[1]).release()
-        return context.get_dummy_value()
-
-    return types.void(unit, types.int64), codegen
-
-
-@jit()
-def write_configuration(memory, rows, columns):
-    """Tiles in place (rows, 16 pairs), panels (16 pairs, columns), sums (rows, columns)."""
-    configuration = vector(memory, 64, BYTE)
-    configuration[:] = 0
-    configuration[0] = 1
-    for tile in range(8):
-        configuration[16 + 2 * tile] = 4 * (SIDE if tile in IN_PLACE else columns)
-        configuration[48 + tile] = SIDE if tile in PANELS else rows
 
 
 @intrinsic
@@ -189,7 +165,10 @@ def _copy(typingctx, unit, memory, number, k, width):
 
         def row(m, _):
             address = e.integer(e.add(memory, ADDRESSES, e.multiply(m, 8)))
-            source, copy = e.add(address, e.multiply(k, 2)), e.add(target, e.multiply(m, COPY_STRIDE))
+            source, copy = (
+                e.add(address, e.multiply(k, 2)),
+                e.add(target, e.multiply(m, COPY_STRIDE)),
+            )
 
             def piece(k, count=None):
                 offset = e.multiply(k, 2)
@@ -203,6 +182,18 @@ def _copy(typingctx, unit, memory, number, k, width):
         return context.get_dummy_value()
 
     return types.void(unit, *[types.int64] * 4), codegen
+
+
+def _copy_last(e, places, stride, rows, count, copies):
+    """The last `count` k of the rows of each place, beside zeros."""
+
+    def row(j, _):
+        for place, copy in zip(places, copies):  # noqa: B905
+            pairs = read_pairs(e, e.add(place, e.multiply(stride, j)), count)
+            e.store(pairs, e.add(copy, e.multiply(j, 64)))
+        return []
+
+    e.loop(START, rows, 1, [], row)
 
 
 @intrinsic
@@ -244,26 +235,17 @@ def _multiply(typingctx, unit, memory, shape, addresses, stride, rows, panel, co
 
             def last_step(k, _):
                 copies = [e.add(memory, LAST + i * TILE_BYTES) for i in range(m)]
-
-                def row(j, _):
-                    for address, copy in zip(addresses[:m], copies):  # noqa: B905
-                        there = e.add(address, e.multiply(stride, j), e.multiply(k, 2))
-                        pairs = read_pairs(e, there, builder.sub(width, k))
-                        e.store(pairs, e.add(copy, e.multiply(j, 64)))
-                    return []
-
-                e.loop(START, rows, 1, [], row)
+                places = [e.add(address, e.multiply(k, 2)) for address in addresses[:m]]
+                _copy_last(e, places, stride, rows, builder.sub(width, k), copies)
                 return products(k, copies, ir.Constant(INT64, 64))
 
-            for i in range(m):
-                for q in range(n):
-                    e.zero_tile(SUMS[2 * i + q])
+            sums = [2 * i + q for i in range(m) for q in range(n)]
+            for tile in sums:
+                e.zero_tile(SUMS[tile])
             e.loop(START, whole, STEP, [], step)
             e.loop(whole, width, STEP, [], last_step)
-            for i in range(m):
-                for q in range(n):
-                    tile = 2 * i + q
-                    e.store_tile(SUMS[tile], e.add(memory, SUM + tile * TILE_BYTES), panel_stride)
+            for tile in sums:
+                e.store_tile(SUMS[tile], e.add(memory, SUM + tile * TILE_BYTES), panel_stride)
 
         e.switch(form, [4 * m + n for m in (1, 2) for n in (1, 2)], multiply)
         return context.get_dummy_value()
@@ -376,11 +358,20 @@ def _place(unit, memory, in_place, starts, k, width):
 
 
 @jit()
-def _block(unit, memory, turned, packed, first, in_place, columns, k, width, v, v_stride):
+def width_of_panels(packed):
+    """The power of two that holds the packed rows, at most 16."""
+    columns = 1
+    while columns < min(packed.count, SIDE):
+        columns *= 2
+    return columns
+
+
+@jit()
+def _block(unit, memory, packed, first, in_place, k, width, target):
     """Add one K block of the products of rows in place and the packed ones from `first` on to v."""
-    rows = min(in_place.count, SIDE)
+    rows, columns = min(in_place.count, SIDE), width_of_panels(packed)
     top = in_place.count - rows
-    last, fresh = min(first + PACKED, packed.count), int(k == 0)
+    last = min(first + PACKED, packed.count)
     panels = -(-(last - first) // SIDE)
     _write_addresses(memory, packed, first, panels * SIDE)
     for panel in range(panels):
@@ -393,18 +384,26 @@ def _block(unit, memory, turned, packed, first, in_place, columns, k, width, v, 
             shape = tiles, min(2, panels - panel)
             _multiply(unit, memory, shape, places, stride, rows, panel, columns, wide)
             for tile in range(tiles):
-                start, new = starts[tile], i + tile * SIDE
+                new = i + tile * SIDE - starts[tile], rows
                 for q in range(shape[1]):
-                    number = 2 * tile + q
                     low = first + (panel + q) * SIDE
-                    sums, news = (unit, memory, number, columns), (new - start, rows)
-                    count = min(SIDE, last - low)
-                    if turned:
-                        target = v + v_stride * low + 4 * start
-                        _add_turned(*sums, news, target, v_stride, count, fresh)
-                    else:
-                        target = v + v_stride * start + 4 * low
-                        _add_rows(*sums, news, target, v_stride, count, fresh)
+                    some = low, min(SIDE, last - low)
+                    _add(unit, memory, 2 * tile + q, columns, target, starts[tile], new, some, k)
+
+
+@jit()
+def _add(unit, memory, tile, columns, target, start, new, some, k):
+    """Add a tile of sums to v: the rows in place from `start` on, new[0]:new[1] of which v lacks.
+
+    some  (first, count) of the packed rows
+    """
+    sums, fresh = (unit, memory, tile, columns), int(k == 0)
+    if target.turned:
+        place = target.v + target.stride * some[0] + 4 * start
+        _add_turned(*sums, new, place, target.stride, some[1], fresh)
+    else:
+        place = target.v + target.stride * start + 4 * some[0]
+        _add_rows(*sums, new, place, target.stride, some[1], fresh)
 
 
 @jit()
@@ -412,16 +411,13 @@ def shrink_task(unit, memory, x, wa, h_in, v, v_stride):
     """v[:x.count, :wa.count] = x @ wa.T; v is the address of its first element."""
     turned = x.count <= SIDE or x.count < wa.count
     packed, in_place = (x, wa) if turned else (wa, x)
-    columns = 1
-    while columns < min(packed.count, SIDE):
-        columns *= 2
-    write_configuration(memory, min(in_place.count, SIDE), columns)
+    write_configuration(memory, min(in_place.count, SIDE), width_of_panels(packed))
     configure(unit, memory)
     for first in range(0, packed.count, PACKED):
         for k in range(0, h_in, K_BLOCK):
             width = min(K_BLOCK, h_in - k)
-            operands = packed, first, in_place, columns, k, width
-            _block(unit, memory, turned, *operands, v, v_stride)
+            target = Target(v, v_stride, turned)
+            _block(unit, memory, packed, first, in_place, k, width, target)
     release(unit, memory)
 
 
@@ -435,18 +431,20 @@ def shrink_kernel(unit: Any) -> int:
         call = record(CALL, address)
         table = record(TABLE, call.table)
         row = 2 * table.h_in
-        memory = _task_memory()
+        memory = task_memory()
         for _ in range(limit):
             task = claim_shrink(address)
             if task.number == NONE:
                 return
             if task.low < task.high:  # a configuration of no rank is refused
-                count = task.last - task.first
-                x = Operand(call.x, call.x_stride, call.x_rows + 8 * task.first, count)
-                wa = item(table.wa, task.slot) + task.low * row
-                ranks = Operand(wa, row, 0, task.high - task.low)
-                v = call.v + call.v_stride * task.first + 4 * task.low
-                shrink_task(unit, memory, at_one_stride(x), ranks, table.h_in, v, call.v_stride)
+                rows = call.x_rows + 8 * task.first
+                x = Operand(call.x, call.x_stride, rows, task.last - task.first)
+                x = at_one_stride(x)
+                for s in range(table.slices):
+                    wa = item(table.wa, task.slot * table.slices + s) + task.low * row
+                    ranks = Operand(wa, row, 0, task.high - task.low)
+                    v = call.v + call.v_stride * task.first + 4 * (s * task.r + task.low)
+                    shrink_task(unit, memory, x, ranks, table.h_in, v, call.v_stride)
             finish_shrink(address, task, np.float32(0))
 
     return entry(amx_shrink)

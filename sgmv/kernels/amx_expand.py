@@ -1,8 +1,8 @@
 """Expand by tile products (AMX), for weights of bfloat16 and v of float32.
 
-y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. v has more digits than bfloat16 holds, so
-each number is cut into three of 8 bits, v = high + middle + low, exactly. A row of v becomes its low
-parts, then the middle ones, then the high ones, the smallest first; wb is read three times:
+y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. v has more digits than bfloat16 holds,
+so each number is cut into three of 8 bits, v = high + middle + low, exactly. A row of v becomes its
+low parts, then the middle ones, then the high ones; for each of them wb is read again:
 
          parts of v   k ->                        wb, in pairs of ranks   c ->
     p   [ low 0 1 .. | middle 0 1 .. | high .. ]      j=0,1  [ 0 1 | 0 1 | .. ]
@@ -30,15 +30,29 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sgmv.kernels.amx import IN_PLACE, PANELS, SIDE, STEP, SUMS, TILE_BYTES, configure, release
-from sgmv.kernels.amx import write_configuration
-from sgmv.kernels.amx_instructions import NUMBERS, PAIRS, START, STATE_BYTES, WORDS
-from sgmv.kernels.emit import I8, I16, LANES, numbers, size
+from sgmv.kernels.amx_instructions import (
+    IN_PLACE,
+    NUMBERS,
+    PAIRS,
+    PANELS,
+    SIDE,
+    START,
+    STATE_BYTES,
+    STEP,
+    SUMS,
+    TILE_BYTES,
+    WORDS,
+    configure,
+    on_the_stack,
+    release,
+    write_configuration,
+)
+from sgmv.kernels.emit import I16, LANES, numbers, size
 from sgmv.kernels.jit import INT64, address_of, entry, jit, record, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
 from sgmv.kernels.records import CALL, FLOAT64, PANEL, TABLE
 from sgmv.kernels.tasks import NONE, claim_expand, leave_expand, no_task
-from sgmv.kernels.tiles import Y_AHEAD, columns_in_l2, expand_block
+from sgmv.kernels.tiles import Y_AHEAD, columns_in_l2, expand_block, expand_task
 
 BFLOAT16 = np.int16(0)
 PARTS = 3
@@ -53,22 +67,12 @@ HALVES = ir.VectorType(I16, SIDE)
 EXPONENT, QUIET = 0x7F80, 0x400000
 
 
-@intrinsic
-def _task_memory(typingctx):
-    """Its address, on the stack, at the start of a cache line."""
-
-    def codegen(context, builder, signature, args):
-        with builder.goto_entry_block():
-            memory = builder.alloca(ir.ArrayType(I8, MEMORY_BYTES))
-            memory.align = 64
-        return builder.ptrtoint(memory, INT64)
-
-    return types.int64(), codegen
+task_memory = on_the_stack(MEMORY_BYTES)
 
 
 @intrinsic
 def _split(typingctx, unit, v, v_stride, count, r, parts, width):
-    """parts (count, width), bfloat16: the low, the middle, the high parts of v[:count, :r], zeros.
+    """Write parts (count, width): the low, middle and high parts of v[:count, :r], then zeros.
 
     An odd number of ranks has one more, of zeros.
     """
@@ -119,7 +123,7 @@ def _split(typingctx, unit, v, v_stride, count, r, parts, width):
 
 @intrinsic
 def _pair(typingctx, unit, w, width, r, pairs):
-    """Pairs of the ranks of w (r, width), each row 64 columns long; 0 if one is not finite, or 1."""
+    """Write pairs of the ranks of w (r, width), rows of 64 columns; 1 if all are finite, else 0."""
 
     def codegen(context, builder, signature, args):
         w, width, r, pairs = args[1:]
@@ -167,55 +171,61 @@ def _pair(typingctx, unit, w, width, r, pairs):
     return types.int64(unit, *[types.int64] * 4), codegen
 
 
+def _add_to_y(e, y_like, call, some_rows, some_columns, scale, buffer):
+    """Y += scale * the sums in a buffer: 16 rows of 64 columns, or of fewer.
+
+    some_rows  (p, low, high): rows low:high of the tile whose first row is at sorted position p
+    """
+    b = e.builder
+    (p, low, high), (c, width) = some_rows, some_columns
+    y, y_stride, y_rows = e.fields(CALL, call, "y", "y_stride", "y_rows")
+    y = e.add(y, e.multiply(c, size(y_like)))
+
+    def row(i, whole):
+        number = e.integer(e.add(y_rows, e.multiply(e.add(p, i), 8)))
+        target = e.add(y, e.multiply(y_stride, number))
+        for line in range(0, PANEL * size(y_like), 64):
+            e.prefetch(e.add(target, line + Y_AHEAD), write=True)
+        for column in range(0, PANEL, LANES):
+            tile, lane = divmod(column, SIDE)
+            place = e.add(buffer, e.multiply(i, 64), tile * TILE_BYTES + 4 * lane)
+            there = e.add(target, column * size(y_like))
+            mask = None if whole else e.below(e.add(width, -column))
+            old = e.load(there, y_like, mask)
+            e.store(e.fma(scale, e.load(place), old), there, y_like, mask)
+        return []
+
+    is_whole = b.icmp_signed("==", width, ir.Constant(INT64, PANEL))
+    with b.if_else(is_whole) as branches:
+        for branch, whole in zip(branches, (True, False)):  # noqa: B905
+            with branch:
+                e.loop(low, high, 1, [], lambda i, _, whole=whole: row(i, whole))
+
+
 @intrinsic
 def _multiply_panel(
-    typingctx, unit, y_like, call, memory, parts, steps, pairs, half, some_rows, some_columns, scale
+    typingctx, unit, y_like, call, memory, left, right, some_rows, some_columns, scale
 ):
     """y[rows[p:p + count], c:c + width] += scale * (v @ wb), from the parts and the pairs of both.
 
-    steps  of 32 k, in a row of parts;  half  the pairs until they come again
+    left  (parts, the steps of 32 k in a row);  right  (pairs, how many until they come again)
     some_rows  (p, count);  some_columns  (c, width)
     """
 
     def codegen(context, builder, signature, args):
-        call, memory, parts, steps, pairs, half, some_rows, some_columns, scale = args[2:]
+        call, memory, left, right, some_rows, some_columns, scale = args[2:]
         e, b = WORDS[unit](builder, memory), builder
+        (parts, steps), (pairs, half) = e.pair(left), e.pair(right)
         (p, count), (c, width) = e.pair(some_rows), e.pair(some_columns)
-        y, y_stride, y_rows = e.fields(CALL, call, "y", "y_stride", "y_rows")
-        y = e.add(y, e.multiply(c, size(y_like)))
-        y_rows = e.add(y_rows, e.multiply(p, 8))
-        scale = e.everywhere(scale)
         rows = e.at_most(SIDE, count)
         top = b.sub(count, rows)
         stride = e.multiply(steps, 2 * STEP)
         turn = ir.Constant(INT64, SIDE)
 
-        def add_to_y(first, buffer, whole):
-            """The sums in a buffer, of the rows from `first` on."""
+        def add(first, buffer):
             start = e.at_most(first, top)
-
-            def row(i, _):
-                number = e.integer(e.add(y_rows, e.multiply(e.add(start, i), 8)))
-                target = e.add(y, e.multiply(y_stride, number))
-                for line in range(0, PANEL * size(y_like), 64):
-                    e.prefetch(e.add(target, line + Y_AHEAD), write=True)
-                for column in range(0, PANEL, LANES):
-                    tile, lane = divmod(column, SIDE)
-                    place = e.add(buffer, e.multiply(i, 64), tile * TILE_BYTES + 4 * lane)
-                    there = e.add(target, column * size(y_like))
-                    mask = None if whole else e.below(e.add(width, -column))
-                    old = e.load(there, y_like, mask)
-                    e.store(e.fma(scale, e.load(place), old), there, y_like, mask)
-                return []
-
-            e.loop(b.sub(first, start), rows, 1, [], row)
-
-        def either_add(first, buffer):
-            with b.if_else(b.icmp_signed("==", width, ir.Constant(INT64, PANEL))) as (whole, part):
-                with whole:
-                    add_to_y(first, buffer, True)
-                with part:
-                    add_to_y(first, buffer, False)
+            some_rows = e.add(p, start), b.sub(first, start), rows
+            _add_to_y(e, y_like, call, some_rows, (c, width), e.everywhere(scale), buffer)
 
         def step(t, places):
             place = e.add(pairs, e.multiply(places[0], ROW_BYTES))
@@ -234,7 +244,7 @@ def _multiply_panel(
                 e.zero_tile(q)
             e.loop(START, steps, 1, [START], step)
             with b.if_then(b.icmp_signed(">", first, START)):
-                either_add(b.sub(first, turn), before)
+                add(b.sub(first, turn), before)
             for q in SUMS:
                 e.store_tile(q, e.add(buffer, q * TILE_BYTES), ir.Constant(INT64, 64))
             return [before, buffer]
@@ -244,13 +254,41 @@ def _multiply_panel(
         buffers = [first_buffer, e.add(first_buffer, BUFFER_BYTES)]
         [_, last] = e.loop(START, count, SIDE, buffers, rows_of_a_tile)
         tiles = b.udiv(e.add(count, -1), turn)
-        either_add(e.multiply(tiles, SIDE), last)
+        add(e.multiply(tiles, SIDE), last)
         return context.get_dummy_value()
 
     integer = types.int64
-    pair = types.UniTuple(integer, 2)
-    operands = *[integer] * 6, pair, pair, types.float32
-    return types.void(unit, y_like, *operands), codegen
+    pairs = [types.UniTuple(integer, 2)] * 4
+    return types.void(unit, y_like, integer, integer, *pairs, types.float32), codegen
+
+
+@jit()
+def products_task(unit, y_like, address, memory, task, room, scaling):
+    """Y += scaling * v @ wb, for the rows and columns of a task of 9 ranks or more."""
+    call = record(CALL, address)
+    rows = task.first, task.last - task.first
+    half = -(-task.r // 2)
+    steps = -(-PARTS * 2 * half // STEP)
+    parts = np.empty(rows[1] * steps * STEP, np.int16)
+    pairs = np.empty((half + SIDE - 1) * PANEL, np.int32)
+    left, right = (address_of(parts), steps), (address_of(pairs), half)
+    v = call.v + call.v_stride * task.first
+    _split(unit, v, call.v_stride, rows[1], task.r, left[0], steps * STEP)
+    write_configuration(memory, min(rows[1], SIDE), SIDE)
+    configure(unit, memory)
+    l2 = columns_in_l2(task.r, BFLOAT16)
+    for c in range(task.low, task.high, l2):
+        end = min(c + l2, task.high)
+        wb = panels(record(TABLE, call.table), task.slot, task.r, c, end, room, BFLOAT16)
+        for low in range(c, end, PANEL):
+            columns = low, min(PANEL, end - low)
+            if _pair(unit, wb + 2 * low * task.r, columns[1], task.r, right[0]) != 0:
+                operands = left, right, rows, columns, scaling
+                _multiply_panel(unit, y_like, address, memory, *operands)
+            else:
+                ends = low, low + columns[1]
+                expand_block(BFLOAT16, y_like, address, task, wb, ends, scaling)
+    release(unit, memory)
 
 
 def expand_kernel(unit: Any, y_like: Any) -> int:
@@ -260,46 +298,20 @@ def expand_kernel(unit: Any, y_like: Any) -> int:
     """
 
     def amx_expand(address, limit):
-        call = record(CALL, address)
-        table = record(TABLE, call.table)
+        table = record(TABLE, record(CALL, address).table)
         rank = plain_rank(address)
         room = scratch(rank, columns_in_l2(rank, BFLOAT16), BFLOAT16)
-        memory = _task_memory()
+        memory = task_memory()
         task = no_task()
         for _ in range(limit):
             task = claim_expand(address, task)
             if task.number == NONE:
                 return
             scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            rows = task.first, task.last - task.first
-            half = -(-task.r // 2)
-            steps = -(-PARTS * 2 * half // STEP)
-            by_products = task.r >= FEWEST_RANKS
-            parts = np.empty(rows[1] * steps * STEP if by_products else 0, np.int16)
-            pairs = np.empty((half + SIDE - 1) * PANEL if by_products else 0, np.int32)
-            at_parts, at_pairs = address_of(parts), address_of(pairs)
-            if by_products:
-                v = call.v + call.v_stride * task.first
-                _split(unit, v, call.v_stride, rows[1], task.r, at_parts, steps * STEP)
-                write_configuration(memory, min(rows[1], SIDE), SIDE)
-                configure(unit, memory)
-            l2 = columns_in_l2(task.r, BFLOAT16)
-            for c in range(task.low, task.high, l2):
-                end = min(c + l2, task.high)
-                wb = panels(table, task.slot, task.r, c, end, room, BFLOAT16)
-                if not by_products:
-                    expand_block(BFLOAT16, y_like, address, task, wb, (c, end), scaling)
-                    continue
-                for low in range(c, end, PANEL):
-                    width = min(PANEL, end - low)
-                    if _pair(unit, wb + 2 * low * task.r, width, task.r, at_pairs) == 0:
-                        ends = low, low + width
-                        expand_block(BFLOAT16, y_like, address, task, wb, ends, scaling)
-                        continue
-                    operands = at_parts, steps, at_pairs, half, rows, (low, width), scaling
-                    _multiply_panel(unit, y_like, address, memory, *operands)
-            if by_products:
-                release(unit, memory)
+            if task.r >= FEWEST_RANKS:
+                products_task(unit, y_like, address, memory, task, room, scaling)
+            else:
+                expand_task(BFLOAT16, y_like, address, task, room, scaling)
         leave_expand(address, task)
 
     return entry(amx_expand)

@@ -22,6 +22,8 @@ Both sums begin at 0 and add k in ascending order, fused; each operation rounds 
 what is below 2**-126, read or made, counts as 0. So an element's bits depend on one row of a and
 one column of b, and on nothing beside them.
 
+`write_configuration`, `configure` and `release` are what the kernels call around their products.
+
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: TDPBF16PS,
 LDTILECFG, TILELOADD, TILESTORED. The registers are named here, not chosen by the compiler, which
 crashed over loops that carry tiles.
@@ -32,11 +34,15 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 from sgmv.kernels.emit import F32, I8, I16, I32, Emit, numbers
-from sgmv.kernels.jit import INT64
+from sgmv.kernels.jit import INT64, jit, vector
 
 SIDE = 16  # rows of a register, and numbers of 32 bits in a row
+STEP = 2 * SIDE  # k of one product
+TILE_BYTES = SIDE * 64
+SUMS, IN_PLACE, PANELS = (0, 1, 2, 3), (4, 5), (6, 7)  # what the kernels keep in the registers
 NUMBERS, PAIRS = ir.VectorType(F32, SIDE), ir.VectorType(I32, SIDE)
 START = ir.Constant(INT64, 0)
 STATE_BYTES = 64 + 8 * 1024
@@ -172,3 +178,52 @@ class EmulatedTiles(Tiles):
 # Compiled code is told by a number's type which of them computes, as it is told float types.
 CPU, EMULATION = np.uint8(0), np.int8(0)
 WORDS = {types.uint8: Tiles, types.int8: EmulatedTiles}
+
+
+def on_the_stack(size):
+    """An intrinsic: the address of `size` bytes on the stack, at the start of a cache line."""
+
+    @intrinsic
+    def task_memory(typingctx):
+        def codegen(context, builder, signature, args):
+            with builder.goto_entry_block():
+                memory = builder.alloca(ir.ArrayType(I8, size))
+                memory.align = 64
+            return builder.ptrtoint(memory, INT64)
+
+        return types.int64(), codegen
+
+    return task_memory
+
+
+@jit()
+def write_configuration(memory, rows, columns):
+    """Tiles in place (rows, 16 pairs), panels (16 pairs, columns), sums (rows, columns)."""
+    configuration = vector(memory, 64, np.uint8(0))
+    configuration[:] = 0
+    configuration[0] = 1
+    for tile in range(8):
+        configuration[16 + 2 * tile] = 4 * (SIDE if tile in IN_PLACE else columns)
+        configuration[48 + tile] = SIDE if tile in PANELS else rows
+
+
+@intrinsic
+def configure(typingctx, unit, memory):
+    """Put the configuration at `memory` in force."""
+
+    def codegen(context, builder, signature, args):
+        WORDS[unit](builder, args[1]).configure()
+        return context.get_dummy_value()
+
+    return types.void(unit, types.int64), codegen
+
+
+@intrinsic
+def release(typingctx, unit, memory):
+    """Leave the tiles as other code expects them, empty."""
+
+    def codegen(context, builder, signature, args):
+        WORDS[unit](builder, args[1]).release()
+        return context.get_dummy_value()
+
+    return types.void(unit, types.int64), codegen

@@ -307,6 +307,17 @@ def expand_block(w_like, y_like, address, task, wb, columns, scaling):
         p += count
 
 
+@jit()
+def expand_task(w_like, y_like, address, task, room, scaling):
+    """All of the task's columns, as many at a time as stay in L2."""
+    step = columns_in_l2(task.r, w_like)
+    for c in range(task.low, task.high, step):
+        end = min(c + step, task.high)
+        table = record(TABLE, record(CALL, address).table)
+        wb = panels(table, task.slot, task.r, c, end, room, w_like)
+        expand_block(w_like, y_like, address, task, wb, (c, end), scaling)
+
+
 def expand_kernel(w_like: Any, y_like: Any) -> int:
     """The kernel y += scaling * v @ wb: up to `limit` tasks of the call, row block by row block."""
 
@@ -320,11 +331,7 @@ def expand_kernel(w_like: Any, y_like: Any) -> int:
             if task.number == NONE:
                 return
             scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            step = columns_in_l2(task.r, w_like)
-            for c in range(task.low, task.high, step):
-                end = min(c + step, task.high)
-                wb = panels(table, task.slot, task.r, c, end, room, w_like)
-                expand_block(w_like, y_like, address, task, wb, (c, end), scaling)
+            expand_task(w_like, y_like, address, task, room, scaling)
         leave_expand(address, task)
 
     return entry(tiles_expand)

@@ -11,6 +11,7 @@ from reference.workloads import real
 from sgmv import amx, backend, cpu
 from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.errors import SgmvError
+from sgmv.kernels import cpu as kernels_cpu
 from sgmv.kernels.amx_instructions import CPU, EMULATION
 from tests.help import acceptance
 
@@ -40,9 +41,9 @@ def test_bfloat16_alone_has_tile_products() -> None:
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the environment, by a CPU or a system without it, or by a trial that went wrong."""
     features = {"amx-tile": True, "amx-bf16": True}
-    monkeypatch.setattr(cpu, "features", lambda: features)
+    monkeypatch.setattr(kernels_cpu, "compiled_for", lambda: features)
     for asked, permitted, expected in (
-        ("0", True, None), ("", True, None), ("1", True, CPU), ("1", False, None),
+        ("0", True, None), ("", True, CPU), ("1", True, CPU), ("", False, None),
         ("emulate", False, EMULATION),
     ):  # fmt: skip
         monkeypatch.setenv("SGMV_AMX", asked)
@@ -50,8 +51,7 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert type(amx.unit()) is type(expected)
         if expected is None:
             permission = "off; it needs the vector tiles, and Linux's permission"
-            switch = "off; SGMV_AMX=1 in the environment turns it on"
-            assert amx.state() == (permission if asked == "1" else switch)
+            assert amx.state() == ("off by SGMV_AMX=0" if asked == "0" else permission)
     features["amx-bf16"] = False
     monkeypatch.setenv("SGMV_AMX", "1")
     assert amx.unit() is None

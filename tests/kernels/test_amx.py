@@ -19,8 +19,9 @@ from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels.cpu import X86
 from tests.help import acceptance, tile_checks
 from tests.help.acceptance import assert_same_bits, check_case, check_rows_keep_their_bits, stack_of
-from tests.help.bfloat16 import Matrix, flush, fused
+from tests.help.bfloat16 import Matrix, flush
 from tests.help.planting import Fault, plant, run_python
+from tests.help.tile_products import product
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 pytestmark = [
@@ -29,16 +30,7 @@ pytestmark = [
 ]
 
 
-# the model: Intel's pseudo-code of TDPBF16PS, and the order of kernels/amx.py
-
-
-def product(c: Matrix, a: Matrix, b: Matrix) -> Matrix:
-    """C (n, r) + a (n, 32) @ b (r, 32).T."""
-    even = odd = np.zeros_like(c)
-    for k in range(0, a.shape[1], 2):
-        even = flush(fused(a[:, k, None], b[:, k], even))
-        odd = flush(fused(a[:, k + 1, None], b[:, k + 1], odd))
-    return flush(c + flush(even + odd))
+# the model: the order of kernels/amx.py
 
 
 def foretold(x: Matrix, wa: Matrix, chains: int = 1, block: int = 1024, step: int = 32) -> Matrix:
@@ -89,17 +81,26 @@ def operands(name: str, h_in: int) -> tuple[Matrix, list[Matrix], np.ndarray]:
 def test_every_bit_is_foretold(h_in: int, name: str) -> None:
     x, was, ids = operands(name, h_in)
     stack = sgmv.AdapterStack.from_adapters([(wa, np.zeros((1, len(wa)), BF16)) for wa in was])
-    segments = sgmv.segment(ids)
     expected = np.zeros((len(x), stack.max_rank), np.float32)
     for adapter_id, wa in enumerate(was):
         expected[ids == adapter_id, : len(wa)] = foretold(x[ids == adapter_id], wa)
-    for threads in (1, 5):
+    in_order = np.argsort(ids, kind="stable")
+    backwards = np.zeros((2 * len(x), h_in), BF16)[::-2]
+    backwards[:] = x[in_order]
+    # Rows of a segment that are anywhere, at one stride, and at one that is negative.
+    for threads, rows, these in (
+        (1, slice(None), x),
+        (5, slice(None), x),
+        (1, in_order, x[in_order]),
+        (5, in_order, backwards),
+    ):
         sgmv.set_num_threads(threads)
-        v = sgmv.shrink(x, stack, segments, backend="amx")
-        np.testing.assert_array_equal(v, expected[segments.rows])
+        segments = sgmv.segment(ids[rows])
+        v = sgmv.shrink(these, stack, segments, backend="amx")
+        there = expected[rows][segments.rows]
+        np.testing.assert_array_equal(v, there)
         number = ~np.isnan(v)
-        signs = np.signbit(expected[segments.rows])
-        np.testing.assert_array_equal(np.signbit(v[number]), signs[number])
+        np.testing.assert_array_equal(np.signbit(v[number]), np.signbit(there)[number])
 
 
 @pytest.mark.once
@@ -193,6 +194,7 @@ SAPPHIRE_RAPIDS = {
     "+amx-tile,+amx-bf16",
 }
 COMPILE = """
+import numpy as np
 from sgmv import amx
 from sgmv.kernels import jit
 amx.unit = lambda: amx.CPU
@@ -200,45 +202,83 @@ amx.shrink_kernel()
 (kernel,) = jit._entries.values()
 print(*kernel.inspect_asm().values())
 """
-TURN = [
-    line
-    for q, a, b in ((0, 4, 6), (1, 5, 7), (2, 4, 6), (3, 5, 7))
-    for line in (f"tileloadd {a}", f"tileloadd {b}", f"tdpbf16ps {b} {a} {q}")
+# One or two tiles read in place (4, 5) by one or two panels (6, 7): a step of each form.
+STEPS = [
+    [f"tileloadd {4 + i}" for i in range(m)]
+    + [
+        line
+        for q in range(n)
+        for line in (
+            f"tileloadd {6 + q}",
+            *(f"tdpbf16ps {6 + q} {4 + i} {2 * i + q}" for i in range(m)),
+        )
+    ]
+    for m in (1, 2)
+    for n in (1, 2)
 ]
+EXPAND_STEP = ["tileloadd 4"] + [
+    line for q in range(4) for line in (f"tileloadd {6 + q % 2}", f"tdpbf16ps {6 + q % 2} 4 {q}")
+]
+
+
+def tile_instructions(program: str, folder: Path) -> list[str]:
+    """With their registers, in the order of the assembly."""
+    done = run_python(program, NUMBA_CACHE_DIR=str(folder), SGMV_AMX=None, **SAPPHIRE_RAPIDS)
+    assert done.returncode == 0, done.stderr
+    return [
+        " ".join([word, *re.findall(r"%tmm(\d)", operands)])
+        for word, operands in re.findall(r"^\t(ldtile\w+|tile\w+|tdp\w+)(.*)", done.stdout, re.M)
+    ]
+
+
+def check_steps(found: list[str], forms: list[list[str]]) -> None:
+    """Products come in whole steps of these forms; each form clears and stores its sums once."""
+    assert found.count("ldtilecfg") == found.count("tilerelease") == 1
+    left = " ".join(line for line in found if not re.match("ldtile|tilere|tilez|tilest", line))
+    for form in sorted(forms, key=len, reverse=True):
+        step = " ".join(form)
+        assert step in left, form
+        left = re.sub(rf"{step}( |$)", "", left)
+    assert left == ""
+    for word in ("tilezero", "tilestored"):
+        registers = sorted(line for line in found if line.startswith(word))
+        sums = (line.split()[-1] for form in forms for line in form if line.startswith("tdp"))
+        assert registers == sorted(f"{word} {register}" for register in sums)
 
 
 @pytest.mark.once
 @pytest.mark.compiles
 @pytest.mark.skipif(not X86, reason="another processor's assembly")
 def test_assembly_of_sapphire_rapids(tmp_path: Path) -> None:
-    """Registers as meant, turn by turn, and no tile that goes through the stack."""
-    done = run_python(COMPILE, NUMBA_CACHE_DIR=str(tmp_path), SGMV_AMX=None, **SAPPHIRE_RAPIDS)
-    assert done.returncode == 0, done.stderr
-    found = [
-        " ".join([word, *re.findall(r"%tmm(\d)", operands)])
-        for word, operands in re.findall(r"^\t(ldtile\w+|tile\w+|tdp\w+)(.*)", done.stdout, re.M)
-    ]
-    assert found.count("ldtilecfg") == found.count("tilerelease") == 1
-    tiles = [line for line in found if line not in ("ldtilecfg", "tilerelease")]
-    assert tiles[:4] == [f"tilezero {q}" for q in range(4)]
-    stores = [f"tilestored {q}" for q in range(4)]
-    assert [line for line in tiles if line in stores] == stores
-    turns = [line for line in tiles[4:] if line not in stores]
-    assert len(turns) >= 2 * len(TURN)
-    assert turns == TURN * (len(turns) // len(TURN))
+    """Registers as meant, form by form, and no tile that goes through the stack."""
+    check_steps(tile_instructions(COMPILE, tmp_path), STEPS)
+
+
+@pytest.mark.once
+@pytest.mark.compiles
+@pytest.mark.skipif(not X86, reason="another processor's assembly")
+def test_assembly_of_expand(tmp_path: Path) -> None:
+    program = COMPILE.replace("shrink_kernel()", "expand_kernel(np.int16(0))")
+    check_steps(tile_instructions(program, tmp_path), [EXPAND_STEP])
 
 
 # planted faults
 
 FAULTS = {
-    "a tile of x that no product reads": Fault(
-        "kernels.amx", "e.load_tile(b,", "e.load_tile(COLUMNS[0],"
+    "a panel that no product reads": Fault(
+        "kernels.amx", "e.load_tile(PANELS[q], there", "e.load_tile(PANELS[0], there"
     ),
-    "K blocks overwrite instead of adding": Fault(
-        "kernels.amx", 'icmp_signed("==", k', 'icmp_signed(">=", k'
-    ),
+    "K blocks overwrite instead of adding": Fault("kernels.amx", "int(k == 0)", "int(k >= 0)"),
     "ranks are added twice": Fault(
-        "kernels.amx", "builder.and_(e.below(ranks, SIDE), new)", "e.below(ranks, SIDE)"
+        "kernels.amx",
+        "builder.and_(e.below(high, SIDE), builder.not_(e.below(low, SIDE)))",
+        "e.below(high, SIDE)",
+    ),
+    "the high parts alone": Fault(
+        "kernels.amx_expand", "rest = b.select(finite, rest,", "rest = b.select(finite, value,"
+    ),
+    "pairs do not come again": Fault(
+        "kernels.amx_expand", "SIDE), half)]", "SIDE), b.add(half, half))]"
     ),
 }
 

@@ -155,8 +155,8 @@ def _bandwidth(
 ) -> float:
     """The better of reading one stream and STREAMS of them.
 
-    Which is better depends on the CPU: beyond the caches of a Sapphire Rapids eight streams read 1.3
-    times as fast as one; in those of an EPYC Zen 4 one reads 1.2 times as fast as eight.
+    Which is better depends on the CPU: beyond the caches of a Sapphire Rapids eight streams read
+    1.3 times as fast as one; in those of an EPYC Zen 4 one reads 1.2 times as fast as eight.
     """
     parts = np.array_split(words[: footprint // 8], threads)
     in_streams = [tuple(np.array_split(part, STREAMS)) for part in parts]

@@ -18,7 +18,7 @@ from sgmv.kernels import amx, amx_expand
 from sgmv.kernels.amx_instructions import CPU, EMULATION
 from sgmv.kernels.records import BLOCK, CALL, PANEL, TABLE
 from sgmv.kernels.tasks import EVERY_TASK, take_part
-from sgmv.settings import AMX
+from sgmv.settings import AMX, BFLOAT16
 
 
 @cache
@@ -35,8 +35,9 @@ def is_on() -> bool:
 def state() -> str:
     """For `info`: "on", "emulated", or why it is off and how to turn it on."""
     if unit() is None:
-        if AMX.read() == "0":
-            return "off by SGMV_AMX=0"
+        for setting, value in ((AMX, "0"), (BFLOAT16, "exact")):
+            if setting.read() == value:
+                return f"off by {setting.name}={value}"
         if not cpu.has_amx():
             return "none in this CPU"
         return "off; it needs the vector tiles, and Linux's permission"
@@ -52,6 +53,8 @@ def unit() -> Any:
         return None
     if asked == "emulate":
         return EMULATION
+    if BFLOAT16.read() == "exact":
+        return None
     return CPU if cpu.has_amx() and cpu.permits_amx() else None
 
 

@@ -8,7 +8,6 @@ import platform
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 from sgmv.kernels import cpu
 from sgmv.kernels.cpu import features
@@ -17,7 +16,7 @@ from sgmv.settings import VECTOR_BITS as FORCED_BITS
 JITTED = cpu.JITTED  # False where kernels run as plain Python
 VECTOR_BITS = cpu.VECTOR_BITS  # 512, 256, 128, or 0 where tiles have no vectors
 SUMS_BFLOAT16 = cpu.SUMS_BFLOAT16  # whether tiles use its products of bfloat16
-CPUINFO = Path("/proc/cpuinfo")
+CPUINFO = cpu.CPUINFO
 USED = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16"),
     *("amx-tile", "amx-bf16"),

@@ -46,8 +46,8 @@ VECTOR_BITS = Setting(
 BFLOAT16 = Setting(
     "SGMV_BFLOAT16",
     "`exact`",
-    "the CPU's products, if it has AVX512_BF16",
-    "`exact`: tiles multiply bfloat16 as float32, which keeps subnormal numbers and is slower.",
+    "the CPU's products, if it has AVX512_BF16 or AMX",
+    "`exact`: bfloat16 is multiplied as float32, which keeps subnormal numbers and is slower.",
 )
 VLLM = Setting(
     "SGMV_VLLM",

@@ -88,8 +88,8 @@ class Operand(NamedTuple):
 
     base: int
     stride: int
-    rows: int  # at (count,) int64, or 0: all are at one stride
-    count: int
+    rows: int  # at (total,) int64, or 0: all are at one stride
+    total: int
 
 
 class Target(NamedTuple):
@@ -325,12 +325,12 @@ def address_of_row(operand, i):
 def at_one_stride(operand):
     """The same rows without their numbers, where these are at one distance from each other."""
     first = item(operand.rows, 0)
-    apart = item(operand.rows, 1) - first if operand.count > 1 else 0
-    for i in range(2, operand.count):
+    apart = item(operand.rows, 1) - first if operand.total > 1 else 0
+    for i in range(2, operand.total):
         if item(operand.rows, i) - item(operand.rows, i - 1) != apart:
             return operand
     base, stride = operand.base + operand.stride * first, operand.stride * apart
-    return Operand(base, stride, 0, operand.count)
+    return Operand(base, stride, 0, operand.total)
 
 
 @jit()
@@ -338,7 +338,7 @@ def _write_addresses(memory, operand, first, count):
     """Of `count` rows from `first` on, past the last its own again."""
     addresses = vector(memory + ADDRESSES, count, INTEGER)
     for i in range(count):
-        addresses[i] = address_of_row(operand, min(first + i, operand.count - 1))
+        addresses[i] = address_of_row(operand, min(first + i, operand.total - 1))
 
 
 @jit()
@@ -361,7 +361,7 @@ def _place(unit, memory, in_place, starts, k, width):
 def width_of_panels(packed):
     """The power of two that holds the packed rows, at most 16."""
     columns = 1
-    while columns < min(packed.count, SIDE):
+    while columns < min(packed.total, SIDE):
         columns *= 2
     return columns
 
@@ -369,15 +369,15 @@ def width_of_panels(packed):
 @jit()
 def _block(unit, memory, packed, first, in_place, k, width, target):
     """Add one K block of the products of rows in place and the packed ones from `first` on to v."""
-    rows, columns = min(in_place.count, SIDE), width_of_panels(packed)
-    top = in_place.count - rows
-    last = min(first + PACKED, packed.count)
+    rows, columns = min(in_place.total, SIDE), width_of_panels(packed)
+    top = in_place.total - rows
+    last = min(first + PACKED, packed.total)
     panels = -(-(last - first) // SIDE)
     _write_addresses(memory, packed, first, panels * SIDE)
     for panel in range(panels):
         _pack(unit, memory, panel, columns, k, width)
-    for i in range(0, in_place.count, 2 * SIDE):
-        tiles = 2 if i + SIDE < in_place.count else 1
+    for i in range(0, in_place.total, 2 * SIDE):
+        tiles = 2 if i + SIDE < in_place.total else 1
         starts = min(i, top), min(i + SIDE, top)
         places, stride, wide = _place(unit, memory, in_place, starts, k, width)
         for panel in range(0, panels, 2):
@@ -408,12 +408,12 @@ def _add(unit, memory, tile, columns, target, start, new, some, k):
 
 @jit()
 def shrink_task(unit, memory, x, wa, h_in, v, v_stride):
-    """v[:x.count, :wa.count] = x @ wa.T; v is the address of its first element."""
-    turned = x.count <= SIDE or x.count < wa.count
+    """v[:x.total, :wa.total] = x @ wa.T; v is the address of its first element."""
+    turned = x.total <= SIDE or x.total < wa.total
     packed, in_place = (x, wa) if turned else (wa, x)
-    write_configuration(memory, min(in_place.count, SIDE), width_of_panels(packed))
+    write_configuration(memory, min(in_place.total, SIDE), width_of_panels(packed))
     configure(unit, memory)
-    for first in range(0, packed.count, PACKED):
+    for first in range(0, packed.total, PACKED):
         for k in range(0, h_in, K_BLOCK):
             width = min(K_BLOCK, h_in - k)
             target = Target(v, v_stride, turned)

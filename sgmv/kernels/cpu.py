@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numba
 
+CPUINFO = Path("/proc/cpuinfo")
 _config: Any = numba.config
 JITTED = not _config.DISABLE_JIT
 _MACHINE = platform.machine().lower()
@@ -67,3 +70,17 @@ ROUNDS_BFLOAT16 = VECTOR_BITS > 128 and all(
     compiled_for().get(name) for name in ("avx512bf16", "avx512vl", "avx512dq")
 )
 SUMS_BFLOAT16 = ROUNDS_BFLOAT16 and os.environ.get("SGMV_BFLOAT16") != "exact"
+
+
+def _vendor() -> str:
+    """Who made the CPU, as Linux has it; "" elsewhere."""
+    try:
+        found = re.search(r"^vendor_id\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+# Whether weights of a single row are asked for ahead of their use. On a Sapphire Rapids it made 64
+# distinct rows 1.2 times as fast; on an EPYC Zen 4 they took 1.03 times as long (docs/kernels.md).
+ASKS_AHEAD = _vendor() == "GenuineIntel"

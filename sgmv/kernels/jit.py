@@ -31,7 +31,14 @@ from numba.core import event
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload
 
-from sgmv.kernels.cpu import CONVERTS_FLOAT16, FUSES, JITTED, SUMS_BFLOAT16, VECTOR_BITS
+from sgmv.kernels.cpu import (
+    ASKS_AHEAD,
+    CONVERTS_FLOAT16,
+    FUSES,
+    JITTED,
+    SUMS_BFLOAT16,
+    VECTOR_BITS,
+)
 from sgmv.kernels.disk import KernelCache, logger
 
 # `contract` allows fused multiply-add. No nnan or ninf: NaN and inf must pass through.
@@ -42,7 +49,7 @@ ANY_ORDER = frozenset({"contract", "reassoc"})
 
 
 def _digest_of_kernels() -> str:
-    choices = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16
+    choices = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, ASKS_AHEAD
     digest = hashlib.sha256(repr(choices).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):  # nothing is compiled elsewhere
         digest.update(path.read_bytes())

@@ -47,7 +47,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sgmv.kernels.cpu import FUSES, REGISTERS
+from sgmv.kernels.cpu import ASKS_AHEAD, FUSES, REGISTERS
 from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
 from sgmv.kernels.jit import INT64, entry, jit, record, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
@@ -79,6 +79,7 @@ COLUMN_VECTORS = {rows: _as_many(rows, PANEL // LANES) for rows in range(1, MOST
 K_BLOCK = 1024  # six rows of one K block are 24 KiB of x: they stay in L1 for all ranks
 L2_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
 Y_AHEAD = 512  # bytes before its use that y is asked for
+W_AHEAD = 512  # and wa, where that is worth while
 PAIR = types.UniTuple(types.int64, 2)
 
 
@@ -96,7 +97,11 @@ def _shrink_tile(e, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w
         kx, kw = e.multiply(k, size(x_like)), e.multiply(k, size(w_like))
         values = [read(e.add(row, kx), x_like, mask) for row in x_rows]
         for q in range(nr):
-            weight = read(e.add(w_rows[q], kw), w_like, mask)
+            place = e.add(w_rows[q], kw)
+            weight = read(place, w_like, mask)
+            if mr == 1 and mask is None and ASKS_AHEAD:  # one row waits for weights alone
+                for line in range(0, per_vector * size(w_like), 64):
+                    e.prefetch(e.add(place, line + W_AHEAD))
             for m in range(mr):
                 sums[m * nr + q] = multiply(values[m], weight, sums[m * nr + q])
         return sums

@@ -52,6 +52,11 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
         if expected is None:
             permission = "off; it needs the vector tiles, and Linux's permission"
             assert amx.state() == ("off by SGMV_AMX=0" if asked == "0" else permission)
+    monkeypatch.setenv("SGMV_AMX", "")
+    monkeypatch.setenv("SGMV_BFLOAT16", "exact")
+    assert amx.unit() is None
+    assert amx.state() == "off by SGMV_BFLOAT16=exact"
+    monkeypatch.delenv("SGMV_BFLOAT16")
     features["amx-bf16"] = False
     monkeypatch.setenv("SGMV_AMX", "1")
     assert amx.unit() is None

@@ -259,6 +259,28 @@ def test_a_cpu_that_neither_fuses_nor_converts_float16(tmp_path: Path) -> None:
     assert done.stdout.strip() == "checked", done.stderr
 
 
+@pytest.mark.once
+@pytest.mark.compiles
+@jitted
+@vectors
+def test_weights_asked_for_ahead_change_no_bit() -> None:
+    """As on a CPU where it pays; asking may go beyond the weights, and touches nothing there."""
+    always = Fault("kernels.tiles", "and ASKS_AHEAD:", "and True:")
+    done = run_python(
+        f"from tests.help import tile_checks; tile_checks.plant_here(*{tuple(always)!r})\n"
+        "from sgmv.kernels import jit, tiles\n"
+        "import numpy as np\n"
+        "tiles.shrink_kernel(np.float32(0), np.float32(0))\n"
+        "[kernel] = jit._entries.values()\n"
+        "[assembly] = kernel.inspect_asm().values()\n"
+        "print(assembly.count('prefetch') + assembly.count('prfm') >= tiles.RANKS[1])\n"
+        "tile_checks.check_guards(tile_checks.MIXES[:1], tile_checks.EDGES[:4])\n"
+        "tile_checks.check_shapes([0, 5])"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
+
+
 # planted faults
 
 FAULTS = {

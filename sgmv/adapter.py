@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sgmv.checks import check_matrix, check_scaling
+from sgmv.checks import check_count, check_matrix, check_scaling
 from sgmv.dtypes import Array, promote
 from sgmv.errors import DtypeError, SgmvError, ShapeError
 from sgmv.files import shown
@@ -133,6 +133,7 @@ class ExpertAdapter:
                 f"{self.A.shape} and {self.B.shape}",
                 "share one factor at most; for both shared use sgmv.Adapter",
             )
+        object.__setattr__(self, "scaling", check_scaling("scaling", self.scaling))
         self.of(0)
 
     @property
@@ -156,7 +157,7 @@ class ExpertAdapter:
         >>> ExpertAdapter.joined(one, one).of(0)
         Adapter(r=4, h_in=8, h_out=32, float64, scaling=1.0)
         """
-        both = first, second
+        both = check_expert_adapter("first", first), check_expert_adapter("second", second)
         shapes = [(each.experts, each.of(0).h_in) for each in both]
         if shapes[0] != shapes[1]:
             raise ShapeError(
@@ -186,8 +187,17 @@ class ExpertAdapter:
 
     def of(self, expert: int) -> Adapter:
         """One expert's adapter, over the same memory."""
+        expert = check_count("expert", expert, 0, self.experts - 1)
         A, B = (each[expert] if each.ndim == 3 else each for each in (self.A, self.B))
         return Adapter(A, B, self.scaling)
+
+
+def check_expert_adapter(argument: str, adapter: object) -> ExpertAdapter:
+    """Refuse what is no ExpertAdapter."""
+    if not isinstance(adapter, ExpertAdapter):
+        got = type(adapter).__name__
+        raise DtypeError(argument, "an ExpertAdapter", got, "make one of A (E, r, h_in) and B")
+    return adapter
 
 
 class PeftAdapter(dict[str, Adapter]):

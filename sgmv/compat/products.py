@@ -11,6 +11,7 @@ for any array at that address with that shape and type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,7 +62,7 @@ def rows_of(argument: str, operand: Operand, remedy: str = "") -> Array:
     """The operand as a matrix, axes but the last made one, without a copy where that can be."""
     array = as_array(argument, operand)
     if array.ndim > 2:
-        array = array.reshape(-1, array.shape[-1])
+        array = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
     return check_matrix(argument, array, remedy or to_float32(operand))
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapter import Adapter, ExpertAdapter
+from sgmv.adapter import Adapter, ExpertAdapter, check_expert_adapter
 from sgmv.backend import kernels
 from sgmv.checks import check_count, check_y
 from sgmv.compat.products import BATCHES_KNOWN
 from sgmv.dtypes import Array
-from sgmv.errors import ShapeError, UnknownAdapterError, some
+from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.experts.grouped import pairs_of
-from sgmv.ids import BASE_ONLY, Integers, as_ids, check_id
+from sgmv.ids import BASE_ONLY, Integers, as_ids, check_id, is_integer
 from sgmv.launch import run_both
 from sgmv.segment import Segments, of_pairs, segment
 from sgmv.stack import AdapterStack
@@ -62,7 +62,7 @@ class ExpertStack:
         return sorted(self._places)
 
     def __contains__(self, adapter_id: object) -> bool:
-        return adapter_id in self._places
+        return is_integer(adapter_id) and adapter_id in self._places
 
     def load(self, adapter_id: int, adapter: ExpertAdapter | None) -> None:
         """Put an adapter under this id, or no adapter (None): base only.
@@ -73,6 +73,7 @@ class ExpertStack:
         adapter_id = check_id(adapter_id)
         parts: list[Adapter | None] = [None] * self.experts
         if adapter is not None:
+            check_expert_adapter("adapter", adapter)
             if adapter.experts != self.experts:
                 raise ShapeError(
                     "adapter", f"{self.experts} experts", str(adapter.experts), "pass this layer's"
@@ -93,7 +94,7 @@ class ExpertStack:
         del self._places[adapter_id]
         self._know()
 
-    def pair_ids(self, expert_ids: Integers, adapter_ids: Integers) -> Integers:
+    def _pair_ids(self, expert_ids: Integers, adapter_ids: Integers) -> Integers:
         """(n, k) the stack's id of each pair; -1 where there is no expert or no adapter."""
         at = np.searchsorted(self._ids[:-1], adapter_ids)
         unknown = (self._ids[at] != adapter_ids) & (adapter_ids != BASE_ONLY)
@@ -110,8 +111,8 @@ class ExpertStack:
         self._first = np.array([*(self._places[i] * self.experts for i in known), BASE_ONLY])
 
     def _place(self, adapter_id: Any) -> int:
-        if adapter_id not in self._places:
-            raise self._not_loaded("adapter_id", str(adapter_id))
+        if adapter_id not in self:
+            raise self._not_loaded("adapter_id", repr(adapter_id))
         return self._places[adapter_id]
 
     def _not_loaded(self, argument: str, received: str) -> UnknownAdapterError:
@@ -152,6 +153,9 @@ def add_lora(
     array([[ 6., 60.],
            [ 0.,  0.]], dtype=float32)
     """
+    if not isinstance(stack, ExpertStack):
+        got = type(stack).__name__
+        raise DtypeError("stack", "an ExpertStack", got, "make one, and load adapters into it")
     pairs, _, flat = pairs_of(x, expert_ids)
     adapters = as_ids(adapter_ids)
     if len(adapters) != pairs.n:
@@ -164,7 +168,7 @@ def add_lora(
         raise UnknownAdapterError(
             "expert_ids", f"experts 0..{stack.experts - 1}", beyond, "pass this layer's ids"
         )
-    ids = stack.pair_ids(experts.reshape(pairs.n, pairs.k), adapters)
+    ids = stack._pair_ids(experts.reshape(pairs.n, pairs.k), adapters)
     batch = _batch(ids.tobytes(), pairs.k, getattr(x, "ndim", 2) == 2)
     rows = _rows_of(y, pairs)
     table = stack.stack.table
@@ -192,5 +196,5 @@ def _rows_of(y: Any, pairs: Segments) -> Array:
             str(shape),
             "pass what grouped_matmul returned",
         )
-    rows: Array = y.reshape(-1, shape[-1])
+    rows: Array = y.reshape(pairs.n * pairs.k, shape[-1])
     return rows

@@ -95,7 +95,11 @@ def pairs_of(x: Array, expert_ids: Segments | npt.ArrayLike) -> tuple[Segments, 
         )
     if not apart:
         return pairs, pairs, check_matrix("x", x)
-    return pairs, of_pairs(pairs, share_x=False), check_matrix("x", x.reshape(-1, shape[2]))
+    return (
+        pairs,
+        of_pairs(pairs, share_x=False),
+        check_matrix("x", x.reshape(pairs.n * pairs.k, shape[2])),
+    )
 
 
 def names_several(expert_ids: Segments | npt.ArrayLike) -> bool:

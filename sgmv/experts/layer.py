@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sgmv.checks import check_count, check_matrix
 from sgmv.dtypes import Array
-from sgmv.errors import ShapeError, ValueRangeError
+from sgmv.errors import DtypeError, ShapeError, ValueRangeError
 from sgmv.experts.adapters import ExpertStack, add_lora
 from sgmv.experts.grouped import combined, products_of
 from sgmv.ids import Integers
@@ -76,6 +76,9 @@ def moe_layer(
     >>> moe_layer(x, ([[0, 2]], [[0.5, 0.5]]), W13, np.ones((3, 2, 2), "float32")).round(3)
     array([[7.046, 7.046]], dtype=float32)
     """
+    if not isinstance(routing, tuple | list) or len(routing) != 2:
+        got = type(routing).__name__
+        raise DtypeError("routing", "expert_ids and weights, as top_k returns", got, "pass both")
     expert_ids, weights = routing
     pairs = segment(expert_ids)
     if (stack13 or stack2) and adapter_ids is None:

@@ -68,10 +68,10 @@ def _first_place_twice(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _off_by_one(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def pair_ids(self: Any, expert_ids: Any, adapter_ids: Any) -> Any:
+    def _pair_ids(self: Any, expert_ids: Any, adapter_ids: Any) -> Any:
         return plain(self, np.where(expert_ids > 0, expert_ids - 1, expert_ids), adapter_ids)
 
-    return pair_ids
+    return _pair_ids
 
 
 def _of_the_next_row(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,8 +81,8 @@ def _of_the_next_row(plain: Callable[..., Any]) -> Callable[..., Any]:
 FAULTS = {
     "a weight is squared": (layers, "combined", _squared),
     "a place is lost": (layers, "combined", _first_place_twice),
-    "the expert before": (adapters.ExpertStack, "pair_ids", _off_by_one),
-    "another row's adapter": (adapters.ExpertStack, "pair_ids", _of_the_next_row),
+    "the expert before": (adapters.ExpertStack, "_pair_ids", _off_by_one),
+    "another row's adapter": (adapters.ExpertStack, "_pair_ids", _of_the_next_row),
     "products in sorted order": (
         grouped,
         "products",

@@ -59,6 +59,20 @@ def names_of(module: ModuleType) -> list[str]:
     ]
 
 
+def methods_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """The public attributes of a class, in the order of their definition: its own, then those of
+    classes of sgmv's that it is made of.
+    """
+    of_ours = [] if not inspect.isclass(value) else value.__mro__
+    seen: set[str] = set()
+    for each in of_ours:
+        if each is value or each.__module__.startswith("sgmv."):
+            for name, method in vars(each).items():
+                if not name.startswith("_") and name not in seen:
+                    seen.add(name)
+                    yield name, method
+
+
 def signature(name: str, value: Any) -> str:
     """The call without annotations: shapes and types are in the docstring."""
     parts = []
@@ -101,9 +115,9 @@ def entries(module: ModuleType) -> Iterator[str]:
         full = f"{module.__name__}.{name}"
         plain = inspect.isclass(value) and issubclass(value, (Exception, enum.Enum))
         yield entry(full, name if plain else signature(name, value), doc)
-        for method, function in vars(value).items() if inspect.isclass(value) else ():
+        for method, function in methods_of(value):
             function = getattr(function, "__func__", function)
-            if not method.startswith("_") and inspect.isfunction(function) and function.__doc__:
+            if inspect.isfunction(function) and function.__doc__:
                 yield entry(f"{full}.{method}", signature(method, function), function.__doc__)
     if others:
         yield f"\nAnd: {', '.join(others)}.\n"

@@ -22,14 +22,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import sgmv
-from sgmv import emulator, layouts, models, popularity, serving
+from sgmv import emulator, experts, layouts, models, popularity, serving
 from sgmv.compat import punica, vllm
 from sgmv.serving import AdapterSlots, LoRARequest, Scheduler, Trace, make_step
+from tests.help.api_page import methods_of
 
 F = np.float32
 N, H_IN, R, H_OUT = 5, 6, 2, 7
 IDS = [3, -1, 3, 100, 3]
-MODULES = (sgmv, layouts, punica, vllm, serving, emulator, popularity, models)
+MODULES = (sgmv, experts, layouts, punica, vllm, serving, emulator, popularity, models)
 # What calls return, and what tells of an error: made by the library, not by its users.
 RECORDS = {
     *("SgmvError", "AdapterNames", "Finding", "FlashInfer", "LoRABatchInfo", "LoRAKernelMeta"),
@@ -269,6 +270,28 @@ def stacked(*shape: int) -> Callable[[], Any]:
     return lambda: (array(2, 1, *shape),)
 
 
+EXPERT_IDS = np.array([[0, 2], [1, -1], [2, 1], [1, 0], [2, 0]])
+of_experts: dict[str, Callable[[], Any]] = {
+    "y": lambda: array(N, 2, H_OUT),
+    "x": x,
+    "lora_a_stacked": lambda: (array(2, 3, R, H_IN),),
+    "lora_b_stacked": lambda: (array(2, 3, H_OUT, R),),
+    "topk_weights": lambda: np.full((N, 2), 0.5, "f"),
+    "adapter_enabled": lambda: np.array([1, 1, 0]),
+}
+
+
+def expert_adapter() -> experts.ExpertAdapter:
+    return experts.ExpertAdapter(array(3, R, H_IN), array(3, H_OUT, R), 2.0)
+
+
+def expert_stack() -> experts.ExpertStack:
+    made = experts.ExpertStack(3, H_IN, H_OUT, slots=3, max_rank=4)
+    for adapter_id in (3, 100):
+        made.load(adapter_id, expert_adapter())
+    return made
+
+
 SMALL_TRACE = {"requests": const(50), "adapters": const(100), "rate": const(100.0)}
 CALLS: dict[str, Callable[[], Made]] = {
     "Adapter": plain(
@@ -486,6 +509,55 @@ CALLS: dict[str, Callable[[], Made]] = {
         wrapper, "add_lora_logits", y=lambda: array(2, H_OUT), x=lambda: array(2, H_IN),
         lora_a_stacked=lambda: array(2, 1, R, H_IN), lora_b_stacked=lambda: array(2, 1, H_OUT, R),
         scale=const(2.0), buffer=lambda: array(2, R),
+    ),
+    "PunicaWrapper.add_lora_fused_moe": method(
+        wrapper, "add_lora_fused_moe", **of_experts, sorted_token_ids=const(None),
+        expert_ids=lambda: EXPERT_IDS.reshape(-1), num_tokens_post_padded=const(None),
+        max_lora_rank=const(R), top_k_num=const(2), shrink_config=const({}),
+        expand_config=const({}), mul_routed_weight=const(False), fully_sharded=const(False),
+        offset=const(0), token_lora_mapping=const([1, 0, -1, 0, 1]), add_inputs=const(True),
+    ),
+    "PunicaWrapper.add_lora_w13": method(
+        wrapper, "add_lora_w13", **of_experts, topk_ids=lambda: EXPERT_IDS.copy(),
+        expert_map=const(None), w1=const(None), w2=const(None), num_tokens=const(N),
+        top_k_num=const(2), max_loras=const(2),
+    ),
+    "PunicaWrapper.add_lora_w2": method(
+        wrapper, "add_lora_w2", **{**of_experts, "x": lambda: array(2 * N, H_IN)},
+        sorted_token_ids_lora=const(None), expert_ids_lora=lambda: EXPERT_IDS.reshape(-1),
+        num_tokens_post_padded_lora=const(None), token_lora_mapping=const([1, 0, -1, 0, 1]),
+        num_tokens=const(N), w1=const(None), w2=const(None), top_k_num=const(2),
+        max_loras=const(2),
+    ),
+    # experts
+    "ExpertAdapter": plain(
+        experts.ExpertAdapter, A=lambda: array(3, R, H_IN), B=lambda: array(3, H_OUT, R),
+        scaling=const(2.0),
+    ),
+    "ExpertAdapter.joined": plain(
+        experts.ExpertAdapter.joined, first=expert_adapter, second=expert_adapter
+    ),
+    "ExpertAdapter.of": method(expert_adapter, "of", expert=const(1)),
+    "ExpertStack": plain(
+        experts.ExpertStack, experts=const(3), h_in=const(H_IN), h_out=const(H_OUT),
+        slots=const(2), max_rank=const(R), dtype=const("float32"),
+    ),
+    "ExpertStack.load": method(
+        expert_stack, "load", adapter_id=const(9), adapter=expert_adapter
+    ),
+    "ExpertStack.unload": method(expert_stack, "unload", adapter_id=const(3)),
+    "add_lora, experts": plain(
+        experts.add_lora, y=lambda: array(N, 2, H_OUT), x=x, stack=expert_stack,
+        expert_ids=lambda: EXPERT_IDS.copy(), adapter_ids=const([3, -1, 100, 3, -1]),
+    ),
+    "grouped_matmul": plain(
+        experts.grouped_matmul, x=x, W=lambda: array(3, H_OUT, H_IN),
+        expert_ids=lambda: EXPERT_IDS.copy(), weights=lambda: np.full((N, 2), 0.5, "f"),
+    ),
+    "top_k": plain(experts.top_k, router_logits=lambda: array(N, 3), k=const(2)),
+    "moe_layer": plain(
+        experts.moe_layer, x=x, routing=lambda: (EXPERT_IDS.copy(), np.full((N, 2), 0.5, "f")),
+        W13=lambda: array(3, 8, H_IN), W2=lambda: array(3, H_IN, 4),
     ),
     # serving
     "LoRARequest": plain(
@@ -763,6 +835,8 @@ def state(value: Any, depth: int = 0) -> Any:
         return [(state(k, depth + 1), state(v, depth + 1)) for k, v in value.items()]
     if isinstance(value, sgmv.AdapterStack):
         return [(i, state(value[i])) for i in value.ids], repr(value)
+    if isinstance(value, experts.ExpertStack):
+        return value.ids, [state(value.stack[i]) for i in value.stack.ids]
     if isinstance(value, AdapterSlots):
         return str(value), repr(value), value.active, value.loaded, value.pinned
     if isinstance(value, Scheduler):
@@ -791,9 +865,8 @@ def public() -> set[str]:
             if isinstance(value, type):
                 found |= {
                     f"{name}.{method}"
-                    for method, of in vars(value).items()
-                    if not method.startswith("_")
-                    and (inspect.isfunction(of) or isinstance(of, classmethod))
+                    for method, of in methods_of(value)
+                    if inspect.isfunction(of) or isinstance(of, classmethod)
                 }
     return found
 

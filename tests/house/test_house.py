@@ -35,7 +35,8 @@ ARROWS = {
 }
 MOST_LINES = 450
 MOST_ARGUMENTS = 10
-TOO_MANY = {"compat.vllm.ops.sgmv_expand_slice"}  # vLLM's own signature
+TOO_MANY = {"compat.vllm.ops.sgmv_expand_slice"}  # vLLM's own signatures
+TOO_MANY |= {f"compat.vllm.experts.add_lora_{name}" for name in ("fused_moe", "w13", "w2")}
 BANNER = re.compile(r"^\s*(?:#|//|/\*).*([-=*#~_─━═])\1{3}", re.MULTILINE)
 # Who may know numba and llvmlite; info tells their versions.
 COMPILERS = {

@@ -93,6 +93,13 @@ def shrink_slices(
 
 def _check_x(argument: str, x: Array, stacks: list[Stack], segments: Segments) -> None:
     """Refuse rows that do not fit the A of every slice."""
+    check_alike(stacks)
+    check_stacks(segments, stacks)
+    check_x(x, segments.n, stacks[0].weights.inputs, argument)
+
+
+def check_alike(stacks: list[Stack]) -> None:
+    """Refuse the A of slices that are not alike: one call computes all."""
     first = stacks[0].weights
     for stack in stacks[1:]:
         if stack.array.shape != stacks[0].array.shape or stack.weights.dtype != first.dtype:
@@ -102,8 +109,6 @@ def _check_x(argument: str, x: Array, stacks: list[Stack], segments: Segments) -
                 f"{stack.array.shape} {stack.weights.dtype}",
                 "pad the slices to one rank, and give each as many adapters",
             )
-    check_stacks(segments, stacks)
-    check_x(x, segments.n, first.inputs, argument)
 
 
 def _kept(outputs: list[Named], x: Array, stacks: list[Stack], segments: Segments) -> list[Array]:

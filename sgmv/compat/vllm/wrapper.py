@@ -14,6 +14,7 @@ import numpy as np
 
 from sgmv.checks import check_count, check_several, check_x
 from sgmv.compat.products import Operand, rows_of, stack_of
+from sgmv.compat.vllm.experts import ExpertProducts
 from sgmv.compat.vllm.slices import (
     Operands,
     columns_of,
@@ -53,7 +54,7 @@ class LoRAMapping:
     is_prefill: bool = False
 
 
-class PunicaWrapper:
+class PunicaWrapper(ExpertProducts):
     """What vLLM's LoRA layers call: metadata made once for each step, then the products.
 
     Semantics: `update_metadata`, then any of the products for every layer; each takes as many rows

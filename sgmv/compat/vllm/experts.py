@@ -338,7 +338,7 @@ def _add(
 
 
 def _stacks_of(argument: str, operands: Operands) -> list[Stack]:
-    """The weights of each slice, (max_loras, E, outputs, inputs): one for each (adapter, expert)."""
+    """The weights of each slice, (max_loras, E, outputs, inputs): one per (adapter, expert)."""
     if not isinstance(operands, list | tuple) or not operands:
         raise ShapeError(
             argument, "a tuple of arrays, one for each slice", type(operands).__name__, "pass one"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from sgmv.checks import check_count, check_matrix, check_scaling
+from sgmv.checks import check_columns, check_count, check_matrix, check_scaling
 from sgmv.dtypes import Array, promote
 from sgmv.errors import DtypeError, SgmvError, ShapeError
 from sgmv.files import shown
@@ -22,14 +22,16 @@ from sgmv.peft_models import experts_in_model, in_model
 class Adapter:
     """One LoRA adapter of one layer: delta(x) = scaling * (x @ A.T) @ B.T.
 
-    Semantics: the arrays are checked, not copied.
+    Semantics: the arrays are checked, not copied. With magnitudes it is a DoRA adapter, whose rows
+    get `gain * (y + delta)` with `gain = magnitude / length of each row of W + scaling * B @ A`.
 
-    A        (r, h_in)   float32, float16, bfloat16 or float64
-    B        (h_out, r)  likewise
-    scaling  finite; lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
+    A          (r, h_in)   float32, float16, bfloat16 or float64
+    B          (h_out, r)  likewise
+    scaling    finite; lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
+    magnitude  (h_out,)    likewise, or None. A stack that loads it needs the layer's W
 
     Raises ShapeError, DtypeError or ValueRangeError. Source: LoRA (arXiv 2106.09685), section 4.1;
-    rsLoRA (arXiv 2312.03732).
+    rsLoRA (arXiv 2312.03732); DoRA (arXiv 2402.09353), equation 5.
 
     >>> Adapter(np.ones((8, 64), "float32"), np.ones((32, 8), "float32"), scaling=2.0)
     Adapter(r=8, h_in=64, h_out=32, float32, scaling=2.0)
@@ -38,6 +40,8 @@ class Adapter:
     A: Array
     B: Array
     scaling: float = 1.0
+    magnitude: Array | None = None
+    _gains: ClassVar[Array | None] = None  # set by `with_gains`
 
     def __post_init__(self) -> None:
         A, B = check_matrix("A", self.A), check_matrix("B", self.B)
@@ -49,6 +53,8 @@ class Adapter:
                 "give A as (r, h_in) and B as (h_out, r)",
             )
         object.__setattr__(self, "scaling", check_scaling("scaling", self.scaling))
+        if self.magnitude is not None:
+            check_columns("magnitude", self.magnitude, B.shape[0])
 
     @property
     def r(self) -> int:
@@ -92,10 +98,18 @@ class Adapter:
         return cls(*found.layers[module])
 
     def __repr__(self) -> str:
+        dora = "" if self.magnitude is None else ", DoRA"
         return (
             f"Adapter(r={self.r}, h_in={self.h_in}, h_out={self.h_out}, "
-            f"{self.dtype.name}, scaling={self.scaling})"
+            f"{self.dtype.name}, scaling={self.scaling}{dora})"
         )
+
+
+def with_gains(adapter: Adapter, gains: Array) -> Adapter:
+    """The same adapter, with the gains and offsets that it has in its layer; see dora.py."""
+    made = replace(adapter)
+    object.__setattr__(made, "_gains", gains)
+    return made
 
 
 @dataclass(frozen=True, eq=False)

@@ -164,6 +164,19 @@ def check_matrix(argument: str, array: object, remedy: str = TO_FLOAT32) -> Arra
     return array
 
 
+def check_columns(argument: str, array: object, h_out: int) -> Array:
+    """The argument itself, if it is a plain array of floats, one for each column of y."""
+    if not isinstance(array, np.ndarray) or isinstance(array, NOT_PLAIN):
+        raise DtypeError(
+            argument, "a plain numpy array", type(array).__name__, "convert it with np.asarray"
+        )
+    check_dtype(argument, array.dtype)
+    if array.shape != (h_out,):
+        expected = f"shape (h_out,) = ({h_out},)"
+        raise ShapeError(argument, expected, str(array.shape), "give one number per row of B")
+    return array
+
+
 def check_x(x: Array, n: int, h_in: int, argument: str = "x") -> None:
     """Refuse what is no matrix of n rows that are as wide as the layer's input."""
     _check_shape(argument, x, n, "h_in", h_in)

@@ -7,11 +7,12 @@ import numpy.typing as npt
 
 from sgmv.backend import kernels
 from sgmv.checks import check_y
+from sgmv.dora import check_alone
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.errors import ShapeError, ValueRangeError, some
 from sgmv.ids import as_integers
 from sgmv.launch import run_expand
-from sgmv.segment import Segments, segment, times_weights
+from sgmv.segment import Segments, segment, times_weights, weighted
 from sgmv.stack import AdapterStack, check_stack
 
 
@@ -69,6 +70,7 @@ def add_lora_embedding(
         stored, span = table.weights[slot[s]], slice(*segments.seq_start[s : s + 2].tolist())
         if stored is not None:
             v[span, : rank[s]] = stored.wa[:, looked_up[segments.rows[span]]].T
+    check_alone(table, weighted(segments, weights))
     if weights is not None:
         v = times_weights(v, segments, weights)
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)

@@ -7,9 +7,10 @@ import numpy.typing as npt
 
 from sgmv.backend import kernels
 from sgmv.checks import check_v, check_y
+from sgmv.dora import check_alone
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.launch import run_expand
-from sgmv.segment import Segments, check_segments, times_weights
+from sgmv.segment import Segments, check_segments, times_weights, weighted
 from sgmv.stack import AdapterStack, check_stack
 
 
@@ -26,7 +27,8 @@ def expand(
 
     Semantics: for segment s with adapter B of rank r and p in seq_start[s]:seq_start[s + 1]:
     `y[rows[p]] += scaling * (v[p, :r] @ B.T)`, rounded once. v[p, r:] is not read, base-only rows
-    of y keep their bits. With weights, v[p] is multiplied by that of its pair first.
+    of y keep their bits. With weights, v[p] is multiplied by that of its pair first. Rows of an
+    adapter with magnitudes (DoRA) are then multiplied by its gains, as in `add_lora`.
 
     v         (m, any width >= the batch's highest rank)  float32 or float64, in sorted order
     stack     the layer's adapters
@@ -54,6 +56,7 @@ def expand(
     _slot, rank = table.find(segments.adapter_ids)
     check_v(v, len(segments.rows), int(rank.max(initial=0)))
     v = np.ascontiguousarray(v, sum_dtype(v.dtype, stack.dtype, y.dtype))
+    check_alone(table, weighted(segments, weights))
     if weights is not None:
         v = times_weights(v, segments, weights)
     run_expand(kernels(backend, None, stack.dtype, y.dtype, v.dtype), table, segments, v, y)

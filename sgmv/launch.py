@@ -129,8 +129,8 @@ def _dense(array: Array) -> Array:
 def _write_back(y: Any, dense: Any, table: SlotTable, batch: Segments | Integers) -> None:
     """Copy the rows that have an adapter from the dense copy that the kernels worked on."""
     segments = batch if isinstance(batch, Segments) else segment(batch)
-    _slot, rank = table.find(segments.adapter_ids)
-    changed = segments.rows[np.repeat(rank > 0, segments.lengths)]
+    changes = table.changes(*table.find(segments.adapter_ids))
+    changed = segments.rows[np.repeat(changes, segments.lengths)]
     y[changed] = dense[changed]
 
 

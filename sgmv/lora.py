@@ -12,6 +12,7 @@ numpy has it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from sgmv.adapter import Adapter, AdapterLike, Adapters, Scalings, as_adapter, items
 from sgmv.backend import kernels
 from sgmv.checks import check_matrix, check_scaling, check_x, check_y
+from sgmv.dora import check_alone
 from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.ids import BASE_ONLY, Integers, as_pairs
@@ -42,7 +44,9 @@ def add_lora(
     Semantics: `y[i] += scaling * (x[i] @ A.T) @ B.T` with the adapter of `adapter_ids[i]`; both
     products are summed in float32 (float64 if any operand is) and y is rounded once. Rows of id -1
     or of a None entry keep their bits. Of k ids per row, each adds its delta times its weight, in
-    ascending order of the ids, y rounded after each; an id named twice adds twice.
+    ascending order of the ids, y rounded after each; an id named twice adds twice. A row of an
+    adapter with magnitudes (DoRA), which is alone in its row, gets `gain * (y + delta)`, rounded
+    once; see `AdapterStack.load`.
 
     y            (n, h_out)  float32, float16, bfloat16 or float64; writable; any strides
     x            (n, h_in)   likewise; not changed; no memory shared with y
@@ -75,6 +79,8 @@ def add_lora(
     n = batch.n if isinstance(batch, Segments) else len(batch)
     check_x(x, n, stack.h_in)
     check_y(y, n, stack.h_out, "x", x)
+    if isinstance(batch, Segments):
+        check_alone(stack.table, batch)
     run_both(kernels(backend, x.dtype, stack.dtype, y.dtype), stack.table, batch, x, y)
     return y
 
@@ -103,7 +109,8 @@ def apply_batched(
     """One linear layer for a batch with a different adapter for each row.
 
     Semantics: `y = x @ W.T`, once for the whole batch, by numpy; then `add_lora`. 16-bit inputs
-    are widened to float32 for the base product, and y is rounded once at the end.
+    are widened to float32 for the base product, and y is rounded once at the end. Adapters with
+    magnitudes (DoRA) take their gains from W.
 
     x            (n, h_in)
     W            (h_out, h_in)
@@ -143,7 +150,7 @@ def apply_batched(
         stack = adapters
     else:
         used = _used(adapters, scalings, segments)
-        stack = AdapterStack.from_adapters(used, h_in=W.shape[1], h_out=W.shape[0])
+        stack = AdapterStack.from_adapters(used, h_in=W.shape[1], h_out=W.shape[0], W=W)
     if (stack.h_in, stack.h_out) != (W.shape[1], W.shape[0]):
         raise ShapeError(
             "adapters",
@@ -159,22 +166,27 @@ def apply_batched(
         return y.astype(promote(*types), copy=False)
 
 
-def apply_single(x: Array, W: Array, A: Array, B: Array, scaling: float) -> Array:
+def apply_single(
+    x: Array, W: Array, A: Array, B: Array, scaling: float, magnitude: Array | None = None
+) -> Array:
     """One linear layer with one adapter for all rows.
 
-    Semantics: `x @ W.T + scaling * (x @ A.T) @ B.T`, rounded once.
+    Semantics: `x @ W.T + scaling * (x @ A.T) @ B.T`, rounded once. With magnitudes, each column of
+    that times its gain, `magnitude / length of the row of W + scaling * B @ A`.
 
     x (n, h_in)   W (h_out, h_in)   A (r, h_in)   B (h_out, r)   scaling finite
+    magnitude (h_out,), or None for plain LoRA
     returns (n, h_out) in the smallest type that holds all four
 
-    Raises as `apply_batched` does. Source: LoRA (arXiv 2106.09685), equation 3.
+    Raises as `apply_batched` does. Source: LoRA (arXiv 2106.09685), equation 3; DoRA (arXiv
+    2402.09353), equation 5.
 
     >>> x, W = np.eye(2, dtype="float32"), np.ones((1, 2), "float32")
     >>> apply_single(x, W, np.array([[1, 2]], "float32"), np.ones((1, 1), "float32"), 0.5)
     array([[1.5],
            [2. ]], dtype=float32)
     """
-    return apply_batched(x, W, [Adapter(A, B, scaling)], _all_rows(x))
+    return apply_batched(x, W, [Adapter(A, B, scaling, magnitude)], _all_rows(x))
 
 
 def lora_delta(x: Array, A: Array, B: Array, scaling: float) -> Array:
@@ -218,7 +230,7 @@ def _used(adapters: Adapters, scalings: Scalings, segments: Segments) -> dict[in
     for adapter_id in ids:
         adapter = as_adapter(f"adapters[{adapter_id}]", entries[adapter_id])
         if adapter is not None and scalings is not None:
-            adapter = Adapter(adapter.A, adapter.B, _scaling(scalings, adapter_id))
+            adapter = replace(adapter, scaling=_scaling(scalings, adapter_id))
         used[adapter_id] = adapter
     return used
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.adapter import Adapter, AdapterLike, Adapters, as_adapter, items
+from sgmv.adapter import Adapter, AdapterLike, Adapters, as_adapter, items, with_gains
 from sgmv.checks import check_count, check_dtype, fits_memory
-from sgmv.dtypes import Array, promote
+from sgmv.dora import gains_of
+from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import (
     DtypeError,
     ShapeError,
@@ -24,7 +25,7 @@ from sgmv.errors import (
 )
 from sgmv.ids import NO_SLOT, check_id, is_integer
 from sgmv.memory import sparse
-from sgmv.table import SlotTable, Stored
+from sgmv.table import SlotTable, Stored, read_only
 
 _stacks: weakref.WeakValueDictionary[int, AdapterStack] = weakref.WeakValueDictionary()
 
@@ -82,6 +83,8 @@ class AdapterStack:
         h_in: int | None = None,
         h_out: int | None = None,
         dtype: npt.DTypeLike | None = None,
+        W: Any = None,
+        bias: Array | None = None,
     ) -> AdapterStack:
         """A stack that holds exactly these adapters; their ranks and scalings may differ.
 
@@ -91,6 +94,7 @@ class AdapterStack:
                      None = base only
         h_in, h_out  the layer's widths; needed only where there is no adapter to tell them
         dtype        the smallest type that holds all of them exactly, if left out
+        W, bias      the layer's, for adapters with magnitudes; see `load`
 
         Raises as `Adapter` and `load` do. Source: vLLM, lora/model_manager.py.
 
@@ -117,7 +121,7 @@ class AdapterStack:
             max_rank=max((adapter.r for adapter in held), default=0),
             dtype=dtype or (promote(*(adapter.dtype for adapter in held)) if held else "float32"),
         )
-        stack._load_all(given)
+        stack._load_all(given, W, bias)
         return stack
 
     @property
@@ -125,18 +129,31 @@ class AdapterStack:
         """The ids that are known, ascending; those that are base only included."""
         return sorted(self._table.slot_of)
 
-    def load(self, adapter_id: int, adapter: AdapterLike) -> None:
+    def load(
+        self, adapter_id: int, adapter: AdapterLike, W: Any = None, bias: Array | None = None
+    ) -> None:
         """Put an adapter's weights into a slot, replacing what the id held before.
 
         Semantics: afterwards `stack[adapter_id]` holds the adapter's values in the stack's dtype.
-        None makes the id base only and takes no slot.
+        None makes the id base only and takes no slot. With magnitudes, rows of the adapter get
+        `gain * (y + delta) + (1 - gain) * bias`, where y is the layer's own output, bias included,
+        and `gain[c] = magnitude[c] / length of row c of W + scaling * B @ A`, summed in float64.
 
         adapter_id  an integer >= 0
         adapter     Adapter or (A, B): A (r, h_in), B (h_out, r), r <= max_rank
+        W           (h_out, h_in), the layer's weight, for an adapter with magnitudes; others do not
+                    read it. An array of any float type and strides; or any object with such a
+                    `shape` of which `W[first:last]` is an array of these rows: quantised weights
+                    are dequantised some rows at a time. It is read here, and not kept
+        bias        (h_out,), the layer's bias, if it has one; likewise
+
+        An adapter that a stack returned, by `fitted` or `stack[adapter_id]`, brings the gains that
+        it has there, and is loaded without W.
 
         Raises ShapeError when the widths differ from the stack's, StackError when the rank is
-        above max_rank or no slot is free, ValueRangeError when a weight is too large for the
-        stack's dtype; the stack is then as it was. Source: vLLM, LoRAModelManager.activate_adapter.
+        above max_rank, no slot is free or W is missing, ValueRangeError when a weight is too large
+        for the stack's dtype; the stack is then as it was. Source: vLLM,
+        LoRAModelManager.activate_adapter; peft 0.21, lora/dora.py.
 
         >>> stack = AdapterStack(h_in=64, h_out=32, slots=1)
         >>> stack.load(7, (np.ones((4, 64), "float32"), np.ones((32, 4), "float32")))
@@ -145,7 +162,7 @@ class AdapterStack:
         sgmv.errors.StackError: adapter: expected a free slot among 1, got none; \
 unload an adapter first, or make the stack with more slots
         """
-        self._load_all({check_id(adapter_id): as_adapter("adapter", adapter)})
+        self._load_all({check_id(adapter_id): as_adapter("adapter", adapter)}, W, bias)
 
     def unload(self, adapter_id: int) -> None:
         """Forget an adapter and free its slot.
@@ -167,11 +184,11 @@ unload an adapter first, or make the stack with more slots
             self._table = self._table.with_changes(slot_of, changes)
         _move_weights_together()
 
-    def fitted(self, adapter: Adapter) -> Adapter:
+    def fitted(self, adapter: Adapter, W: Any = None, bias: Array | None = None) -> Adapter:
         """The adapter as `load` would hold it, before it is packed: in the stack's dtype.
 
         Semantics: what it returns, `load` takes. The arrays are copied only where they are
-        converted; the stack does not change.
+        converted; the stack does not change. W and bias as in `load`.
 
         Raises as `load` does, but for a free slot. Source: vLLM, which keeps adapters in host
         memory in lora_dtype, lora/lora_model.py.
@@ -186,14 +203,24 @@ unload an adapter first, or make the stack with more slots
             )
         self._check_fits(adapter)
         A, B = (self._converted(weights) for weights in (adapter.A, adapter.B))
-        return Adapter(A, B, adapter.scaling)
+        if adapter.magnitude is None:
+            return Adapter(A, B, adapter.scaling)
+        wide = sum_dtype(self.dtype)
+        made = Adapter(A, B, adapter.scaling, adapter.magnitude.astype(wide, copy=False))
+        gains = adapter._gains
+        if W is not None or gains is None:
+            gains = gains_of(made, W, bias)
+        return with_gains(made, gains.astype(wide, copy=False))
 
     def __getitem__(self, adapter_id: int) -> Adapter | None:
         """The adapter as loaded, in read-only arrays of the stack's dtype; None if base only."""
         with self._changing:
             slot = self._slot(adapter_id)
             stored = None if slot == NO_SLOT else self._table.weights[slot]
-        return None if stored is None else Adapter(*stored.unpack(self.h_out), stored.scaling)
+        if stored is None:
+            return None
+        adapter = Adapter(*stored.unpack(self.h_out), stored.scaling, stored.magnitude)
+        return adapter if stored.gains is None else with_gains(adapter, read_only(stored.gains))
 
     def __contains__(self, adapter_id: object) -> bool:
         return is_integer(adapter_id) and adapter_id in self._table.slot_of
@@ -232,8 +259,10 @@ unload an adapter first, or make the stack with more slots
             )
         return self._table.slot_of[adapter_id]
 
-    def _load_all(self, adapters: Mapping[int, Adapter | None]) -> None:
-        fitted = {i: adapter and self.fitted(adapter) for i, adapter in adapters.items()}
+    def _load_all(
+        self, adapters: Mapping[int, Adapter | None], W: Any = None, bias: Array | None = None
+    ) -> None:
+        fitted = {i: adapter and self.fitted(adapter, W, bias) for i, adapter in adapters.items()}
         with self._changing:
             slot_of = dict(self._table.slot_of)
             changes: dict[int, Stored | None] = {}
@@ -246,8 +275,9 @@ unload an adapter first, or make the stack with more slots
             for adapter_id, adapter in fitted.items():
                 slot_of[adapter_id] = NO_SLOT if adapter is None else self._take(free)
                 if adapter is not None:
-                    stored = Stored.pack(adapter.A, adapter.B, adapter.scaling)
-                    changes[slot_of[adapter_id]] = stored
+                    changes[slot_of[adapter_id]] = Stored.pack(
+                        adapter.A, adapter.B, adapter.scaling, adapter.magnitude, adapter._gains
+                    )
             self._table = self._table.with_changes(slot_of, changes)
         _move_weights_together()
 
@@ -255,7 +285,8 @@ unload an adapter first, or make the stack with more slots
         """Have no weights between these addresses."""
         with self._changing:
             table = self._table
-            addresses = np.stack([table.wa_address, table.wb_address])
+            gains = [] if table.gains is None else [table.gains[0]]
+            addresses = np.stack([table.wa_address, table.wb_address, *gains])
             slots = np.flatnonzero(((first <= addresses) & (addresses < end)).any(0)).tolist()
             held = {slot: stored for slot in slots if (stored := table.weights[slot])}
             changes = {slot: stored.moved() for slot, stored in held.items()}

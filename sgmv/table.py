@@ -22,7 +22,7 @@ import numpy.typing as npt
 from sgmv.cpu import VECTOR_BITS
 from sgmv.dtypes import Array
 from sgmv.errors import UnknownAdapterError, some
-from sgmv.ids import Integers
+from sgmv.ids import NO_SLOT, Integers
 from sgmv.kernels.plan import UNKNOWN, find
 from sgmv.kernels.records import PANEL, TABLE, WIDE_PANEL
 from sgmv.memory import aligned
@@ -40,24 +40,32 @@ class Stored:
     wb: Array  # (r * h_out,)
     scaling: float
     columns: int
+    magnitude: Array | None = None  # (h_out,), of a DoRA adapter; no kernel reads it
+    gains: Array | None = None  # (1, h_out), or with offsets (2, h_out); see dora.py
 
     @classmethod
-    def pack(cls, A: Array, B: Array, scaling: float) -> Stored:
-        """Copy A (r, h_in) and B (h_out, r) into storage order."""
+    def pack(
+        cls,
+        A: Array,
+        B: Array,
+        scaling: float,
+        magnitude: Array | None = None,
+        gains: Array | None = None,
+    ) -> Stored:
+        """Copy A (r, h_in), B (h_out, r) and a DoRA adapter's numbers into storage order."""
         wa, wb = aligned(A.shape, A.dtype), aligned((B.size,), B.dtype)
         wa[:] = A
         columns = columns_of(A.dtype)
         for panel, span in _panels(wb, len(A), len(B), columns):
             panel[:] = B[span].T
         wa.flags.writeable = wb.flags.writeable = False
-        return cls(wa, wb, scaling, columns)
+        if magnitude is not None:
+            magnitude = read_only(magnitude)
+        return cls(wa, wb, scaling, columns, magnitude, _placed(gains))
 
     def moved(self) -> Stored:
         """The same weights in another place."""
-        wa, wb = (aligned(weights.shape, weights.dtype) for weights in (self.wa, self.wb))
-        wa[:], wb[:] = self.wa, self.wb
-        wa.flags.writeable = wb.flags.writeable = False
-        return Stored(wa, wb, self.scaling, self.columns)
+        return replace(self, wa=_placed(self.wa), wb=_placed(self.wb), gains=_placed(self.gains))
 
     def unpack(self, h_out: int) -> tuple[Array, Array]:
         """A and B (h_out, r), read-only copies: they keep no other memory alive."""
@@ -66,6 +74,23 @@ class Stored:
             B[span] = panel.T
         A.flags.writeable = B.flags.writeable = False
         return A, B
+
+
+def read_only(array: Array) -> Array:
+    """A copy that nobody changes."""
+    copy: Array = array.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def _placed(weights: Any) -> Any:
+    """A read-only copy on cache lines of its own; None stays None."""
+    if weights is None:
+        return None
+    copy = aligned(weights.shape, weights.dtype)
+    copy[:] = weights
+    copy.flags.writeable = False
+    return copy
 
 
 def columns_of(dtype: np.dtype[Any]) -> int:
@@ -98,6 +123,7 @@ class SlotTable:
     # A stack's wb is packed, and it has one slice; see kernels/records.py, and compat/ for others.
     wb_strides: tuple[int, int] = (0, 0)
     slices: int = 1
+    gains: Integers | None = None  # (2, slots) addresses of gains and offsets; None: no slot's
 
     @cached_property
     def width(self) -> int:
@@ -115,6 +141,8 @@ class SlotTable:
         found["ranks"], found["scalings"] = self.ranks.ctypes.data, self.scalings.ctypes.data
         found["slices"], found["panel_columns"] = self.slices, columns_of(self.dtype)
         found["wb_rank_stride"], found["wb_column_stride"] = self.wb_strides
+        if self.gains is not None:
+            found["gains"], found["offsets"] = (row.ctypes.data for row in self.gains)
         return found
 
     @cached_property
@@ -138,12 +166,16 @@ class SlotTable:
         slots = np.array([slot_of[i] for i in ids.tolist()], np.int64)
         wa_address, wb_address = self.wa_address.copy(), self.wb_address.copy()
         ranks, scalings, weights = self.ranks.copy(), self.scalings.copy(), list(self.weights)
+        gains = np.zeros((2, len(ranks)), np.int64) if self.gains is None else self.gains.copy()
         for slot, stored in changes.items():
             weights[slot] = stored
             wa_address[slot] = 0 if stored is None else stored.wa.ctypes.data
             wb_address[slot] = 0 if stored is None else stored.wb.ctypes.data
             ranks[slot] = 0 if stored is None else len(stored.wa)
             scalings[slot] = 0.0 if stored is None else stored.scaling
+            gains[:, slot] = 0
+            if stored is not None and stored.gains is not None:
+                gains[: len(stored.gains), slot] = [row.ctypes.data for row in stored.gains]
         return replace(
             self,
             slot_of=slot_of,
@@ -154,7 +186,19 @@ class SlotTable:
             ranks=ranks,
             scalings=scalings,
             weights=tuple(weights),
+            gains=gains if gains.any() else None,
         )
+
+    def is_gained(self, slot: Integers) -> npt.NDArray[np.bool_]:
+        """Whether these slots, NO_SLOT among them, have gains."""
+        if self.gains is None:
+            return np.zeros(len(slot), np.bool_)
+        found: npt.NDArray[np.bool_] = (slot != NO_SLOT) & (self.gains[0][slot] != 0)
+        return found
+
+    def changes(self, slot: Integers, rank: Integers) -> npt.NDArray[np.bool_]:
+        """Whether rows of these slots and ranks change at all."""
+        return (rank > 0) | self.is_gained(slot)
 
     def find(self, adapter_ids: Integers) -> tuple[Integers, Integers]:
         """Slot and rank (S,) of each id: NO_SLOT and 0 if base only; unknown ids are listed."""

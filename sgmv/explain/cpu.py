@@ -89,7 +89,8 @@ def tasks(question: Question) -> Facts:
     slot = np.where(has_adapter, np.cumsum(has_adapter) - 1, NO_SLOT)
     rank = np.where(has_adapter, question.rank, 0)
     room = np.empty(most_blocks(segments.most), BLOCK)
-    blocks = room[: row_blocks(segments.seq_start, slot, rank, threads, room)]
+    no_gains = np.empty(0, np.int64)
+    blocks = room[: row_blocks(segments.seq_start, slot, rank, no_gains, threads, room)]
     cost_ns, _ = cost(blocks, question.h_in + question.h_out)
     shared = cost_ns >= launch.WORTH_SHARING_NS
     threads = threads if shared else 1

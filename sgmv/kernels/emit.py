@@ -269,6 +269,26 @@ class Emit:
             phi.add_incoming(last, end)
         return finals
 
+    def when(self, condition, values, body):
+        """`values = body(values)` where the condition holds; returns them."""
+        b = self.builder
+        before, inside, after = b.block, b.append_basic_block(), b.append_basic_block()
+        b.cbranch(condition, inside, after)
+        b.position_at_end(inside)
+        changed = body(values)
+        end = b.block
+        b.branch(after)
+        b.position_at_end(after)
+        finals = [b.phi(value.type) for value in values]
+        for phi, value, other in zip(finals, values, changed):  # noqa: B905
+            phi.add_incoming(value, before)
+            phi.add_incoming(other, end)
+        return finals
+
+    def is_there(self, address):
+        """Whether this address is not 0."""
+        return self.builder.icmp_signed("!=", address, ir.Constant(INT64, 0))
+
     def switch(self, value, cases, body):
         """`body(case)` for the case that equals the int64 `value`; others do nothing."""
         b = self.builder

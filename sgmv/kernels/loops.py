@@ -4,6 +4,7 @@ Threads claim tasks, parts of row blocks (see tasks.py), and no two tasks write 
 
     shrink    v[p, j]        = sum over k of  x[rows[p], k] * wa[j, k]
     expand    y[rows[p], c] += scaling * sum over j of  v[p, j] * wb[j, c]
+              y[rows[p], c] = gain[c] * y[rows[p], c] + offset[c], with DoRA, in the same store
 
             k ->                         j ->                  c ->
         x  [ . . . . ] . wa j [ . . . . ]    v [ . . ]  x  wb j [ . . . . . . ]
@@ -39,6 +40,7 @@ from sgmv.kernels.tasks import (
     claim_expand,
     claim_shrink,
     finish_shrink,
+    gains_of,
     item,
     leave_expand,
     no_task,
@@ -164,8 +166,18 @@ def store(y, scaling, sums, like):
         y[c] = encode(decode(y[c], scaling) + scaling * sums[c], like)
 
 
+@jit()
+def store_gained(y, scaling, sums, gains, offsets, like):
+    """Y = gains * (y + scaling * sums) + offsets, rounded once."""
+    for c in range(y.shape[0]):
+        total = decode(y[c], scaling) + scaling * sums[c]
+        total = decode(gains[c], scaling) * total + decode(offsets[c], scaling)
+        y[c] = encode(total, like)
+
+
 def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
     """The kernel y[rows[p]] += scaling * v[p] @ wb: up to `limit` tasks, panel by panel."""
+    gain_like = FLOAT64 if type(w_like) is np.float64 else np.float32(0)
 
     def loops_expand(address, limit):
         call = record(CALL, address)
@@ -173,12 +185,14 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
         columns = table.panel_columns
         four = np.zeros(4 * columns, type(v_like))
         room = scratch(plain_rank(address), min(columns, table.h_out), w_like)
+        none = np.zeros(0 if table.gains == 0 else columns, type(gain_like))  # offsets
         task = no_task()
         for _ in range(limit):
             task = claim_expand(address, task)
             if task.number == NONE:
                 return
             scaling = type(v_like)(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
+            gains_at, offsets_at = gains_of(table, task.slot)
             for c in range(task.low, task.high, columns):
                 width = min(columns, task.high - c)
                 wb = panel_at(table, task.slot, task.r, c, width, room, w_like)
@@ -189,7 +203,15 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
                     for i in range(count):
                         row = call.y + item(call.y_rows, p + i) * call.y_stride
                         y = vector(row + c * size_of(y_like), width, y_like)
-                        store(y, scaling, sums[i], y_like)
+                        if gains_at == 0:
+                            store(y, scaling, sums[i], y_like)
+                        else:
+                            gains = vector(gains_at + c * size_of(gain_like), width, gain_like)
+                            offsets = none[:width]
+                            if offsets_at != 0:
+                                start = offsets_at + c * size_of(gain_like)
+                                offsets = vector(start, width, gain_like)
+                            store_gained(y, scaling, sums[i], gains, offsets, y_like)
         leave_expand(address, task)
 
     return entry(loops_expand)

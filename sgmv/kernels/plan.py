@@ -120,14 +120,21 @@ def most_blocks(n: int) -> int:
 
 
 @jit()
-def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) -> int:
+def adds_nothing(slot: int, rank: int, gains: Any) -> Any:
+    """Whether rows of this slot and rank stay as they are. DoRA's gains change y at any rank."""
+    return rank == 0 and (slot < 0 or gains.shape[0] == 0 or gains[slot] == 0)
+
+
+@jit()
+def row_blocks(seq_start: Any, slot: Any, rank: Any, gains: Any, threads: int, blocks: Any) -> int:
     """Cut every segment into row blocks, records of BLOCK; returns how many there are.
 
-    seq_start (S+1,), slot (S,), rank (S,) of each segment; one of rank 0, or empty, gets no block.
+    seq_start (S+1,), slot (S,), rank (S,) of each segment; gains (slots,) of addresses, or (0,).
+    A segment that is empty, or adds nothing, gets no block.
     """
     rows = 0
     for s in range(slot.shape[0]):
-        if rank[s] > 0:
+        if not adds_nothing(slot[s], rank[s], gains):
             rows += seq_start[s + 1] - seq_start[s]
     # Where rows are few for the threads, smaller blocks keep all of them busy.
     wanted = -(-rows // (threads * TASKS_PER_THREAD))
@@ -136,7 +143,7 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, threads: int, blocks: Any) 
         most = ROWS_PER_BLOCK
     count = 0
     for s in range(slot.shape[0]):
-        if rank[s] == 0:
+        if adds_nothing(slot[s], rank[s], gains):
             continue
         start = seq_start[s]
         m = seq_start[s + 1] - start
@@ -263,7 +270,8 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
         return False
     slot, rank = found.slot[:count], found.rank[:count]
     call.blocks = address_of(found.blocks)
-    call.block_count = row_blocks(seq_start, slot, rank, call.threads, found.blocks)
+    gains = vector(table.gains, 0 if table.gains == 0 else table.slots, INTEGER)
+    call.block_count = row_blocks(seq_start, slot, rank, gains, call.threads, found.blocks)
     return True
 
 

@@ -70,6 +70,9 @@ TABLE = _record(
     "slots",
     *("wa", "wb"),  # at (slots, slices) and (slots,) of addresses
     *("ranks", "scalings"),  # at (slots,); scalings are float64
+    # At (slots,) of addresses, each 0 or at (h_out,) numbers of the type that a stack sums in:
+    # DoRA's factors of y and what is added then, see dora.py. Or 0: no slot has any.
+    *("gains", "offsets"),
     "slices",  # wa of one slot, which share a wb: vLLM's q, k and v
     "panel_columns",  # wb (r, h_out) is stored in panels of this number of columns, if it is packed
     # Bytes from rank to rank and from column to column of a wb that is not packed; else 0, 0.

@@ -235,6 +235,14 @@ def cut(part, cuts, extent, unit):
 
 
 @jit()
+def gains_of(table: Any, slot: int) -> Any:
+    """The addresses of a slot's gains and offsets, 0 for what it has not."""
+    if table.gains == 0:
+        return 0, 0
+    return item(table.gains, slot), item(table.offsets, slot)
+
+
+@jit()
 def item(address: int, index: int) -> Any:
     """The int64 number `index` at this address."""
     return vector(address + 8 * index, 1, INTEGER)[0]

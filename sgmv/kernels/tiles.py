@@ -28,6 +28,7 @@ expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y 
                      j=2 [         |         |         ]        panel 0 j=0 j=1 j=2, panel 1 j=0 ...
 
           Other engines' weights are not packed: a task packs what it is about to read (panels.py).
+          With DoRA y is multiplied by the gains of its columns before it is stored.
 
 Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
 every K_BLOCK whatever the tile, and blocks are added in ascending order (for bfloat16 with
@@ -57,6 +58,7 @@ from sgmv.kernels.tasks import (
     claim_expand,
     claim_shrink,
     finish_shrink,
+    gains_of,
     item,
     leave_expand,
     no_task,
@@ -169,10 +171,11 @@ def shrink_tiles(typingctx, x_like, w_like, call, some_rows, wa, some_ranks, som
     return types.void(x_like, w_like, types.int64, PAIR, types.int64, PAIR, PAIR), codegen
 
 
-def _expand_tile(e, nv, y_rows, v_rows, w_row, r, scale, mask, w_like, y_like):
+def _expand_tile(e, nv, y_rows, v_rows, w_row, r, factors, mask, w_like, y_like):
     """y_rows[m][:nv * LANES] += scale * (v_rows[m][:r] @ w[:r, :nv * LANES]), rounded once.
 
     w_row(j)  the address of w[j]
+    factors   scale; None, or the addresses of DoRA's gains and offsets; the tile's first column
     """
     mr = len(y_rows)
 
@@ -202,26 +205,43 @@ def _expand_tile(e, nv, y_rows, v_rows, w_row, r, scale, mask, w_like, y_like):
         for offset in range(0, nv * LANES * size(y_like), 64):
             e.prefetch(e.add(row, offset + Y_AHEAD), write=True)
     sums = e.loop(ir.Constant(INT64, 0), r, 1, [ZERO] * (mr * nv), step)
+    scale, gained, column = factors
+    if gained:
+        gains, offsets = _gains(e, nv, *gained, column, mask)
     for m in range(mr):
         for q in range(nv):
             target = e.add(y_rows[m], q * LANES * size(y_like))
-            old = e.load(target, y_like, mask)
-            e.store(e.fma(scale, sums[m * nv + q], old), target, y_like, mask)
+            total = e.fma(scale, sums[m * nv + q], e.load(target, y_like, mask))
+            if gained:
+                total = e.fma(gains[q], total, offsets[q])
+            e.store(total, target, y_like, mask)
+
+
+def _gains(e, nv, gains, offsets, column, mask):
+    """Vectors of the gains and offsets from this column on; 0 where there are no offsets."""
+
+    def row(address):
+        first = e.add(address, e.multiply(column, 4))
+        return [e.load(e.add(first, q * LANES * 4), mask=mask) for q in range(nv)]
+
+    return row(gains), e.when(e.is_there(offsets), [ZERO] * nv, lambda _: row(offsets))
 
 
 @intrinsic
-def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, some_columns):
+def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gains, some_columns):
     """y[rows[p:p + count], low:high] += scaling * (v[p:p + count, :r] @ wb[:, low:high]).
 
     Semantics: low is a multiple of PANEL, high too or else h_out. 1 <= count <= MOST_ROWS.
     call  address of the call;  wb  address of the adapter's panels
+    gains  None; or DoRA's, at two addresses, the second may be 0: y = gains * y + offsets then
     some_rows  (p, count);  some_columns  (low, high)
     """
 
     def codegen(context, builder, signature, args):
         e = Emit(builder)
-        call, some_rows, wb, r, scaling, some_columns = args[2:]
+        call, some_rows, wb, r, scaling, at, some_columns = args[2:]
         (p, count), (low, high) = e.pair(some_rows), e.pair(some_columns)
+        gained = None if gains == types.none else e.pair(at)
         y, y_stride, v, v_stride = e.fields(CALL, call, "y", "y_stride", "v", "v_stride")
         [rows] = e.fields(CALL, call, "y_rows")
         rows = e.add(rows, e.multiply(p, 8))
@@ -241,7 +261,8 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, som
                 def w_row(j):
                     return e.add(w, e.multiply(j, w_stride))
 
-                _expand_tile(e, nv, here, v_rows, w_row, r, scale, mask, w_like, y_like)
+                factors = scale, gained, column
+                _expand_tile(e, nv, here, v_rows, w_row, r, factors, mask, w_like, y_like)
 
             def panel(column, nothing):
                 w = e.add(wb, e.multiply(e.multiply(column, r), size(w_like)))
@@ -264,7 +285,7 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, som
         return context.get_dummy_value()
 
     integer = types.int64
-    operands = integer, PAIR, integer, integer, types.float32, PAIR
+    operands = integer, PAIR, integer, integer, types.float32, gains, PAIR
     return types.void(w_like, y_like, *operands), codegen
 
 
@@ -304,11 +325,16 @@ def columns_in_l2(r, w_like):
 @jit()
 def expand_block(w_like, y_like, address, task, wb, columns, scaling):
     """The task's rows and these columns (low, high), a tile of rows after the other."""
+    gains = gains_of(record(TABLE, record(CALL, address).table), task.slot)
     groups = -(-(task.last - task.first) // MOST_ROWS)
     p = task.first
     for g in range(groups):
         count = (task.last - p) // (groups - g)
-        expand_tiles(w_like, y_like, address, (p, count), wb, task.r, scaling, columns)
+        operands = w_like, y_like, address, (p, count), wb, task.r, scaling
+        if gains[0] == 0:
+            expand_tiles(*operands, None, columns)
+        else:
+            expand_tiles(*operands, gains, columns)
         p += count
 
 

@@ -130,6 +130,13 @@ def punica(batch: Batch, stack: AdapterStack, lora_rank: int | None = None) -> P
             )
         lora_rank = int(ranks[0]) if len(ranks) else 0
     taken = (slot != NO_SLOT) & (rank == check_count("lora_rank", lora_rank, 0))
+    if (gained := taken & table.is_gained(slot)).any():
+        raise StackError(
+            "stack",
+            "adapters without magnitudes (DoRA), which Punica's calls do not have",
+            f"those of {some(segments.adapter_ids[gained])}",
+            "run these rows with add_lora",
+        )
     stored = [weights for i in slot[taken] if (weights := table.weights[i]) is not None]
     wb = [_scaled(weights, stack.h_out) for weights in stored]
     return Punica(

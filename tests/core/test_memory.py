@@ -56,9 +56,9 @@ UNBOUNDED = {
         "stack", f"{AFTER}{MOVE}\n    def _leave", f"{AFTER}\n    def _leave"
     ),
     "only A moves": Fault(
-        "stack", "np.stack([table.wa_address, table.wb_address])", "table.wa_address[None]"
+        "stack", "[table.wa_address, table.wb_address, *gains]", "[table.wa_address, *gains]"
     ),
-    "B is not copied": Fault("table", "wa[:], wb[:] = self.wa, self.wb", "wa[:] = self.wa"),
+    "B is not copied": Fault("table", "wb=_placed(self.wb)", "wb=_placed(0 * self.wb)"),
     "A keeps its slab": Fault("table", "A, B = self.wa.copy(),", "A, B = self.wa[:],"),
     "a leaving slab is filled": Fault(
         "memory", "enumerate([] if self.is_leaving else self._free)", "enumerate(self._free)"

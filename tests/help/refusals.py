@@ -51,6 +51,22 @@ def empty_a_folder_of_someone_else() -> None:
             cache.clear()
 
 
+class Short:
+    """A weight that returns too few rows."""
+
+    shape = 4, 3
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return W[:2]
+
+
+DORA = sgmv.Adapter(A, B, 1.0, np.ones(4, F))
+
+
+def gained() -> sgmv.AdapterStack:
+    return sgmv.AdapterStack.from_adapters({0: DORA, 7: (A, B)}, W=W)
+
+
 SHARED = np.ones((5, 7), F)
 ALIASED = np.lib.stride_tricks.as_strided(np.ones(30, F), (5, 4), (4, 8))
 BROADCAST = np.lib.stride_tricks.as_strided(np.ones(4, F), (5, 4), (0, 4))
@@ -561,6 +577,42 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         ),
         errors.ValueRangeError,
         ["backend: ", "loops", "tiles", "leave it out"],
+    ),
+    # magnitudes
+    "magnitudes of another width": (
+        lambda: sgmv.Adapter(A, B, 1.0, np.ones(3, F)),
+        errors.ShapeError,
+        ["magnitude: ", "(h_out,) = (4,)", "(3,)", "per row of B"],
+    ),
+    "magnitudes that are no array": (
+        lambda: sgmv.Adapter(A, B, 1.0, [1.0] * 4),  # type: ignore[arg-type]
+        errors.DtypeError,
+        ["magnitude: ", "numpy array", "list", "np.asarray"],
+    ),
+    "magnitudes without W": (
+        lambda: stack().load(7, DORA),
+        errors.StackError,
+        ["W: ", "(4, 3)", "DoRA", "none", "W=W"],
+    ),
+    "another layer's W": (
+        lambda: stack().load(7, DORA, W=W.T),
+        errors.ShapeError,
+        ["W: ", "(h_out, h_in) = (4, 3)", "(3, 4)", "the layer's W"],
+    ),
+    "a W of fewer rows than it says": (
+        lambda: stack().load(7, DORA, W=Short()),
+        errors.ShapeError,
+        ["W: ", "4 rows of 3 from W[0:4]", "(2, 3)", "return these rows"],
+    ),
+    "a bias of another width": (
+        lambda: stack().load(7, DORA, W=W, bias=np.ones(3, F)),
+        errors.ShapeError,
+        ["bias: ", "(h_out,) = (4,)", "(3,)"],
+    ),
+    "magnitudes beside another adapter": (
+        lambda: sgmv.add_lora(Y, X, gained(), [[0, 7]] * 5),
+        errors.ValueRangeError,
+        ["adapter_ids: ", "DoRA", "alone", "rows [0, 1, 2, 3, 4]", "-1 in the other places"],
     ),
     # threads
     "threads below 1": (

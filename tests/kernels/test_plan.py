@@ -33,7 +33,8 @@ def blocks_of(segments: list[tuple[int, int]], threads: int) -> np.ndarray:
     room = np.zeros(most_blocks(int(seq_start[-1])) + 1, BLOCK)
     for field in BLOCK.names:
         room[field] = GUARD
-    count = row_blocks(seq_start, np.arange(len(segments)) + 10, rank, threads, room)
+    slot, no_gains = np.arange(len(segments)) + 10, np.empty(0, np.int64)
+    count = row_blocks(seq_start, slot, rank, no_gains, threads, room)
     assert all((room[count:][field] == GUARD).all() for field in BLOCK.names)
     assert count < len(room)
     return room[:count]

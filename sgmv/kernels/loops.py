@@ -170,7 +170,7 @@ def store(y, scaling, sums, like):
 def store_gained(y, scaling, sums, gains, offsets, like):
     """Y = gains * (y + scaling * sums) + offsets, rounded once."""
     for c in range(y.shape[0]):
-        total = decode(y[c], scaling) + scaling * sums[c]
+        total = scaling * sums[c] + decode(y[c], scaling)
         total = decode(gains[c], scaling) * total + decode(offsets[c], scaling)
         y[c] = encode(total, like)
 

@@ -183,6 +183,8 @@ def check_x(x: Array, n: int, h_in: int, argument: str = "x") -> None:
 
 
 def _check_shape(argument: str, array: Array, n: int, name: str, width: int) -> None:
+    if type(array) is np.ndarray and array.shape == (n, width) and array.dtype in bits_of:
+        return
     check_matrix(argument, array)
     if array.shape != (n, width):
         raise ShapeError(

@@ -32,8 +32,9 @@ expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y 
 
 Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
 every K_BLOCK whatever the tile, and blocks are added in ascending order (for bfloat16 with
-AVX512_BF16, lane k // 2 % LANES, an odd k before the even one below it); in expand, every element
-adds j = 0, 1, 2, ... in one register. Neither depends on MR or NR: a row's tile may have any shape.
+AVX512_BF16, lane k // 2 % LANES, an odd k before the even one below it, K cut every PAIRS_BLOCK);
+in expand, every element adds j = 0, 1, 2, ... in one register. Neither depends on MR or NR: a row's
+tile may have any shape.
 
 Edge rules as in loops.py: nothing past a rank, a row or a column is read or written. The last
 k of a row, the last ranks and the last columns are masked, not padded.
@@ -48,7 +49,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sgmv.kernels.cpu import ASKS_AHEAD, FUSES, REGISTERS
+from sgmv.kernels.cpu import ASKS_AHEAD, FUSES, REGISTERS, SUMS_BFLOAT16
 from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
 from sgmv.kernels.jit import INT64, entry, jit, record, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
@@ -79,6 +80,7 @@ def _as_many(rows: int, most: int) -> int:
 RANKS = {rows: _as_many(rows, 8) for rows in range(1, MOST_ROWS + 1)}
 COLUMN_VECTORS = {rows: _as_many(rows, PANEL // LANES) for rows in range(1, MOST_ROWS + 1)}
 K_BLOCK = 1024  # six rows of one K block are 24 KiB of x: they stay in L1 for all ranks
+PAIRS_BLOCK = 2 * K_BLOCK  # where a lane takes two k at a time: as many bytes, and steps
 L2_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
 Y_AHEAD = 512  # bytes before its use that y is asked for
 W_AHEAD = 512  # and wa, where that is worth while
@@ -291,6 +293,8 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gai
 
 def shrink_kernel(x_like: Any, w_like: Any) -> int:
     """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block."""
+    in_pairs = SUMS_BFLOAT16 and x_like.dtype == w_like.dtype == np.int16
+    block = PAIRS_BLOCK if in_pairs else K_BLOCK
 
     def tiles_shrink(address, limit):
         table = record(TABLE, record(CALL, address).table)
@@ -300,8 +304,8 @@ def shrink_kernel(x_like: Any, w_like: Any) -> int:
             if task.number == NONE:
                 return
             groups = -(-(task.last - task.first) // MOST_ROWS)
-            for k in range(0, table.h_in, K_BLOCK):
-                width = min(K_BLOCK, table.h_in - k)
+            for k in range(0, table.h_in, block):
+                width = min(block, table.h_in - k)
                 p = task.first
                 for g in range(groups):
                     count = (task.last - p) // (groups - g)

@@ -25,7 +25,7 @@ from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels import cpu
 from sgmv.kernels.cpu import X86
 from sgmv.kernels.emit import LANES
-from sgmv.kernels.tiles import K_BLOCK
+from sgmv.kernels.tiles import PAIRS_BLOCK
 from tests.help.acceptance import backends_of, check, check_case, stack_of, type_mixes
 from tests.help.bfloat16 import flush, fused
 from tests.help.planting import Fault, run_python
@@ -397,11 +397,11 @@ def test_the_cpus_products_of_bfloat16_give_the_bits_of_fused_ones(
 ) -> None:
     """An odd k before the even one below it, each rounded once; subnormal numbers are 0.
 
-    Lanes, blocks of k and what is left over are held by 2,500 k; SGMV_BFLOAT16=exact keeps
+    Lanes, blocks of k and what is left over are held by 4,500 k; SGMV_BFLOAT16=exact keeps
     subnormal numbers.
     """
     rng = np.random.default_rng(0)
-    n, r, h_in = 7, 9, 2 * K_BLOCK + 2 * LANES * 14 + 5
+    n, r, h_in = 7, 9, 2 * PAIRS_BLOCK + 2 * LANES * 14 + 5
     paths = [tmp_path / f"{name}.npy" for name in ("x", "A", "v")]
     x, A = ((rng.standard_normal((m, h_in)) * scale).astype(ml_dtypes.bfloat16) for m in (n, r))
     for path, array in zip(paths, (x, A), strict=False):
@@ -427,8 +427,8 @@ def summed_in_pairs(x: np.ndarray, A: np.ndarray) -> np.ndarray:
     """
     x, A = (flush(a.astype(np.float32)) for a in (x, A))
     v = np.zeros((len(x), len(A)), np.float32)
-    for block in range(0, x.shape[1], K_BLOCK):
-        width = min(K_BLOCK, x.shape[1] - block)
+    for block in range(0, x.shape[1], PAIRS_BLOCK):
+        width = min(PAIRS_BLOCK, x.shape[1] - block)
         padded = -(-width // (2 * LANES)) * 2 * LANES
         xb, Ab = np.zeros((len(x), padded)), np.zeros((len(A), padded))
         xb[:, :width], Ab[:, :width] = (a[:, block : block + width] for a in (x, A))

@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from sgmv.compat.peft_batches import Batches
+from sgmv.compat.peft_experts import ExpertsLayer, is_outermost
 from sgmv.compat.peft_hooks import Replacement, hook_id, remove_hooks
 from sgmv.compat.peft_layers import Layer, kind_of
 from sgmv.errors import PeftError, some
@@ -59,9 +60,13 @@ def accelerate(model: Any) -> Iterator[Accelerated]:
     pickled, is PEFT's alone.
 
     The base layer may be quantised (bitsandbytes, torchao) or offloaded: it is called as PEFT calls
-    it. PEFT's own path runs, as without the context, for DoRA and other variants, for convolutions
-    and experts' parameters, for weights on another device, for A and B with forward hooks of
-    somebody's, and, with a warning, where gradients are recorded.
+    it. PEFT's own path runs, as without the context, for DoRA and other variants, for convolutions,
+    for weights on another device, for A and B with forward hooks of somebody's, and, with a
+    warning, where gradients are recorded.
+
+    Experts' parameters (`target_parameters`), of which PEFT refuses mixed batches, have them here:
+    gate_up_proj and down_proj of transformers 5's modules of experts, each token with its own
+    adapter on its own experts.
 
     Raises PeftError for a model that is no LoRA model, has no layer to take over, is in training
     mode or accelerated already; DtypeError for bfloat16 without ml_dtypes. The model is then as it
@@ -111,7 +116,7 @@ class Accelerated:
         self._tuner = tuner
         self._own_hooks: Callable[..., AbstractContextManager[None]] = getattr(type(tuner), HOOKS)
         self._batches = Batches()
-        self._layers: dict[Any, Layer] = {}
+        self._layers: dict[Any, Layer | ExpertsLayer] = {}
         self._others: dict[str, str] = {}
         self._wrappers: list[Any] = []
         self._configs: dict[str, Any] = {}
@@ -161,8 +166,9 @@ class Accelerated:
         """Find the adapted layers, and load what is new there, or gone."""
         lora = sys.modules["peft"].tuners.lora
         configs = dict(self._tuner.peft_config)
-        found: dict[Any, Layer] = {}
+        found: dict[Any, Layer | ExpertsLayer] = {}
         others, wrappers = {}, []
+        inside: set[Any] = set()  # wrappers of experts that the outermost one stands for
         for path, module in self._tuner.named_modules():
             name = path.removeprefix("model.")
             is_lora = isinstance(module, lora.LoraLayer)
@@ -170,7 +176,11 @@ class Accelerated:
                 wrappers.append(module)
             if kind := kind_of(module):
                 found[module] = self._layers.get(module) or kind(name, module, self._batches)
-            elif is_lora:
+            elif is_outermost(module) and module not in inside:
+                experts = self._layers.get(module) or ExpertsLayer(name, module, self._batches)
+                found[module] = experts
+                inside.update(getattr(experts, "inside", ()))
+            elif is_lora and module not in inside:
                 others[name] = f"a LoRA layer of type {type(module).__qualname__}"
         for module, layer in self._layers.items():
             if module not in found:

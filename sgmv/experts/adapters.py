@@ -15,12 +15,12 @@ import numpy.typing as npt
 from sgmv.adapter import Adapter, ExpertAdapter, check_expert_adapter
 from sgmv.backend import kernels
 from sgmv.checks import check_count, check_y
-from sgmv.compat.products import BATCHES_KNOWN
 from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.experts.grouped import pairs_of
 from sgmv.ids import BASE_ONLY, Integers, as_ids, check_id, is_integer
 from sgmv.launch import run_both
+from sgmv.products import BATCHES_KNOWN
 from sgmv.segment import Segments, of_pairs, segment
 from sgmv.stack import AdapterStack
 

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.checks import check_matrix, check_weights
-from sgmv.compat.products import check_stacks, stack_of
-from sgmv.compat.products import shrink as products
 from sgmv.dtypes import Array, promote, sum_dtype
 from sgmv.errors import ShapeError
+from sgmv.products import check_stacks, stack_of
+from sgmv.products import shrink as products
 from sgmv.segment import Segments, of_pairs, segment
 from sgmv.tensors import as_array
 

@@ -21,8 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sgmv
-from sgmv import memory, table
-from sgmv.compat import products
+from sgmv import memory, products, table
 from tests.conftest import JITTED
 from tests.help.planting import ROOT, Fault, outcome, run_python, verdict
 from tests.stress import memory as lives

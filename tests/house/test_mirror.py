@@ -24,7 +24,7 @@ ELSEWHERE = {
     "launch.py": ("core/test_workers.py", "a launch is seen by the threads that join it"),
     "models.py": ("benchmarks/test_grid.py", "the widths are held to those of the benchmark"),
     "table.py": ("core/test_stack.py", "a table is seen through the stack that keeps it"),
-    "compat/products.py": ("compat/vllm/test_ops.py", "products are seen through the calls"),
+    "products.py": ("compat/vllm/test_ops.py", "products are seen through the calls"),
     "compat/vllm/engine.py": (
         "vllm/test_engine.py",
         "vLLM's real engine makes it",

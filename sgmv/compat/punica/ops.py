@@ -8,7 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from sgmv.checks import check_count, check_scaling, check_x
-from sgmv.compat.products import (
+from sgmv.compat.punica.pointers import weights_at
+from sgmv.dtypes import Array, sum_dtype
+from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
+from sgmv.ids import as_ids
+from sgmv.products import (
     Operand,
     Stack,
     Weights,
@@ -24,10 +28,6 @@ from sgmv.compat.products import (
     shrink,
     stack_of,
 )
-from sgmv.compat.punica.pointers import weights_at
-from sgmv.dtypes import Array, sum_dtype
-from sgmv.errors import DtypeError, ShapeError, ValueRangeError, some
-from sgmv.ids import as_ids
 from sgmv.segment import Segments
 from sgmv.tensors import as_array, to_float32
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.compat.products import Operand, Weights
 from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, MemoryLayoutError, ShapeError, ValueRangeError, some
+from sgmv.products import Operand, Weights
 from sgmv.tensors import as_array
 
 BYTES_AT_ONCE = 1024  # no more than a system takes in one writev, and less than any pipe holds

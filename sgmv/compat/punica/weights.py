@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from sgmv.checks import check_count, check_dtype, fits_memory
-from sgmv.compat.products import Operand
 from sgmv.compat.punica.pointers import own
 from sgmv.dtypes import BITS
 from sgmv.errors import DtypeError, ShapeError, ValueRangeError, shown
+from sgmv.products import Operand
 from sgmv.tensors import as_array, is_torchs, like, zeros
 
 

@@ -20,7 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.checks import check_count, check_dtype, check_matrix, check_weights
-from sgmv.compat.products import (
+from sgmv.compat.vllm.slices import Operands, check_alike, columns_of, side_by_side
+from sgmv.dtypes import sum_dtype
+from sgmv.errors import ShapeError, UnknownAdapterError, ValueRangeError, some
+from sgmv.ids import BASE_ONLY, Integers
+from sgmv.products import (
     BATCHES_KNOWN,
     STACKS_KNOWN,
     Operand,
@@ -33,10 +37,6 @@ from sgmv.compat.products import (
     rows_of,
     shrink,
 )
-from sgmv.compat.vllm.slices import Operands, check_alike, columns_of, side_by_side
-from sgmv.dtypes import sum_dtype
-from sgmv.errors import ShapeError, UnknownAdapterError, ValueRangeError, some
-from sgmv.ids import BASE_ONLY, Integers
 from sgmv.segment import Segments, of_pairs, segment
 from sgmv.tensors import as_array, to_float32
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from sgmv.checks import check_count, fits_memory
-from sgmv.compat.products import Operand, indices_of, segments_of, stack_of
 from sgmv.compat.vllm.slices import expand_one, shrink_slices
 from sgmv.errors import ShapeError, ValueRangeError, some
 from sgmv.ids import Integers
+from sgmv.products import Operand, indices_of, segments_of, stack_of
 from sgmv.segment import Segments
 
 

@@ -15,7 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sgmv.checks import check_count, check_scaling, check_several, check_x
-from sgmv.compat.products import (
+from sgmv.dtypes import Array, sum_dtype
+from sgmv.errors import ShapeError
+from sgmv.ids import Integers
+from sgmv.products import (
     Operand,
     Stack,
     check_output,
@@ -30,9 +33,6 @@ from sgmv.compat.products import (
     shrink,
     stack_of,
 )
-from sgmv.dtypes import Array, sum_dtype
-from sgmv.errors import ShapeError
-from sgmv.ids import Integers
 from sgmv.segment import Segments
 from sgmv.tensors import as_array
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from sgmv.checks import check_count, check_several, check_x
-from sgmv.compat.products import Operand, rows_of, stack_of
 from sgmv.compat.vllm.experts import ExpertProducts
 from sgmv.compat.vllm.slices import (
     Operands,
@@ -30,6 +29,7 @@ from sgmv.errors import StackError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.rows import row_ids
 from sgmv.layouts.vllm import VllmV0, vllm_v0
+from sgmv.products import Operand, rows_of, stack_of
 from sgmv.segment import segment
 
 

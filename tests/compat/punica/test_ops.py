@@ -155,11 +155,11 @@ FAULTS = {
         "compat.punica.pointers", "+= layer_idx * nbytes", "+= 0"
     ),
     "weights are read in the other order": Fault(
-        "compat.products", "if weights.by_input:\n", "if False:\n"
+        "products", "if weights.by_input:\n", "if False:\n"
     ),
-    "the scale is dropped": Fault("compat.products", "v *= scaling", "pass"),
+    "the scale is dropped": Fault("products", "v *= scaling", "pass"),
     "y is overwritten by shrink": Fault(
-        "compat.products", "y[segments.rows[start:]] += v", "y[segments.rows[start:]] = v"
+        "products", "y[segments.rows[start:]] += v", "y[segments.rows[start:]] = v"
     ),
     "rows are taken backwards": Fault(
         "compat.punica.ops", "Segments(np.arange(n),", "Segments(np.arange(n)[::-1],"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sgmv import errors
-from sgmv.compat import products, vllm
+from sgmv import errors, products
+from sgmv.compat import vllm
 from tests.help.compat_forms import check, delta, drawn, indices, product
 from tests.help.planting import Fault, verdict
 from tests.help.vllm_calls import LORAS, MIXES, check_expand, check_shrink, named, wrapper_of
@@ -103,20 +103,20 @@ def test_a_slice_that_does_not_fit_is_refused_before_the_others(rng: np.random.G
 
 FAULTS = {
     "base-only rows are written": Fault(
-        "compat.products", "return int(segments.seq_start[1]) if base else 0", "return 0"
+        "products", "return int(segments.seq_start[1]) if base else 0", "return 0"
     ),
     "v stays in sorted order": Fault(
         "compat.vllm.slices", "array[segments.rows] = v", "array[:] = v"
     ),
     "inputs are taken as they stand": Fault(
-        "compat.products", "rows[segments.rows].astype", "rows[:].astype"
+        "products", "rows[segments.rows].astype", "rows[:].astype"
     ),
-    "the scaling is dropped": Fault("compat.products", "v *= scaling", "pass"),
+    "the scaling is dropped": Fault("products", "v *= scaling", "pass"),
     "the slots are told apart by the wrong pitch": Fault(
-        "compat.products", "address + np.arange(count) * pitch", "address + 0 * np.arange(count)"
+        "products", "address + np.arange(count) * pitch", "address + 0 * np.arange(count)"
     ),
     "B is read as its transpose": Fault(
-        "compat.products",
+        "products",
         "strides = size, weights.inputs * size",
         "strides = weights.outputs * size, size",
     ),

@@ -2,11 +2,12 @@
 
     by_row.py     the definition: one row at a time, in float64      <- start reading here
     by_einsum.py  the same results another way: gather, pad, einsum
-    bounds.py     how far a correct kernel may be from them, derived for every element
+    bounds.py     how far a correct kernel may be from them, derived for every element;  gains.py
     compare.py    a result against both: the verdict, its message, the statistics
     batch.py      one seeded batch with its answer: `case.check(y)`
     workloads.py  the corpus: named nasty batches for anybody's kernel
-    mixtures.py   the same of rows with several weighted adapters;  experts.py  layers of experts
+    mixtures.py   the same of rows with several weighted adapters;  dora.py  with magnitudes
+    experts.py    layers of experts
     runner.py     the corpus on a kernel: `check(kernel)`;  drawn.py  random batches, shrunk
     diagnosis.py  the likeliest fault, from the pattern of failures;  questions.py  known faults
     signatures.py how each engine's kernel is called;  loading.py  FILE:FUNCTION
@@ -16,6 +17,7 @@
 
     y[i] + scaling * B @ (A @ x[i])     with the adapter and the scaling of adapter_ids[i]
 
+    with a magnitude (DoRA), gain * (that) + (1 - gain) * bias
     of k adapters per row, adapter_ids (n, k), the sum of these, each times weights[i, j]
 
 Try a kernel of your own on every case of the corpus; `python -m reference check FILE:FUNCTION` does

@@ -13,11 +13,12 @@ Scaling = Mapping[int, float] | Sequence[float] | NDArray[Any] | float | None
 
 
 class Adapter(NamedTuple):
-    """One adapter as the caller gave it: A (r, h_in), B (h_out, r), and its scaling."""
+    """One adapter as the caller gave it: A (r, h_in), B (h_out, r), scaling, magnitude (h_out,)."""
 
     A: NDArray[Any]
     B: NDArray[Any]
     scaling: float
+    magnitude: NDArray[Any] | None = None
 
 
 def used_adapters(
@@ -50,8 +51,46 @@ def used_adapters(
         name = f"adapter {adapter_id}"
         A, B = _pair(adapter, name)
         scaling = _scaling_of(adapter, adapter_id, scalings)
-        chosen[adapter_id] = checked(A, B, scaling, h_in, h_out, name)
+        magnitude = getattr(adapter, "magnitude", None)
+        chosen[adapter_id] = checked(A, B, scaling, h_in, h_out, name)._replace(magnitude=magnitude)
     return ids, chosen
+
+
+def scaled_rows(
+    ids: NDArray[np.int64],
+    chosen: Mapping[int, Adapter | None],
+    weights: ArrayLike | None,
+    W: ArrayLike | None,
+    bias: ArrayLike | None,
+    shape: tuple[int, int],
+) -> tuple[dict[int, NDArray[np.intp]], NDArray[Any], NDArray[Any] | None]:
+    """The rows of each adapter with magnitudes, W (h_out, h_in), and bias (h_out,) or None.
+
+    Semantics: such an adapter is alone in its rows, with a weight of 1.
+    Raises: ValueError where it is not, or where W is missing; magnitude and bias are (h_out,).
+    """
+    scaled = {i: one for i, one in chosen.items() if one and one.magnitude is not None}
+    if not scaled:
+        return {}, np.empty((0, 0)), None
+    if W is None:
+        raise ValueError("W: expected the base weight for adapters with magnitudes, got none")
+    per_column = {f"magnitude of adapter {i}": one.magnitude for i, one in scaled.items()}
+    if bias is not None:
+        per_column["bias"] = bias = _numbers(bias, "bias", "real numbers")
+    for name, array in per_column.items():
+        if np.shape(array) != shape[:1]:
+            raise ValueError(f"{name}: expected shape ({shape[0]},), got {np.shape(array)}")
+    in_columns: Any = ids.reshape(len(ids), -1)
+    used = np.isin(in_columns, [i for i, one in chosen.items() if one])
+    found = {}
+    for i in scaled:
+        places = in_columns == i
+        rows = np.flatnonzero(places.any(axis=1))
+        alone = used[rows].sum(axis=1) == 1
+        if not alone.all() or (factors(weights, ids).reshape(places.shape)[places] != 1).any():
+            raise ValueError(f"adapter_ids: expected adapter {i} alone in its rows, with weight 1")
+        found[i] = rows
+    return found, matrix(W, "W", rows=shape[0], columns=shape[1]), bias
 
 
 def factors(weights: ArrayLike | None, ids: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -11,11 +11,20 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from reference import bounds, by_row, compare
+from reference.arguments import Adapter
 from reference.floats import float_type, sum_dtype
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical")
 
 Weights = tuple[NDArray[Any], NDArray[Any]]
+
+
+class Scaled(NamedTuple):
+    """What DoRA adds to a batch: magnitudes (h_out,) of some adapters, the layer's W and bias."""
+
+    magnitudes: Mapping[int, NDArray[Any]]
+    W: NDArray[Any]
+    bias: NDArray[Any] | None = None
 
 
 def popularity(kind: str, n: int, seed: int = 0) -> NDArray[np.int64]:
@@ -90,6 +99,7 @@ class Workload:
     adapter_ids: NDArray[np.int64]
     exact: bool = False
     weights: NDArray[np.float32] | None = None
+    dora: Scaled | None = None
     fingerprint: Mapping[str, int] = field(init=False, repr=False)  # of each operand
 
     def __post_init__(self) -> None:
@@ -114,12 +124,22 @@ class Workload:
     @property
     def _pairs(self) -> tuple[Any, Any, Any]:
         """Who has which adapter, as the reference's calls take it."""
-        return self.adapters, self.adapter_ids, self.scalings
+        adapters: dict[int, Any] = dict(self.adapters)
+        for i, magnitude in (self.dora.magnitudes if self.dora else {}).items():
+            if (pair := adapters[i]) is not None:
+                adapters[i] = Adapter(*pair, self.scalings[i], magnitude)
+        return adapters, self.adapter_ids, self.scalings
+
+    @property
+    def _more(self) -> dict[str, Any]:
+        """What they take by name."""
+        found: dict[str, Any] = {"weights": self.weights}
+        return found if self.dora is None else {**found, "W": self.dora.W, "bias": self.dora.bias}
 
     @cached_property
     def expected(self) -> NDArray[np.float64]:
         """What y must become, (n, h_out)."""
-        return by_row.add_lora(self.y, self.x, *self._pairs, weights=self.weights)
+        return by_row.add_lora(self.y, self.x, *self._pairs, **self._more)
 
     @cached_property
     def bound(self) -> NDArray[np.float64]:
@@ -127,12 +147,14 @@ class Workload:
         if self.exact:
             return _store_error(self.expected, self.y.dtype)
         return bounds.add_lora_bound(
-            self.y, self.x, *self._pairs, weights=self.weights, expected=self.expected
+            self.y, self.x, *self._pairs, **self._more, expected=self.expected
         )
 
     @cached_property
     def W(self) -> NDArray[Any]:
         """A base weight for `apply_batched`, (h_out, h_in), in x's type."""
+        if self.dora is not None:
+            return self.dora.W
         rng = _seeded(self.name + " W")
         shape = (self.y.shape[1], self.x.shape[1])
         if self.exact:
@@ -158,7 +180,7 @@ class Workload:
         if self.exact or not phases:
             return 0.0
         operands = self.y, self.x, *self._pairs
-        more = bounds.flush_bound(*operands, weights=self.weights, expand="expand" in phases)
+        more = bounds.flush_bound(*operands, **self._more, expand="expand" in phases)
         return np.where(np.isfinite(self.expected), more, 0.0)
 
     def check(self, actual: ArrayLike, flushes: Collection[str] = ()) -> None:

@@ -36,6 +36,8 @@ is one rounding more in shrink or expand (and eta (|s| + |w_j| + 1) sum_j |B_ij|
 is added to is at most |y_i| + sum_j |w_j| M_ij, whatever the order; each sum may be stored, and
 rounded, on its own; and an error made early meets the additions and roundings that come later.
 
+A row of an adapter with a magnitude (DoRA) is then multiplied: see gains.py.
+
 Last, `by_row` itself sums in float64: its own error, the same formula with u = 2**-53, is added,
 as is the rounding of this file's arithmetic. Where every product is exactly 0 (rank 0, B = 0,
 scaling 0, base only) the sum is exactly y, and the bound is 0.
@@ -58,7 +60,8 @@ from reference.arguments import (
     matrix,
     used_adapters,
 )
-from reference.floats import FloatType, float_type, sum_dtype
+from reference.floats import FloatType, float_type, gamma, sum_dtype
+from reference.gains import Gains, gains_of
 
 Bound = NDArray[np.float64]
 _FLOAT64 = float_type("float64")
@@ -74,20 +77,6 @@ def unit_roundoff(dtype: Any) -> float:
     (0.00390625, True)
     """
     return float_type(dtype).unit_roundoff
-
-
-def gamma(roundings: int, u: float) -> float:
-    """What m roundings in a row can do to a value, as a share of it.
-
-    Semantics: m u / (1 - m u). Raises: ValueError from m u = 1 on, where nothing is promised.
-    Source: Higham, lemma 3.1.
-
-    >>> gamma(2, 0.25)
-    1.0
-    """
-    if roundings * u >= 1:
-        raise ValueError(f"roundings: expected fewer than {1 / u:.0f}, got {roundings}; sum wider")
-    return roundings * u / (1 - roundings * u)
 
 
 def lora_delta_bound(
@@ -117,6 +106,8 @@ def add_lora_bound(
     scalings: Scaling = None,
     *,
     weights: ArrayLike | None = None,
+    W: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     out: DTypeLike | None = None,
     expected: Bound | None = None,
 ) -> Bound:
@@ -133,10 +124,12 @@ def add_lora_bound(
     x = matrix(x, "x", rows=len(y))
     ids, chosen = used_adapters(adapters, adapter_ids, scalings, x.shape[1], y.shape[1], len(y))
     if expected is None:
-        expected = by_row.add_lora(y, x, adapters, ids, scalings, weights=weights)
+        given = {"weights": weights, "W": W, "bias": bias}
+        expected = by_row.add_lora(y, x, adapters, ids, scalings, **given)
     start = _Start(np.abs(y.astype(np.float64)), y, float_type(y.dtype), roundings=0)
     out_type = float_type(y.dtype if out is None else out)
-    return _bound(start, x, ids, chosen, weights, expected, out_type)
+    gains = gains_of(ids, chosen, weights, W, bias, x)
+    return _bound(start, x, ids, chosen, weights, expected, out_type, gains)
 
 
 @np.errstate(invalid="ignore", over="ignore", under="ignore")
@@ -170,7 +163,8 @@ def apply_batched_bound(
         out = np.result_type(x, W, *used)
     size = np.abs(x.astype(np.float64)) @ np.abs(W.astype(np.float64)).T
     start = _Start(size, W, float_type(sum_dtype(x, W)), roundings=x.shape[1])
-    return _bound(start, x, ids, chosen, weights, expected, float_type(out))
+    gains = gains_of(ids, chosen, weights, W, None, x)
+    return _bound(start, x, ids, chosen, weights, expected, float_type(out), gains)
 
 
 @np.errstate(invalid="ignore", over="ignore", under="ignore")
@@ -182,6 +176,8 @@ def flush_bound(
     scalings: Scaling = None,
     *,
     weights: ArrayLike | None = None,
+    W: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     expand: bool = False,
 ) -> Bound:
     """What must be added to a bound where numbers below 2**-126 are taken for 0, as AMX does.
@@ -193,7 +189,7 @@ def flush_bound(
     In expand v_j is three parts, of which those below t are lost: together less than 2 t. A B_ij
     lost costs t |v_j|; and of the 3 (r + 1) products, added as they are made, and of two additions
     for each 32 of them, each sum may be lost: fewer than 4 r + 8. So y_i errs by another
-    |s| t (sum_j 2 |B_ij| + |v_j| + 4 r + 8).
+    |s| t (sum_j 2 |B_ij| + |v_j| + 4 r + 8). DoRA's gain multiplies all of it.
 
     expand  whether expand does so, too
     Arguments and errors otherwise as `by_row.add_lora` -> (n, h_out) float64.
@@ -218,6 +214,8 @@ def flush_bound(
         roundings = x.shape[1] + len(A) + 3 + (weights is not None)
         carried = (1 + gamma(roundings, u)) * (1 + 2.0**-8) ** places
         bound[rows] += carried * abs(adapter.scaling) * more
+    for rows, gain in gains_of(ids, chosen, weights, W, bias, x).values():
+        bound[rows] *= np.abs(gain.value) + gain.error(float_type("float32"))
     return bound
 
 
@@ -298,9 +296,15 @@ def _bound(
     weights: ArrayLike | None,
     expected: Bound,
     out: FloatType,
+    gains: Gains,
 ) -> Bound:
     if ids.ndim > 1 or weights is not None:
-        return _bound_of_pairs(start, x, _pairs(ids, chosen, weights), expected, out)
+        bound = _bound_of_pairs(start, x, _pairs(ids, chosen, weights), expected, out)
+        for i, (rows, gain) in gains.items():  # alone in their rows, with a weight of 1
+            its = start._replace(size=start.size[rows]), x[rows], np.full(len(rows), i)
+            alone = {i: (np.arange(len(rows)), gain)}
+            bound[rows] = _bound(*its, {i: chosen[i]}, None, expected[rows], out, alone)
+        return bound
     h_in, h_out = x.shape[1], start.size.shape[1]
     nothing = Adapter(np.zeros((0, h_in), x.dtype), np.zeros((h_out, 0), x.dtype), 0.0)
     bound = np.zeros(start.size.shape)
@@ -313,7 +317,14 @@ def _bound(
         sum_type = float_type(sum_dtype(x, adapter.A, adapter.B, start.operand))
         delta, touched = _magnitudes(x[rows], adapter)
         total = _sum_error(delta, touched, start, rows, v_type, sum_type, start.type)
-        total += _sum_error(delta, touched, start, rows, _FLOAT64, _FLOAT64, _FLOAT64)
+        by_rows = _sum_error(delta, touched, start, rows, _FLOAT64, _FLOAT64, _FLOAT64)
+        if adapter_id in gains:
+            gain, most = gains[adapter_id][1], start.size[rows] + delta.scaling * delta.product
+            own = float_type(sum_dtype(*adapter[:2]))  # what a stack of these sums in
+            total = gain.carried(total, most, sum_type, own)
+            by_rows = gain.carried(by_rows, most, _FLOAT64, _FLOAT64)
+            touched = np.ones_like(touched)
+        total += by_rows
         if out.unit_roundoff > sum_type.unit_roundoff:
             reached = np.maximum(np.abs(expected[rows]) + total, out.smallest_normal)
             rounded = touched | (start.roundings > 0)

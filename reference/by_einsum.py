@@ -7,7 +7,15 @@ einsum's loops over blocks of rows), so that a mistake in one shows as a differe
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from reference.arguments import Adapters, Scaling, checked, factors, matrix, used_adapters
+from reference.arguments import (
+    Adapters,
+    Scaling,
+    checked,
+    factors,
+    matrix,
+    scaled_rows,
+    used_adapters,
+)
 
 Result = NDArray[np.float64]
 
@@ -24,6 +32,8 @@ def add_lora(
     scalings: Scaling = None,
     *,
     weights: ArrayLike | None = None,
+    W: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
 ) -> Result:
     """The sum of y and each row's own delta, as a new array; y itself never changes.
 
@@ -65,6 +75,16 @@ def add_lora(
         v = np.where(np.arange(ranks.max()) < ranks[of_row, None], v, 0.0)
         factor = (scaling[of_row] * of_pair[pairs])[:, None]
         np.add.at(out, rows, factor * np.einsum("nj,nij->ni", v, B_stack[of_row]))
+    rows_of, W, bias = scaled_rows(ids, chosen, weights, W, bias, (h_out, h_in))
+    for id_, rows in rows_of.items():
+        slot = slot_of[id_]
+        whole = W + scaling[slot] * np.einsum("ij,jk->ik", B_stack[slot], A_stack[slot])
+        lengths = np.einsum("ik,ik->i", whole, whole) ** 0.5
+        with np.errstate(divide="ignore"):
+            g = np.asarray(chosen[id_].magnitude, np.float64) / lengths
+        out[rows] = np.einsum("i,ni->ni", g, out[rows])
+        if bias is not None:
+            out[rows] += bias - g * bias
     return out
 
 
@@ -90,7 +110,7 @@ def apply_batched(
     x = matrix(x, "x")
     W = matrix(W, "W", columns=x.shape[1])
     base = np.einsum("nk,ik->ni", x.astype(np.float64), W.astype(np.float64))
-    return add_lora(base, x, adapters, adapter_ids, scalings, weights=weights)
+    return add_lora(base, x, adapters, adapter_ids, scalings, weights=weights, W=W)
 
 
 def lora_delta(x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:
@@ -108,7 +128,14 @@ def lora_delta(x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Resu
     return add_lora(zeros, x, [adapter], np.zeros(len(x), np.int64))
 
 
-def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:
+def apply_single(
+    x: ArrayLike,
+    W: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    scaling: float,
+    magnitude: ArrayLike | None = None,
+) -> Result:
     """The base product plus one adapter's delta for every row.
 
     Semantics: `out = apply_batched(x, W, [(A, B)], 0, scaling)`
@@ -119,4 +146,6 @@ def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling
     """
     x = matrix(x, "x")
     adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None)
+    if magnitude is not None:
+        adapter = adapter._replace(magnitude=np.asarray(magnitude))
     return apply_batched(x, W, [adapter], np.zeros(len(x), np.int64))

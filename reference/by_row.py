@@ -5,7 +5,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from reference.arguments import Adapters, Scaling, checked, factors, matrix, used_adapters
+from reference.arguments import (
+    Adapters,
+    Scaling,
+    checked,
+    factors,
+    matrix,
+    scaled_rows,
+    used_adapters,
+)
 
 Result = NDArray[np.float64]
 
@@ -13,6 +21,20 @@ Result = NDArray[np.float64]
 def _delta(x: Result, A: Result, B: Result, scaling: float) -> Result:
     v: Result = (A * x).sum(axis=1)  # (r,)
     return np.asarray(scaling * (B * v).sum(axis=1))  # (h_out,)
+
+
+def gain(A: Result, B: Result, scaling: float, magnitude: Result, W: Result) -> Result:
+    """DoRA's factor of each output: magnitude over the length of that row of W + scaling * B @ A.
+
+    A (r, h_in), B (h_out, r), magnitude (h_out,), W (h_out, h_in), float64 -> (h_out,).
+    Source: DoRA (Liu et al. 2024), equation 5; peft, lora/dora.py.
+
+    >>> gain(np.zeros((0, 2)), np.zeros((1, 0)), 1.0, np.array([10.0]), np.array([[3.0, 4.0]]))
+    array([2.])
+    """
+    rows = [W[c] + scaling * (B[c][:, np.newaxis] * A).sum(axis=0) for c in range(len(W))]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return magnitude / np.array([np.sqrt((row * row).sum()) for row in rows])
 
 
 def lora_delta(x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:
@@ -40,6 +62,8 @@ def add_lora(
     scalings: Scaling = None,
     *,
     weights: ArrayLike | None = None,
+    W: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
 ) -> Result:
     """The sum of y and each row's own delta, as a new array; y itself never changes.
 
@@ -49,6 +73,8 @@ def add_lora(
     y (n, h_out), x (n, h_in), adapter_ids (n,) or (n, k) integers; adapters: mapping or sequence
     of (A, B), Adapter or None; scalings: mapping, sequence, one number, or None = each adapter's
     own, 1.0 for a plain (A, B); weights as adapter_ids, or None = 1 -> (n, h_out) float64.
+    Rows of an Adapter with a magnitude: `out[i] = g * (y[i] + delta) + (1 - g) * bias`, with the
+    base layer's W (h_out, h_in) and bias (h_out,) and `g = gain(A, B, scaling, magnitude, W)`.
     Raises: ValueError naming the id, shape, scaling or weight. Source: Punica (2023), section 4.
 
     >>> add_lora([[1.0], [1.0]], [[2.0], [2.0]], {7: ([[3.0]], [[1.0]])}, [7, -1], 0.5)
@@ -71,6 +97,13 @@ def add_lora(
         if ids[pair] in in_float64:
             delta = _delta(x[pair[0]].astype(np.float64), *in_float64[int(ids[pair])])
             out[pair[0]] += of_pair[pair] * delta
+    rows_of, W, bias = scaled_rows(ids, chosen, weights, W, bias, (y.shape[1], x.shape[1]))
+    for adapter_id, rows in rows_of.items():
+        magnitude = np.asarray(chosen[adapter_id].magnitude, np.float64)
+        g = gain(*in_float64[adapter_id], magnitude, W.astype(np.float64))
+        out[rows] = g * out[rows]
+        if bias is not None:
+            out[rows] += (1 - g) * bias.astype(np.float64)
     return out
 
 
@@ -98,13 +131,20 @@ def apply_batched(
     W = matrix(W, "W", columns=x.shape[1]).astype(np.float64)
     base = [(W * x_i).sum(axis=1) for x_i in x.astype(np.float64)]
     y = np.reshape(base, (len(x), len(W)))
-    return add_lora(y, x, adapters, adapter_ids, scalings, weights=weights)
+    return add_lora(y, x, adapters, adapter_ids, scalings, weights=weights, W=W)
 
 
-def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:
+def apply_single(
+    x: ArrayLike,
+    W: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    scaling: float,
+    magnitude: ArrayLike | None = None,
+) -> Result:
     """The base product plus one adapter's delta for every row.
 
-    Semantics: `out[i] = W @ x[i] + scaling * (B @ (A @ x[i]))`
+    Semantics: `out[i] = W @ x[i] + scaling * (B @ (A @ x[i]))`, times `gain` with a magnitude.
     W (h_out, h_in), the rest, errors and source as in `lora_delta` -> (n, h_out) float64.
 
     >>> apply_single([[1.0]], [[10.0]], A=[[1.0]], B=[[2.0]], scaling=3.0)
@@ -112,4 +152,6 @@ def apply_single(x: ArrayLike, W: ArrayLike, A: ArrayLike, B: ArrayLike, scaling
     """
     x = matrix(x, "x")
     adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None)
+    if magnitude is not None:
+        adapter = adapter._replace(magnitude=np.asarray(magnitude))
     return apply_batched(x, W, [adapter], np.zeros(len(x), np.int64))

@@ -102,3 +102,17 @@ def sum_dtype(*arrays: NDArray[Any]) -> np.dtype[Any]:
     """
     wide = any(array.dtype == np.float64 for array in arrays)
     return np.dtype(np.float64 if wide else np.float32)
+
+
+def gamma(roundings: int, u: float) -> float:
+    """What m roundings in a row can do to a value, as a share of it.
+
+    Semantics: m u / (1 - m u). Raises: ValueError from m u = 1 on, where nothing is promised.
+    Source: Higham, lemma 3.1.
+
+    >>> gamma(2, 0.25)
+    1.0
+    """
+    if roundings * u >= 1:
+        raise ValueError(f"roundings: expected fewer than {1 / u:.0f}, got {roundings}; sum wider")
+    return roundings * u / (1 - roundings * u)

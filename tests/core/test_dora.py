@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -11,10 +12,22 @@ import numpy as np
 import pytest
 
 import sgmv
+from reference import dora as batches
 from reference.bounds import gamma
 from sgmv import dora, memory
 from sgmv.errors import ShapeError, StackError, ValueRangeError
-from tests.help.acceptance import assert_same_bits, backends, check_rows_keep_their_bits
+from tests.conftest import JITTED
+from tests.help import acceptance
+from tests.help.acceptance import (
+    assert_same_bits,
+    backends,
+    backends_of,
+    check,
+    check_rows_keep_their_bits,
+    stack_of,
+)
+from tests.help.planting import SMALL_BLOCKS, Fault, verdict
+from tests.stress import dora as random_batches
 
 TYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 H_IN, H_OUT = 130, 200
@@ -111,27 +124,34 @@ def test_same_row_same_bits(dtype: Any, rng: np.random.Generator) -> None:
             assert_same_bits(np.ascontiguousarray(far), got, f"{backend}, other strides")
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_integers_are_exact(dtype: Any, rng: np.random.Generator) -> None:
-    """Rows of W + 0.5 * B @ A are 4 long, magnitudes powers of two: so are the gains."""
-    A = rng.choice([-1, 1], (6, H_IN)).astype(dtype)
-    B = rng.choice([-2, 2], (H_OUT, 6)).astype(dtype)
-    lengths = np.zeros((H_OUT, H_IN), dtype)
-    lengths[np.arange(H_OUT), rng.integers(0, H_IN, H_OUT)] = 4
-    gain = rng.choice([-2, -0.5, 0.25, 1, 4], H_OUT).astype(dtype)
-    bias = (8 * rng.integers(-9, 9, H_OUT)).astype(dtype)
-    W = lengths - dtype(0.5) * B @ A
-    adapter = sgmv.Adapter(A, B, 0.5, 4 * gain)
-    x, y = (8.0 * rng.integers(-4, 5, (9, h)).astype(dtype) for h in (H_IN, H_OUT))
-    ids = rng.integers(-1, 1, 9)
-    for given in (None, bias):
-        stack = sgmv.AdapterStack.from_adapters([adapter], W=W, bias=given)
-        expected = gain * (y + dtype(0.5) * (x @ A.T) @ B.T)
-        expected += 0 if given is None else (1 - gain) * given
-        expected[ids < 0] = y[ids < 0]
-        for backend in backends(dtype):
-            got = sgmv.add_lora(y.copy(), x, stack, ids, backend=backend)
-            np.testing.assert_array_equal(got, expected)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_corpus(dtype: Any) -> None:
+    for case in batches.corpus(dtype):
+        stack = stack_of(case)
+        for backend in backends_of(case):
+            results = []
+            for threads in (1, 2, 5):
+                sgmv.set_num_threads(threads)
+                y = sgmv.add_lora(case.y.copy(), case.x, stack, case.adapter_ids, backend=backend)
+                check(case, y, backend, f", {threads} threads")
+                results.append(y)
+                assert_same_bits(y, results[0], f"{case.name}, {threads} threads")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_applied_corpus(dtype: Any) -> None:
+    for case in batches.corpus(dtype):
+        adapters, ids, _ = case._pairs
+        its = {
+            i: one and sgmv.Adapter(*one[:2], case.scalings[i], getattr(one, "magnitude", None))
+            for i, one in adapters.items()
+        }
+        case.check_applied(sgmv.apply_batched(case.x, case.W, its, ids))
+
+
+def test_random_batches() -> None:
+    """The same many times over: python -m tests.stress.dora --batches 100000."""
+    random_batches.run(range(300 if JITTED else 20))
 
 
 def test_nan_stays_in_its_own_rows(rng: np.random.Generator) -> None:
@@ -281,3 +301,67 @@ def test_refusals_leave_the_stack_as_it_was(rng: np.random.Generator) -> None:
     assert stack.ids == []
     stack.load(1, drawn(rng)[PLAIN], W="not read")
     assert stack.ids == [1]
+
+
+FAULTS = {
+    "gains of the first slot": Fault(
+        "kernels.tasks", "item(table.gains, slot), item(", "item(table.gains, 0), item("
+    ),
+    "gains of the first columns": Fault(
+        "kernels.loops", "gains_at + c * size_of(gain_like)", "gains_at"
+    ),
+    "offsets of the first columns": Fault(
+        "kernels.loops", "offsets_at + c * size_of(gain_like)", "offsets_at"
+    ),
+    "the bias is scaled": Fault(
+        "kernels.loops", " + decode(offsets[c], scaling)", ""
+    ),
+    "gains of y alone": Fault(
+        "kernels.loops",
+        "total = scaling * sums[c] + decode(y[c], scaling)",
+        "total = decode(y[c], scaling)",
+    ),
+    "no task where there is no rank": Fault(
+        "kernels.plan", "rank == 0 and (slot < 0", "rank == 0 and (True or slot < 0"
+    ),
+    "the scaling squared in norms": Fault("dora", "adapter.scaling * (", "adapter.scaling**2 * ("),
+    "norms of B @ A alone": Fault("dora", "summed += block", "summed += 0 * block"),
+    "norms not squared": Fault("dora", "np.sqrt(np.einsum(", "(np.einsum("),
+    "the offset has the bias whole": Fault("dora", "(1 - gains[0].astype(np.float64))", "(1)"),
+    "norms of another block": Fault("dora", "W[rows]", "W[: rows.stop - rows.start]"),
+    "a slot keeps the gains of the one before": Fault("table", "gains[:, slot] = 0", "pass"),
+}  # fmt: skip
+
+
+def accept(modules: dict[str, ModuleType]) -> None:
+    acceptance.sgmv = modules["sgmv"]  # type: ignore[assignment]
+    acceptance.VECTOR_BITS = 0
+    copy = modules["sgmv"]
+    modules["sgmv.dora"].BLOCK = 7 * 70
+    copy.set_num_threads(2)
+    for case in batches.corpus():
+        if len(case.x) <= 40:
+            stack = stack_of(case)
+            for i in (0, 2):  # into the other's slot
+                adapter = stack[i]
+                stack.unload(i)
+                stack.load(i, adapter)
+            y = copy.add_lora(case.y.copy(), case.x, stack, case.adapter_ids)
+            case.check(y)
+    before, after = stack[0], stack[2]  # one with gains, and one without
+    for i in (0, 2):
+        stack.unload(i)
+    stack.load(2, after)
+    stack.load(0, before)
+    case.check(copy.add_lora(case.y.copy(), case.x, stack, case.adapter_ids))
+
+
+@pytest.mark.once
+def test_accepted_without_a_fault() -> None:
+    assert verdict(accept, *SMALL_BLOCKS) == "nothing"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("fault", FAULTS)
+def test_rejected(fault: str) -> None:
+    assert verdict(accept, *SMALL_BLOCKS, FAULTS[fault]) != "nothing"

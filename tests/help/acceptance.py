@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import sgmv
+from reference.batch import Scaled
 from reference.workloads import Workload, corpus
 from sgmv import amx
 from sgmv.backend import BACKENDS, flushes
@@ -47,13 +48,15 @@ def backends_of(case: Workload) -> list[str]:
 
 def stack_of(case: Workload) -> sgmv.AdapterStack:
     """The case's adapters, loaded: all of them, also those that no row uses."""
+    dora = case.dora or Scaled({}, None)
     adapters = {
-        adapter_id: pair and sgmv.Adapter(*pair, case.scalings[adapter_id])
-        for adapter_id, pair in case.adapters.items()
+        i: pair and sgmv.Adapter(*pair, case.scalings[i], dora.magnitudes.get(i))
+        for i, pair in case.adapters.items()
     }
     return sgmv.AdapterStack.from_adapters(
-        adapters, h_in=case.x.shape[1], h_out=case.y.shape[1], dtype=weight_dtype(case)
-    )
+        adapters, h_in=case.x.shape[1], h_out=case.y.shape[1], dtype=weight_dtype(case),
+        W=dora.W, bias=dora.bias,
+    )  # fmt: skip
 
 
 def weight_dtype(case: Workload) -> np.dtype[Any]:

@@ -106,7 +106,7 @@ def show_for_arm(dtype: str, arm: str) -> None:
 
     like, integer, pair = numpy_support.from_dtype(BITS[dtype]), types.int64, tiles.PAIR
     shrink = like, like, integer, pair, integer, pair, pair
-    expand = like, like, integer, pair, integer, integer, types.float32, pair
+    expand = like, like, integer, pair, integer, integer, types.float32, types.none, pair
     machine = target(arm)
     for name, intrinsic, operands in (
         ("tiles_shrink", tiles.shrink_tiles, shrink), ("tiles_expand", tiles.expand_tiles, expand),

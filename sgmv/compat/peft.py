@@ -6,10 +6,11 @@
     PEFT   for each adapter of the batch:  result[its] += lora_B(lora_A(x[its])) * scaling
     here   once:                           add_lora(result, x, stack, segments)
 
-Two methods are replaced, on the model's own objects and until the context ends: each layer's
-`_mixed_batch_forward` (peft_layers.py), and `LoraModel._enable_peft_forward_hooks`, which still
-runs PEFT's code but no longer walks through every module of the model at every step. All else is
-PEFT's: its checks, its refusals, its hooks, the base layers, and layers that are not plain LoRA.
+Three methods are replaced, on the model's own objects and until the context ends: each layer's
+`_mixed_batch_forward` and `forward` (peft_layers.py), and `LoraModel._enable_peft_forward_hooks`,
+which still runs PEFT's code but no longer walks through every module of the model at every step:
+layers taken over need no hook to know their names. All else is PEFT's: its checks, its refusals,
+its hooks on other layers, the base layers, and layers that are not plain LoRA.
 But hooks that PEFT leaves in place, as a call ended with an exception, are removed: they would give
 the next plain call the failed batch's adapters.
 
@@ -25,7 +26,7 @@ from typing import Any
 
 from sgmv.compat.peft_batches import Batches
 from sgmv.compat.peft_experts import ExpertsLayer, is_outermost
-from sgmv.compat.peft_hooks import Replacement, hook_id, remove_hooks
+from sgmv.compat.peft_hooks import Outside, Replacement, hook_id, listener, remove_hooks, untraced
 from sgmv.compat.peft_layers import Layer, kind_of
 from sgmv.errors import PeftError, some
 from sgmv.layouts.peft import BASE_NAME
@@ -54,6 +55,10 @@ def accelerate(model: Any) -> Iterator[Accelerated]:
     grows by the adapters' size. What has changed since is copied again when the model is called:
     weights trained, reassigned, cast or hotswapped, scalings, adapters that come and go. Unseen are
     only single values written past torch's count of changes, through `.data` or a numpy view.
+
+    Inside torch.compile each layer is one node of the graph, whatever the batch: no mix needs a
+    graph of its own. Names are read where the model is called, outside of the graph. What PEFT
+    computes itself breaks the graph there. Each context makes graphs of its own.
 
     Of a call that ends with an exception, none of PEFT's hooks stay, as they do without; those of
     earlier calls are removed on entry, when no call may be running. A copy of the model, deep or
@@ -94,6 +99,9 @@ load one with PeftModel.from_pretrained
 def _lora_model(model: Any) -> Any:
     """The model's LoraModel, once nothing about it is refused."""
     peft: Any = sys.modules.get("peft")
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod
     tuner = model.base_model if peft and isinstance(model, peft.PeftModel) else model
     if peft is None or not isinstance(tuner, peft.tuners.lora.LoraModel):
         raise PeftError(
@@ -118,9 +126,12 @@ class Accelerated:
         self._batches = Batches()
         self._layers: dict[Any, Layer | ExpertsLayer] = {}
         self._others: dict[str, str] = {}
-        self._wrappers: list[Any] = []
+        self._wrappers: list[Any] = []  # of base layers: what PEFT may give hooks
+        self._names: dict[str, None] = {}  # the adapters of the layers taken over
         self._configs: dict[str, Any] = {}
-        self._replacement = Replacement(tuner, HOOKS, self._enable_hooks)
+        # torch.compile looks into neither, nor into what they call.
+        self._begin, self._end = untraced("__enter__"), untraced("__exit__")
+        self._replacement = Replacement(tuner, HOOKS, self._hooks)
         self._left: list[tuple[list[Any], range]] = []  # modules, and ids of hooks to remove there
 
     @property
@@ -196,6 +207,8 @@ class Accelerated:
         for layer in found.values():
             layer.refresh({*layer.sources, *layer.odd, *configs})
         self._configs = configs
+        held = ((*layer.sources, *layer.odd) for layer in found.values())
+        self._names = dict.fromkeys(name for names in held for name in names)
 
     def _is_current(self) -> bool:
         """Whether no adapter, and with it perhaps a layer, has come or gone since `_find`."""
@@ -203,13 +216,22 @@ class Accelerated:
         same = (now.get(name) is config for name, config in self._configs.items())
         return len(now) == len(self._configs) and all(same)
 
+    def _hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return Outside(self._enable_hooks(*args, **kwargs), self._begin, self._end)
+
     @contextmanager
     def _enable_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """In place of `LoraModel._enable_peft_forward_hooks`: PEFT's own, over fewer modules."""
+        """In place of `LoraModel._enable_peft_forward_hooks`: PEFT's own, over fewer modules.
+
+        Plain layers are told the names by `Batches`. Hooks would cost each of them time, and
+        torch.compile, which does not ask whether hooks have changed, would take one batch's graph
+        for another batch.
+        """
         names, batches = kwargs.get("adapter_names"), self._batches
         before = batches.here.are_fresh
         modules: list[Any] = []
         first = end = 0
+        batch = listener()()
         try:
             # Under the lock, the hooks of these ids are this call's, not another thread's.
             with batches.changing:
@@ -217,28 +239,35 @@ class Accelerated:
                 if names is not None and not self._is_current():
                     self._find()
                 modules, first = self._wrappers, hook_id()
-                own = self._own_hooks(_Wrappers(self._tuner, modules), *args, **kwargs)
+                batch.lora_A = self._names
+                others = (m for m in modules if not isinstance(self._layers.get(m), Layer))
+                own = self._own_hooks(_Wrappers(self._tuner, [batch, *others]), *args, **kwargs)
                 own.__enter__()
                 end = hook_id()
                 if names is not None:
+                    batches.begin(batch)
                     used = {*names} - {BASE_NAME}
                     for layer in self._layers.values():
                         layer.refresh(used)
             batches.here.are_fresh = names is not None
             yield
             own.__exit__(None, None, None)
+            batch.is_over = True
         except BaseException:
+            batch.is_over = True  # again, as an interrupt may have come first
             self._left.append((modules, range(first, end or hook_id())))
-            self._remove_left()
             raise
         finally:
             batches.here.are_fresh = before
+            self._remove_left()
 
     def _remove_left(self) -> None:
-        """Remove PEFT's hooks of calls that ended with an exception.
+        """Forget calls that are over, and remove PEFT's hooks of those that failed.
 
         An interrupt may break this off too: the next call, or the end of the context, goes on.
         """
+        with self._batches.changing:
+            self._batches.settle()
         while self._left:
             with self._batches.changing:
                 for modules, ids in self._left[:1]:

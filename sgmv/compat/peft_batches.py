@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -13,7 +14,15 @@ from sgmv.ids import BASE_ONLY
 from sgmv.layouts.peft import BASE_NAME
 from sgmv.segment import Segments, segment
 
+Names: TypeAlias = Sequence[str]
 _all: weakref.WeakSet[Batches] = weakref.WeakSet()
+
+
+class Call(Protocol):
+    """A call of the model with `adapter_names`."""
+
+    names: Names  # the adapter of each sample
+    is_over: bool
 
 
 class _Here(threading.local):
@@ -32,6 +41,23 @@ class Batches:
         self._ids = {BASE_NAME: BASE_ONLY}
         self._next_id = 0
         self._last = Batch([], self)
+        self._calls: list[Call] = []
+        self.is_mixed = False  # a plain bool: torch.compile's graphs ask it of every batch
+
+    def begin(self, call: Call) -> None:
+        """A call of the model has begun: all layers have its names."""
+        self._calls.append(call)
+        self.is_mixed = True
+
+    def settle(self) -> None:
+        """Forget calls that are over; they need not be the latest, where threads call."""
+        self._calls = [call for call in self._calls if not call.is_over]
+        self.is_mixed = bool(self._calls)
+
+    @property
+    def names_now(self) -> Names:
+        """The adapter of each sample, of the latest call that is not over."""
+        return self._calls[-1].names
 
     @property
     def names(self) -> set[str]:
@@ -50,7 +76,7 @@ class Batches:
         self._last = Batch([], self)
         return self._ids.pop(name)
 
-    def of(self, names: Sequence[str]) -> Batch:
+    def of(self, names: Names) -> Batch:
         """The batch of these `adapter_names`; one for all layers of a step."""
         batch = self._last
         if batch.names != list(names):
@@ -61,7 +87,7 @@ class Batches:
 class Batch:
     """The samples of one step, by adapter; their tokens as Segments, made once for all layers."""
 
-    def __init__(self, names: Sequence[str], batches: Batches) -> None:
+    def __init__(self, names: Names, batches: Batches) -> None:
         self.names = list(names)
         self.used = [name for name in dict.fromkeys(names) if name != BASE_NAME]
         self._ids = np.array([batches.id(name) for name in names], np.int64)

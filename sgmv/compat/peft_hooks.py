@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import Any, cast
 
 from sgmv import tensors
 
@@ -26,6 +28,53 @@ def remove_hooks(modules: Iterable[Any], ids: range) -> None:
 
 def _is_pefts(hook: object) -> bool:
     return isinstance(hook, partial) and str(hook.func.__module__).startswith("peft.")
+
+
+@cache
+def listener() -> Any:
+    """A class that stands in for adapted layers where PEFT gives each a hook that tells names."""
+    lora: Any = sys.modules["peft"].tuners.lora
+
+    class Listener(lora.LoraLayer):  # type: ignore[misc]
+        """The names of a call: the caller's, or as often as there are beams."""
+
+        def __init__(self) -> None:
+            self.names: Sequence[str] = ()
+            self.is_over = False
+            self.lora_A: dict[str, None] = {}  # the adapters that there are
+            self.lora_embedding_A: dict[str, None] = {}
+
+        def register_forward_pre_hook(self, hook: Any, **_options: Any) -> Any:
+            _, kwargs = hook(self, (), {})
+            self.names = kwargs["adapter_names"]
+            return self
+
+        def remove(self) -> None:
+            """As a hook's handle: there is none."""
+
+    return Listener
+
+
+def untraced(name: str) -> Callable[..., Any]:
+    """A call of an object's method of this name, which torch.compile does not look into."""
+
+    def call(owner: Any, *args: Any) -> Any:
+        return getattr(owner, name)(*args)
+
+    return cast("Callable[..., Any]", tensors.torch().compiler.disable(call))
+
+
+class Outside(AbstractContextManager[Any]):
+    """A context entered and left by these calls."""
+
+    def __init__(self, context: Any, begin: Callable[..., Any], end: Callable[..., Any]) -> None:
+        self._context, self._begin, self._end = context, begin, end
+
+    def __enter__(self) -> Any:
+        return self._begin(self._context)
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return bool(self._end(self._context, *raised))
 
 
 class Replacement:

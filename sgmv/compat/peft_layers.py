@@ -20,6 +20,7 @@ from sgmv import tensors
 from sgmv.adapter import Adapter
 from sgmv.backend import kernels
 from sgmv.compat.peft_batches import Batch, Batches
+from sgmv.compat.peft_graphs import Node
 from sgmv.compat.peft_hooks import Replacement
 from sgmv.compat.peft_weights import (
     Now,
@@ -42,7 +43,8 @@ from sgmv.stack import AdapterStack
 from sgmv.tensors import as_array, float_dtype
 from sgmv.workers import torchs_pool
 
-MIXED = "_mixed_batch_forward"
+MIXED, CALL = "_mixed_batch_forward", "forward"
+KEYWORD = "adapter_names"
 
 
 def kind_of(module: Any) -> type[Layer] | None:
@@ -74,7 +76,12 @@ class Layer:
         self._batches = batches
         self._own_forward: Callable[..., Any] = getattr(module, MIXED)
         self._own_kwargs = getattr(sys.modules["peft"].tuners.lora.layer, "VARIANT_KWARG_KEYS", ())
-        self._replacement = Replacement(module, MIXED, self._forward)
+        self._own_call: Callable[..., Any] = module.forward
+        self._replacements = [
+            Replacement(module, MIXED, self._forward),
+            Replacement(module, CALL, self._call),
+        ]
+        self._node, self._outside = Node(self), tensors.torch().compiler.disable(self._call)
 
     def _widths(self) -> tuple[int, int]:
         return self.module.in_features, self.module.out_features
@@ -91,10 +98,12 @@ class Layer:
         raise NotImplementedError
 
     def take(self) -> None:
-        self._replacement.take()
+        for replacement in self._replacements:
+            replacement.take()
 
     def restore(self) -> None:
-        self._replacement.restore()
+        for replacement in self._replacements:
+            replacement.restore()
 
     def has(self, name: str) -> bool:
         """Whether the layer has this adapter in PEFT."""
@@ -106,6 +115,41 @@ class Layer:
         self.odd.pop(name, None)
         if adapter_id in self.stack:
             self.stack.unload(adapter_id)
+
+    def _call(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of the layer's own `forward`: the batch's names, which PEFT has hooks for.
+
+        A layer has names of its own where an encoder's batch is not its decoder's, with beams.
+        """
+        if not self._batches.is_mixed or KEYWORD in kwargs:
+            return self._own_call(x, *args, **kwargs)
+        if tensors.torch().compiler.is_compiling():
+            return self._trace(x, *args, **kwargs)
+        return self._own_call(x, *args, adapter_names=self._batches.names_now, **kwargs)
+
+    def _trace(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """`_call` as torch.compile reads it: what it asks here is asked again for each batch.
+
+        Not whose batch it is: the node finds that out as it runs. What PEFT may compute, or refuse,
+        interrupts the graph, and is called as without torch.compile.
+        """
+        module = self.module
+        is_plain = not (self.odd or kwargs or module.lora_variant or module.disable_adapters)
+        if not is_plain or module.merged_adapters or self._would_record(x):
+            return self._outside(x, *args, **kwargs)
+        y = module.base_layer(x, *args).contiguous()
+        self._node(y, x.contiguous())
+        return y
+
+    def add_now(self, y: Any, x: Any) -> None:
+        """Add each row's own delta to y, the base layer's result: the node of a graph, as it runs.
+
+        A graph outlives its batch, and the context: torch runs it again for batches like it.
+        """
+        names = self._batches.names_now
+        if not self._batches.here.are_fresh:
+            self.refresh({*names} - {BASE_NAME})
+        self._add(y, x, self._batches.of(names), None)
 
     def _forward(self, x: Any, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """In place of the layer's own `_mixed_batch_forward`."""
@@ -133,9 +177,7 @@ class Layer:
         # By its address: no subclass, and not torch's lazy negation, which is in no byte of it.
         if type(x) is not torch.Tensor or not x.is_cpu or not self._takes(x) or x.is_neg():
             return False
-        if not torch.is_grad_enabled():
-            return True
-        if x.requires_grad or any(weight.requires_grad for weight in self.module.parameters()):
+        if self._would_record(x):
             warnings.warn(
                 "sgmv.compat.peft: gradients are recorded, so PEFT's own path runs; for inference, "
                 "call the model under torch.inference_mode() or torch.no_grad()",
@@ -143,6 +185,12 @@ class Layer:
             )
             return False
         return True
+
+    def _would_record(self, x: Any) -> bool:
+        """Whether torch records gradients of this layer's call."""
+        if not tensors.torch().is_grad_enabled():
+            return False
+        return x.requires_grad or any(weight.requires_grad for weight in self.module.parameters())
 
     def _takes(self, x: Any) -> bool:
         return is_float(x.dtype)

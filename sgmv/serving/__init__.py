@@ -9,7 +9,7 @@ Start reading at sgmv/serving/step.py. The simulator drives the same Scheduler a
 eviction with requests that are only numbers: `python -m sgmv simulate`.
 """
 
-from sgmv.serving.requests import LoRARequest
+from sgmv.serving.requests import LoRAMixture, LoRARequest
 from sgmv.serving.residency import POLICIES, Counters
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.simulate import Costs, Outcome, simulate
@@ -22,6 +22,7 @@ __all__ = [
     "AdapterSlots",
     "Costs",
     "Counters",
+    "LoRAMixture",
     "LoRARequest",
     "Outcome",
     "Scheduler",

@@ -5,12 +5,13 @@
 
 The rule. Requests wait in the order in which they came. As long as the batch has room, the oldest
 one that fits is admitted, and runs until it finishes. It fits if its adapter is that of a running
-request, or pinned, or if fewer than `max_loras` adapters are either; the base model always fits.
+request, or pinned, or if fewer than `max_loras` adapters are either; the base model always fits. A
+request for several adapters fits if there is room for all of those that are neither.
 
 No starvation. A request is overtaken when one that came after it is admitted before it. None is
 overtaken more than `max_overtakes` times: at that number nothing behind it is admitted until it is.
 The running requests finish, then, and it is the first to get what they leave. So every request runs
-that waits while requests finish and fewer than `max_loras` adapters are pinned.
+that waits while requests finish and its adapters and the pinned ones are at most `max_loras`.
 
 Of two waiting requests the older one has been overtaken at least as often, by all that overtook the
 other; so it is enough to know how often the oldest has been.
@@ -19,29 +20,27 @@ other; so it is enough to know how often the oldest has been.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Collection, Hashable, Mapping, Set
+from collections import Counter, deque
+from collections.abc import Collection, Hashable, Iterable, Mapping, Set
 from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from sgmv.checks import check_count, check_several
 from sgmv.errors import ServingError
-from sgmv.serving.requests import BASE_MODEL, LoRARequest, check_lora_request
+from sgmv.serving.requests import (
+    BASE_MODEL,
+    Asked,
+    LoRARequest,
+    check_lora_request,
+    ids_of,
+    members_of,
+)
 
 R = TypeVar("R", bound=Hashable)
-Ticket = tuple[int, int]  # when it came, and its adapter's id
-
-
-class _Line(Generic[R]):
-    """One adapter's requests."""
-
-    __slots__ = ("lora_request", "running", "waiting")
-
-    def __init__(self, lora_request: LoRARequest | None) -> None:
-        self.lora_request = lora_request
-        self.running = 0
-        self.waiting: deque[tuple[int, R]] = deque()  # when it came, and its id; oldest first
+Ids = tuple[int, ...]  # of the adapters that a request is for, in ascending order
+Ticket = tuple[int, Ids]  # when it came, and what it is for
+Line = deque[tuple[int, R]]  # waiting requests for the same adapters: when each came, and its id
 
 
 def check_hashable(request_id: object) -> None:
@@ -93,20 +92,25 @@ class Scheduler(Generic[R]):
         self.max_num_seqs = check_count("max_num_seqs", max_num_seqs, 1)
         self.max_overtakes = check_count("max_overtakes", max_overtakes, 0)
         self.deferrals = 0  # of the admitted requests, those that others' adapters made wait
-        self._running: dict[R, LoRARequest | None] = {}
+        self._running: dict[R, Asked] = {}
+        self._asked: dict[R, Asked] = {}  # of those that wait
         self._waiting: dict[R, Ticket] = {}
-        self._lines: dict[int, _Line[R]] = {}
+        self._lines: dict[Ids, Line[R]] = {}
+        self._lines_of: dict[int, set[Ids]] = {}  # those that an adapter is wanted in
+        self._adapters: dict[int, LoRARequest] = {}  # in use: of requests that wait or run
+        self._uses: Counter[int] = Counter()  # how many these are
+        self._runs: Counter[int] = Counter()  # how many run
         self._pinned: frozenset[int] = frozenset()
         self._holding = {BASE_MODEL}  # adapters that hold a slot; the base model needs none
-        # The oldest request of each line, by age; those that no longer are that are skipped.
-        self._held_lines: list[Ticket] = []
-        self._other_lines: list[Ticket] = []
+        # The oldest request of each line, by age, by how many slots it needs beside those that are
+        # held; tickets that no longer are that are skipped.
+        self._oldest_of: dict[int, list[Ticket]] = {}
         self._came = 0
         self._tried = 0  # those that came before this, and wait, were tried and deferred
         self._given_up: list[int] = []  # when those came that finished waiting; a heap
 
     @property
-    def running(self) -> Mapping[R, LoRARequest | None]:
+    def running(self) -> Mapping[R, Asked]:
         """The running requests, first admitted first; a view that follows them."""
         return MappingProxyType(self._running)
 
@@ -127,16 +131,17 @@ class Scheduler(Generic[R]):
             f"max_overtakes={self.max_overtakes})"
         )
 
-    def add(self, request_id: R, lora_request: LoRARequest | None = None) -> None:
+    def add(self, request_id: R, lora_request: Asked = None) -> None:
         """Let a request wait.
 
         Semantics: it waits behind all that came before it.
 
         request_id    any hashable value that no other request here has
-        lora_request  its adapter; None = the base model
+        lora_request  its adapter, or a LoRAMixture of several; None = the base model
 
-        Raises ServingError for an id that waits or runs already, and for a lora_request with the
-        lora_int_id of another adapter in use: the weights would change under its requests.
+        Raises ServingError for an id that waits or runs already, for more adapters than max_loras,
+        and for a lora_request with the lora_int_id of another adapter in use: the weights would
+        change under its requests.
         Source: vLLM, Scheduler.add_request.
 
         >>> scheduler = Scheduler(max_loras=1)
@@ -155,24 +160,37 @@ give each request an id of its own
                 "give each request an id of its own",
             )
         check_lora_request(lora_request)
-        adapter_id = BASE_MODEL if lora_request is None else lora_request.lora_int_id
-        line = self._lines.get(adapter_id)
-        if line is None:
-            line = self._lines[adapter_id] = _Line(lora_request)
-        elif line.lora_request != lora_request:
+        ids, members = ids_of(lora_request), members_of(lora_request)
+        if len(ids) > self.max_loras:
             raise ServingError(
                 "lora_request",
-                f"{line.lora_request}, as the other requests of id {adapter_id}",
-                repr(lora_request),
-                "give other weights another lora_int_id, or wait until those have finished",
+                f"at most max_loras = {self.max_loras} adapters",
+                str(len(ids)),
+                "merge some, or make the scheduler with a larger max_loras",
             )
-        line.waiting.append((self._came, request_id))
-        self._waiting[request_id] = self._came, adapter_id
+        for member, _ in members:
+            known = self._adapters.get(member.lora_int_id, member)
+            if known != member:
+                raise ServingError(
+                    "lora_request",
+                    f"{known}, as the other requests of id {member.lora_int_id}",
+                    repr(member),
+                    "give other weights another lora_int_id, or wait until those have finished",
+                )
+        self._adapters.update({member.lora_int_id: member for member, _ in members})
+        self._uses.update(ids)
+        if ids not in self._lines:
+            self._lines[ids] = deque()
+            for i in ids:
+                self._lines_of.setdefault(i, set()).add(ids)
+        line = self._lines[ids]
+        line.append((self._came, request_id))
+        self._waiting[request_id], self._asked[request_id] = (self._came, ids), lora_request
         self._came += 1
-        if len(line.waiting) == 1:
-            self._line_up(adapter_id, line)
+        if len(line) == 1:
+            self._line_up(ids)
 
-    def schedule(self, pinned: Collection[int] = frozenset()) -> dict[R, LoRARequest | None]:
+    def schedule(self, pinned: Collection[int] = frozenset()) -> dict[R, Asked]:
         """Admit what fits, and return what runs in the next step.
 
         Semantics: the rule at the head of this file; first admitted first. Where pinned adapters
@@ -180,7 +198,7 @@ give each request an id of its own
         fit run, and the other requests sit out the step.
 
         pinned   ids of adapters that hold a slot whether they are used or not
-        returns  request_id -> LoRARequest, or None for the base model
+        returns  request_id -> what it asks for
 
         Source: vLLM, Scheduler.schedule.
 
@@ -193,12 +211,12 @@ give each request an id of its own
         self.admit(pinned)
         if len(self._holding) <= self.max_loras + 1:
             return dict(self._running)
-        step: dict[R, LoRARequest | None] = {}
+        step: dict[R, Asked] = {}
         having = {BASE_MODEL, *self._pinned}
         for request_id, lora_request in self._running.items():
-            adapter_id = BASE_MODEL if lora_request is None else lora_request.lora_int_id
-            if adapter_id in having or len(having) <= self.max_loras:
-                having.add(adapter_id)
+            ids = ids_of(lora_request)
+            if len(having.union(ids)) <= max(self.max_loras + 1, len(having)):
+                having.update(ids)
                 step[request_id] = lora_request
         return step
 
@@ -218,21 +236,21 @@ give each request an id of its own
         admitted: list[R] = []
         newest = 0
         while len(self._running) < self.max_num_seqs:
-            adapter_id = self._next() if self._waiting else None
-            if adapter_id is None:
+            ids = self._next() if self._waiting else None
+            if ids is None:
                 newest = self._came  # all others were tried
                 break
-            line = self._lines[adapter_id]
-            came, request_id = line.waiting.popleft()
+            came, request_id = self._lines[ids].popleft()
             del self._waiting[request_id]
-            self._running[request_id] = line.lora_request
-            line.running += 1
+            self._running[request_id] = self._asked.pop(request_id)
+            self._runs.update(ids)
             admitted.append(request_id)
             self.deferrals += came < self._tried
-            self._holding.add(adapter_id)
             newest = came
-            if line.waiting:
-                self._line_up(adapter_id, line)
+            new = [i for i in ids if i not in self._holding]
+            self._holding.update(new)
+            self._line_up(ids)
+            self._have_changed(new)
         self._tried = max(self._tried, newest)
         return admitted
 
@@ -251,12 +269,12 @@ finish a request once
         """
         check_hashable(request_id)
         if request_id in self._running:
-            lora_request = self._running.pop(request_id)
-            adapter_id = BASE_MODEL if lora_request is None else lora_request.lora_int_id
-            line = self._lines[adapter_id]
-            line.running -= 1
-            if not line.running:
-                self._let_go(adapter_id, line)
+            ids = ids_of(self._running.pop(request_id))
+            self._runs.subtract(ids)
+            gone = [i for i in ids if not self._runs[i] and i not in self._pinned]
+            self._holding.difference_update(gone)
+            self._forget(ids)
+            self._have_changed(gone)
         elif request_id in self._waiting:
             self._give_up(request_id)
         else:
@@ -264,32 +282,39 @@ finish a request once
                 "request_id", "one that waits or runs", repr(request_id), "finish a request once"
             )
 
-    def _next(self) -> int | None:
-        """The adapter to admit a request of now, its oldest one; None if there is none."""
-        held = self._oldest(self._held_lines, True)
-        other = self._oldest(self._other_lines, False)
-        if other is None or (held is not None and held < other):
-            return None if held is None else held[1]
-        if len(self._holding) <= self.max_loras:  # with the base model
-            return other[1]
-        if held is None or self._overtaken(other[0]) >= self.max_overtakes:
+    def _next(self) -> Ids | None:
+        """What to admit a request for now, its oldest one; None if there is none."""
+        room = self.max_loras + 1 - len(self._holding)  # with the base model
+        oldest: Ticket | None = None
+        fitting: Ticket | None = None
+        for need in list(self._oldest_of):
+            found = self._oldest(need)
+            if found is None:
+                continue
+            oldest = min(oldest or found, found)
+            if need <= max(room, 0):
+                fitting = min(fitting or found, found)
+        if oldest is None or fitting is None:
             return None
-        return held[1]
+        if oldest is not fitting and self._overtaken(oldest[0]) >= self.max_overtakes:
+            return None
+        return fitting[1]
 
-    def _oldest(self, lines: list[Ticket], held: bool) -> Ticket | None:
-        """The first in this heap that still is the oldest of its line, and still belongs here."""
-        while lines:
-            came, adapter_id = lines[0]
-            line = self._lines.get(adapter_id)
-            if (
-                line is not None
-                and line.waiting
-                and line.waiting[0][0] == came
-                and (adapter_id in self._holding) is held
-            ):
-                return lines[0]
-            heappop(lines)
+    def _oldest(self, need: int) -> Ticket | None:
+        """The first of these tickets that is the oldest of its line, and still needs as much."""
+        tickets = self._oldest_of[need]
+        while tickets:
+            came, ids = tickets[0]
+            line = self._lines.get(ids)
+            if line and line[0][0] == came and self._need(ids) == need:
+                return tickets[0]
+            heappop(tickets)
+        del self._oldest_of[need]
         return None
+
+    def _need(self, ids: Ids) -> int:
+        """Slots that these adapters need beside those that are held."""
+        return sum(i not in self._holding for i in ids)
 
     def _overtaken(self, came: int) -> int:
         """How many of those that came after the oldest waiting request were admitted."""
@@ -298,32 +323,42 @@ finish a request once
         # Of all that no longer wait, `came` are older: all that ever came before it.
         return self._came - len(self._waiting) - came - len(self._given_up)
 
-    def _line_up(self, adapter_id: int, line: _Line[R]) -> None:
+    def _line_up(self, ids: Ids) -> None:
         """Put a line's oldest request where it is looked for."""
-        lines = self._held_lines if adapter_id in self._holding else self._other_lines
-        heappush(lines, (line.waiting[0][0], adapter_id))
+        if line := self._lines.get(ids):
+            heappush(self._oldest_of.setdefault(self._need(ids), []), (line[0][0], ids))
 
-    def _let_go(self, adapter_id: int, line: _Line[R]) -> None:
-        """None of the line's requests runs any more: its slot is for others, unless pinned."""
-        if not line.waiting:
-            del self._lines[adapter_id]
-        if adapter_id != BASE_MODEL and adapter_id not in self._pinned:
-            self._holding.remove(adapter_id)
-            if line.waiting:
-                self._line_up(adapter_id, line)
+    def _have_changed(self, adapter_ids: Iterable[int]) -> None:
+        """These hold a slot now, or no longer: lines that want them need another number."""
+        for ids in {ids for i in adapter_ids for ids in self._lines_of.get(i, ())}:
+            self._line_up(ids)
+
+    def _forget(self, ids: Ids) -> None:
+        """One request less is for these."""
+        self._uses.subtract(ids)
+        for i in ids:
+            if not self._uses[i]:
+                del self._uses[i], self._adapters[i]
+                self._runs.pop(i, None)
+        if not self._lines.get(ids, True):
+            del self._lines[ids]
+            for i in ids:
+                self._lines_of[i].discard(ids)
+                if not self._lines_of[i]:
+                    del self._lines_of[i]
 
     def _give_up(self, request_id: R) -> None:
-        came, adapter_id = self._waiting.pop(request_id)
+        came, ids = self._waiting.pop(request_id)
+        del self._asked[request_id]
         heappush(self._given_up, came)
-        line = self._lines[adapter_id]
-        was_oldest = line.waiting[0][0] == came
-        line.waiting.remove((came, request_id))
-        if line.waiting and was_oldest:
-            self._line_up(adapter_id, line)
-        elif not line.waiting and not line.running:
-            del self._lines[adapter_id]
-        lines = self._oldest(self._held_lines, True), self._oldest(self._other_lines, False)
-        oldest = min(filter(None, lines), default=(self._came,))[0]
+        line = self._lines[ids]
+        was_oldest = line[0][0] == came
+        line.remove((came, request_id))
+        if line and was_oldest:
+            self._line_up(ids)
+        self._forget(ids)
+        found = [self._oldest(need) for need in list(self._oldest_of)]
+        oldest = min(filter(None, found), default=(self._came,))[0]
         while self._given_up and self._given_up[0] < oldest:  # nobody is asked about these again
             heappop(self._given_up)
 
@@ -333,13 +368,7 @@ finish a request once
         if pinned == self._pinned:
             return
         before, self._pinned = self._pinned, pinned
-        for adapter_id in before ^ self._pinned:
-            line = self._lines.get(adapter_id)
-            if line is not None and line.running:
-                continue
-            if adapter_id in self._pinned:
-                self._holding.add(adapter_id)
-            else:
-                self._holding.remove(adapter_id)
-            if line is not None and line.waiting:
-                self._line_up(adapter_id, line)
+        changed = [i for i in before ^ pinned if not self._runs.get(i)]
+        self._holding.difference_update(changed)
+        self._holding.update(self._pinned.intersection(changed))
+        self._have_changed(changed)

@@ -20,7 +20,7 @@ from sgmv.checks import check_count, check_dtype
 from sgmv.errors import DtypeError, ServingError, some
 from sgmv.ids import is_integer
 from sgmv.peft_names import near_names
-from sgmv.serving.requests import LoRARequest, by_id
+from sgmv.serving.requests import Asked, LoRARequest, by_id
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.weights import Active, Weights, check_unpinned
 from sgmv.stack import AdapterStack
@@ -168,11 +168,12 @@ LoRARequest(lora_name='french', lora_int_id=7, lora_path='a/fr') without any; ch
             residency.bring_to_host(sorted(wanted), self._pinned | wanted.keys())
         return is_new
 
-    def activate(self, lora_requests: Iterable[LoRARequest | None]) -> dict[int, Active]:
+    def activate(self, lora_requests: Iterable[Asked]) -> dict[int, Active]:
         """Have all these adapters in slots at once: what a step does before it runs.
 
         Semantics: afterwards each has a slot, and none of them was evicted for another. One that
-        was in a slot keeps it, and its generation. None, the base model, needs no slot.
+        was in a slot keeps it, and its generation. None, the base model, needs no slot; a mixture
+        needs one for each of its adapters.
 
         returns  lora_int_id -> Active
 
@@ -189,7 +190,7 @@ pinned ones, got [7, 9]; schedule fewer adapters, or unpin some
         return self._activate(lora_requests, None)
 
     def try_activate(
-        self, lora_requests: Iterable[LoRARequest | None]
+        self, lora_requests: Iterable[Asked]
     ) -> tuple[dict[int, Active], dict[int, Exception]]:
         """Have those of these adapters in slots that can be loaded.
 
@@ -348,7 +349,7 @@ there is nothing to unpin
             raise ServingError("lora_int_id", expected, repr(i), remedy)
 
     def _activate(
-        self, lora_requests: Iterable[LoRARequest | None], failed: dict[int, Exception] | None
+        self, lora_requests: Iterable[Asked], failed: dict[int, Exception] | None
     ) -> dict[int, Active]:
         """What `activate` does; adapters that fail are added to `failed`, or raise without it."""
         with self._settled() as residency:

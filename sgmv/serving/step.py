@@ -23,15 +23,14 @@ from sgmv.errors import DtypeError, ServingError, StaleStepError, UnknownAdapter
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.lora import add_lora
 from sgmv.peft_names import near_names
-from sgmv.segment import Segments, segment
-from sgmv.serving.requests import LoRARequest
+from sgmv.segment import Segments, segment, weighted
+from sgmv.serving.requests import Asked, LoRARequest, members_of
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.slots import AdapterSlots
 from sgmv.serving.weights import Active
 from sgmv.stack import AdapterStack
 
 R = TypeVar("R", bound=Hashable)
-BASE = Active(BASE_ONLY, BASE_ONLY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +41,12 @@ class Step(Generic[R]):
     uses the adapter that was in slot `slots[i]` when the step was made, and only while it still is.
 
     rows         request_id -> slice, in the scheduler's order
-    slots        (n,) int64, -1 = base model; vLLM: token_lora_mapping
-    segments     the rows grouped by generation, for every layer
+    slots        (n,) int64, -1 = base model; vLLM: token_lora_mapping. (n, k) if a request of the
+                 step names several adapters: those of each row, and -1
+    segments     the rows grouped by generation, with the adapters' weights, for every layer
     adapters     generation -> LoRARequest, of this step
-    failed       (request_id, LoRARequest, error) of each request that `next_step` dropped, as its
-                 adapter could not be loaded
+    failed       (request_id, LoRARequest, error) of each request that `next_step` dropped, as this
+                 adapter of its could not be loaded
 
     Made by `next_step` or `make_step`. Source: vLLM, gpu_input_batch.py, and
     lora/punica_wrapper, `update_metadata`.
@@ -185,9 +185,10 @@ def next_step(
     active, errors = slots.try_activate(scheduled.values())
     failed, requests = [], {}
     for request_id, lora in scheduled.items():
-        if lora is not None and lora.lora_int_id in errors:
+        bad = [member for member, _ in members_of(lora) if member.lora_int_id in errors]
+        if bad:
             scheduler.finish(request_id)
-            failed.append((request_id, lora, errors[lora.lora_int_id]))
+            failed.append((request_id, bad[0], errors[bad[0].lora_int_id]))
         else:
             requests[request_id] = lora
     return _step(slots, requests, tokens, active, tuple(failed))
@@ -195,14 +196,14 @@ def next_step(
 
 def make_step(
     slots: AdapterSlots,
-    requests: Mapping[R, LoRARequest | None],
+    requests: Mapping[R, Asked],
     tokens: Mapping[R, int] | None = None,
 ) -> Step[R]:
     """Bring these requests' adapters into slots, and map their rows to them.
 
     Semantics: the rows of each request are together, in the order of `requests`.
 
-    requests  request_id -> its adapter, None = the base model
+    requests  request_id -> its adapter, or a LoRAMixture; None = the base model
     tokens    request_id -> its rows in this step: a prompt's length, or 1, as for those left out
 
     Raises as `AdapterSlots.activate`; ServingError for tokens of a request that is not among them,
@@ -247,17 +248,27 @@ def _check_tokens(tokens: Mapping[R, int], expected: str, *known: Collection[R])
 
 def _step(
     slots: AdapterSlots,
-    requests: Mapping[R, LoRARequest | None],
+    requests: Mapping[R, Asked],
     tokens: Mapping[R, int],
     active: Mapping[int, Active],
     failed: tuple[tuple[R, LoRARequest, Exception], ...] = (),
 ) -> Step[R]:
     """The step of these requests; their adapters are active, their tokens checked."""
     lengths = [int(tokens.get(request_id, 1)) for request_id in requests]
-    of = [BASE if lora is None else active[lora.lora_int_id] for lora in requests.values()]
-    slot, generation = np.repeat(np.array(of, np.int64).reshape(-1, 2), lengths, axis=0).T.copy()
+    members = [members_of(asked) for asked in requests.values()]
+    k = max(1, *map(len, members), 1)
+    of = np.full((len(members), k, 2), BASE_ONLY, np.int64)
+    factors = np.ones((len(members), k), np.float32)
+    for i, each in enumerate(members):
+        for j, (lora, weight) in enumerate(each):
+            of[i, j], factors[i, j] = active[lora.lora_int_id], weight
+    slot, generation = np.moveaxis(np.repeat(of if k > 1 else of[:, 0], lengths, axis=0), -1, 0)
+    segments = segment(generation)
+    if any(weight != 1 for each in members for _, weight in each):
+        segments = weighted(segments, np.repeat(factors, lengths, axis=0))
     ends = np.cumsum([0, *lengths]).tolist()
     rows = dict(zip(requests, map(slice, ends[:-1], ends[1:]), strict=True))
-    loras = {active[lora.lora_int_id].generation: lora for lora in requests.values() if lora}
+    loras = {active[lora.lora_int_id].generation: lora for each in members for lora, _ in each}
+    slot = slot.copy()
     slot.flags.writeable = False
-    return Step(rows, slot, segment(generation), loras, slots, failed)
+    return Step(rows, slot, segments, loras, slots, failed)

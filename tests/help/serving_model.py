@@ -33,6 +33,13 @@ class Room(NamedTuple):
             return None
         return self.serving.LoRARequest(f"a{adapter_id}", adapter_id, f"{adapter_id}/{version}")
 
+    def asked(self, ids: frozenset[int], version: int = 0) -> Any:
+        """What a request for these adapters names: none, one, or several with weights."""
+        loras = [self.lora(i, version) for i in sorted(ids)]
+        if len(loras) < 2:
+            return loras[0] if loras else None
+        return self.serving.LoRAMixture([(lora, 2.0**-k) for k, lora in enumerate(loras)])
+
 
 # The scheduler
 
@@ -40,7 +47,7 @@ class Room(NamedTuple):
 @dataclass
 class Waiting:
     request_id: int
-    adapter_id: int
+    ids: frozenset[int]
     overtaken: int = 0
     deferred: bool = False
 
@@ -51,23 +58,23 @@ class PlainScheduler:
     max_num_seqs: int
     max_overtakes: int
     waiting: list[Waiting] = field(default_factory=list)
-    running: dict[int, int] = field(default_factory=dict)  # request -> adapter
+    running: dict[int, frozenset[int]] = field(default_factory=dict)  # request -> adapters
     deferrals: int = 0
     most_overtaken: int = 0
 
     def schedule(self, pinned: frozenset[int]) -> list[int]:
         while (one := self.admissible(pinned)) is not None:
             self.waiting.remove(one)
-            self.running[one.request_id] = one.adapter_id
+            self.running[one.request_id] = one.ids
             self.deferrals += one.deferred
         if len(self.running) < self.max_num_seqs:
             for other in self.waiting:
                 other.deferred = True
         having: set[int] = set(pinned)
         chosen = []
-        for request_id, adapter_id in self.running.items():
-            if adapter_id == BASE or len(having | {adapter_id}) <= max(self.max_loras, len(having)):
-                having |= {adapter_id} - {BASE}
+        for request_id, ids in self.running.items():
+            if len(having | ids) <= max(self.max_loras, len(having)):
+                having |= ids
                 chosen.append(request_id)
         return chosen
 
@@ -75,10 +82,9 @@ class PlainScheduler:
         """The oldest waiting request that fits, unless it may overtake no more."""
         if len(self.running) == self.max_num_seqs:
             return None
-        using = ({*self.running.values()} | pinned) - {BASE}
+        using = pinned.union(*self.running.values())
         for place, one in enumerate(self.waiting):
-            is_new = one.adapter_id != BASE and one.adapter_id not in using
-            if not is_new or len(using) < self.max_loras:
+            if one.ids <= using or len(using | one.ids) <= self.max_loras:
                 for older in self.waiting[:place]:
                     older.overtaken += 1
                     older.deferred = True
@@ -99,18 +105,23 @@ def drive_scheduler(room: Room, rng: random.Random, operations: int = 60) -> Cou
     plain, real = PlainScheduler(*limits), room.serving.Scheduler(*limits)
     pinned: frozenset[int] = frozenset()
     seen: Counter[str] = Counter()
-    adapters = rng.randint(1, 7)
+    adapters, several = rng.randint(1, 7), rng.choice([0, 0.3])
     for number in range(operations):
         way = rng.random()
         if way < 0.45:
-            adapter_id = min(rng.randint(0, adapters), rng.randint(0, adapters))
-            plain.waiting.append(Waiting(number, adapter_id))
-            real.add(number, room.lora(adapter_id))
+            first = min(rng.randint(0, adapters), rng.randint(0, adapters))
+            ids = frozenset({first} - {BASE})
+            if rng.random() < several:
+                more = rng.sample(range(1, adapters + 1), min(adapters, plain.max_loras))
+                ids = frozenset(more[: rng.randint(1, plain.max_loras)])
+                seen["several"] += len(ids) > 1
+            plain.waiting.append(Waiting(number, ids))
+            real.add(number, room.asked(ids))
         elif way < 0.7:
             expected = plain.schedule(pinned)
             assert list(real.schedule(pinned)) == expected
             seen["sat out"] += len(plain.running) - len(expected)
-            running = [room.lora(i) for i in plain.running.values()]
+            running = [room.asked(ids) for ids in plain.running.values()]
             assert list(real.running.values()) == running
         elif way < 0.95:
             known = [*plain.running, *(one.request_id for one in plain.waiting)]
@@ -332,6 +343,10 @@ class SlotsDriver:
     def step(self) -> None:
         loras, wanted = self.asked(self.some_ids())
         requests = {f"r{k}": lora for k, lora in enumerate([None, *loras, *loras[:1]])}
+        if self.rng.random() < 0.5:
+            members = [(lora, self.rng.choice([-1.0, 0.5, 2.0])) for lora in [*loras, *loras[:1]]]
+            requests["mixed"] = self.room.serving.LoRAMixture(members)
+            self.seen["mixed"] += 1
         if self.plain.refuses(wanted, self.plain.max_loras):
             self.refused(self.room.serving.make_step, self.slots, requests)
             return
@@ -348,19 +363,22 @@ class SlotsDriver:
         for name, lora in requests.items():
             end = start + tokens.get(name, 1)
             assert step.rows[name] == slice(start, end)
-            slot = -1 if lora is None else self.plain.slot[lora.lora_int_id]
-            assert (step.slots[start:end] == slot).all()
+            slots = [self.plain.slot[one.lora_int_id] for one, _ in members_of(lora)] or [-1]
+            width = 1 if step.slots.ndim == 1 else step.slots.shape[1]
+            slots += [-1] * (width - len(slots))
+            assert (step.slots[start:end].reshape(-1, width) == slots).all()
             start = end
         assert step.n == len(step.slots) == start
 
     def answers(self, step: Any, requests: dict[str, Any]) -> OldStep:
         """Inputs for the step, and what each layer must give, by the definition."""
         rng = np.random.default_rng(self.rng.randrange(2**32))
-        ids = np.zeros(step.n, np.int64)
+        most = max(len(members_of(asked)) for asked in requests.values()) or 1
+        ids, factors = np.zeros((step.n, most), np.int64), np.ones((step.n, most), np.float32)
         adapters: dict[int, Any] = {BASE: {}}
-        for name, lora in requests.items():
-            if lora is not None:
-                ids[step.rows[name]] = lora.lora_int_id
+        for name, asked in requests.items():
+            for j, (lora, weight) in enumerate(members_of(asked)):
+                ids[step.rows[name], j], factors[step.rows[name], j] = lora.lora_int_id, weight
                 adapters[lora.lora_int_id] = weights(lora.lora_path)
         x, y, expected = {}, {}, {}
         for name in self.slots.modules:
@@ -370,7 +388,8 @@ class SlotsDriver:
             layer = {i: its.get(name, (None, None, 1.0)) for i, its in adapters.items()}
             pairs = {i: None if A is None else (A, B) for i, (A, B, _) in layer.items()}
             scalings = {i: scaling for i, (_, _, scaling) in layer.items()}
-            expected[name] = reference.add_lora(y[name], x[name], pairs, ids, scalings)
+            given = y[name], x[name], pairs, ids, scalings
+            expected[name] = reference.add_lora(*given, weights=factors)
         entered = {i: self.plain.entered[i] for i in adapters if i != BASE}
         return OldStep(step, entered, x, y, expected)
 
@@ -408,6 +427,13 @@ class SlotsDriver:
         assert counters.host_evictions == plain.host_evictions
         for module in slots.modules:
             assert len(slots.stack(module)) == len(plain.slot)
+
+
+def members_of(asked: Any) -> Any:
+    """The adapters that a request asks for, with their weights."""
+    if asked is None:
+        return ()
+    return getattr(asked, "members", ((asked, 1.0),))
 
 
 def used_adapters(step: Any) -> list[Any]:

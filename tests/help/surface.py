@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 import sgmv
 from sgmv import emulator, experts, layouts, models, popularity, serving
 from sgmv.compat import punica, vllm
-from sgmv.serving import AdapterSlots, LoRARequest, Scheduler, Trace, make_step
+from sgmv.serving import AdapterSlots, LoRAMixture, LoRARequest, Scheduler, Trace, make_step
 from tests.help.api_page import methods_of
 
 F = np.float32
@@ -563,6 +563,7 @@ CALLS: dict[str, Callable[[], Made]] = {
     "LoRARequest": plain(
         LoRARequest, lora_name=const("fr"), lora_int_id=const(100), lora_path=const("a/fr")
     ),
+    "LoRAMixture": plain(LoRAMixture, members=const([(FRENCH, 0.5), (FRENCH, 2.0)])),
     "AdapterSlots": plain(
         AdapterSlots, max_loras=const(2), max_cpu_loras=const(100), max_lora_rank=const(100),
         modules=lambda: {"up": (100, 100)}, dtype=const("float32"), policy=const("lru"),

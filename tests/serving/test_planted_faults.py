@@ -19,7 +19,16 @@ def test_the_sequences_reach_what_they_are_for() -> None:
     for seed in range(80):
         seen += drive_scheduler(ROOM, random.Random(seed))
         seen += drive_slots(ROOM, random.Random(seed))
-    rare = ("overtaken as often as may be", "deferred", "sat out", "refused", "stale", "run")
+    rare = (
+        "several",
+        "mixed",
+        "overtaken as often as may be",
+        "deferred",
+        "sat out",
+        "refused",
+        "stale",
+        "run",
+    )
     assert all(seen[name] >= 10 for name in rare), seen
 
 
@@ -32,22 +41,39 @@ FAULTS = {
     "those that gave up count as overtaking": Fault(
         "serving.scheduler", "- came - len(self._given_up)", "- came"
     ),
-    "one adapter too many": Fault(
-        "serving.scheduler", "len(self._holding) <= self.max_loras:  #", "True:  #"
-    ),
+    "one adapter too many": Fault("serving.scheduler", "if need <= max(room, 0):", "if True:"),
     "the base model takes a slot": Fault(
         "serving.scheduler",
-        "self._holding) <= self.max_loras:  #",
-        "self._holding) < self.max_loras:  #",
+        "room = self.max_loras + 1 - len",
+        "room = self.max_loras - len",
     ),
     "a line without its first is forgotten": Fault(
-        "serving.scheduler", "if line.waiting and was_oldest:", "if False:"
+        "serving.scheduler", "if line and was_oldest:", "if False:"
     ),
     "pins are not seen": Fault(
         "serving.scheduler", "if pinned == self._pinned:", "if pinned is not None:"
     ),
     "waiting requests behind are not tried": Fault(
-        "serving.scheduler", "return held[1]\n\n    def _oldest", "return None\n\n    def _oldest"
+        "serving.scheduler", "if oldest is not fitting and self", "if oldest is not fitting or self"
+    ),
+    "a mixture needs one slot": Fault(
+        "serving.scheduler",
+        "return sum(i not in self._holding for i in ids)",
+        "return int(any(i not in self._holding for i in ids))",
+    ),
+    "lines of a mixture are not looked at again": Fault(
+        "serving.scheduler", "self._lines_of.get(i, ())}", "[(i,)]}"
+    ),
+    "a mixture lets go of one alone": Fault(
+        "serving.scheduler",
+        "self._holding.difference_update(gone)",
+        "self._holding.difference_update(gone[:1])",
+    ),
+    "weights of a mixture are lost": Fault(
+        "serving.step", "active[lora.lora_int_id], weight", "active[lora.lora_int_id], 1"
+    ),
+    "a mixture's first adapter alone": Fault(
+        "serving.step", "enumerate(each):", "enumerate(each[:1]):"
     ),
     "deferrals are not counted": Fault("serving.scheduler", "+= came < self._tried", "+= 0"),
     "LRU forgets uses": Fault("serving.residency", "self.slots.move_to_end(i)", "pass"),

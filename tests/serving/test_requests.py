@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sgmv.errors import ServingError, SgmvError
-from sgmv.serving import LoRARequest
+from sgmv.serving import LoRAMixture, LoRARequest
 from tests.help.served import lora, make_slots
 
 
@@ -27,3 +27,20 @@ def test_two_adapters_under_one_id() -> None:
     with pytest.raises(ServingError, match="one adapter for each id"):
         slots.activate([lora(1), lora(1, "1/1")])
     assert slots.loaded == []
+
+
+def test_a_mixture_is_checked() -> None:
+    one, other = lora(1), lora(2)
+    assert LoRAMixture([(other, 2), (one, 0.5), (other, 1)]).lora_int_ids == (1, 2)
+    wrong: list[tuple[Any, str]] = [
+        ([], "at least one"),
+        (None, "pairs of a LoRARequest"),
+        ([one], "pairs of a LoRARequest"),
+        ([(1, 1.0)], "a LoRARequest in each pair"),
+        ([(one, float("nan"))], "members"),
+        ([(one, "1")], "members"),
+        ([(one, 1.0), (lora(1, "elsewhere"), 1.0)], "one adapter for each id"),
+    ]
+    for members, part in wrong:
+        with pytest.raises(SgmvError, match=part):
+            LoRAMixture(members)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from sgmv.errors import DtypeError, ServingError, SgmvError
-from sgmv.serving import Scheduler
+from sgmv.serving import LoRAMixture, Scheduler
 from tests.help.served import ROOM, lora, randoms
 from tests.help.serving_model import drive_scheduler
 
@@ -84,3 +84,45 @@ def test_the_scheduler_refuses() -> None:
     for limits in ((0,), (1, 0), (1, 1, -1), ("2",)):
         with pytest.raises(SgmvError, match="max_"):
             Scheduler(*limits)
+
+
+@pytest.mark.once
+def test_a_mixture_waits_for_all_of_its_adapters_and_holds_them() -> None:
+    scheduler: Scheduler[str] = Scheduler(2)
+    both = LoRAMixture([(lora(1), 0.5), (lora(2), 2.0)])
+    scheduler.add("a", lora(3))
+    scheduler.add("both", both)
+    scheduler.add("b", lora(1))
+    assert scheduler.schedule() == {"a": lora(3), "b": lora(1)}  # the mixture would be a third
+    scheduler.finish("a")
+    assert list(scheduler.schedule()) == ["b", "both"]
+    scheduler.add("c", lora(3))
+    scheduler.finish("b")
+    assert scheduler.schedule() == {"both": both}
+    assert scheduler.holding == {0, 1, 2}
+    with pytest.raises(ServingError, match="as the other requests of id 2"):
+        scheduler.add("d", lora(2, "elsewhere"))
+    scheduler.finish("both")
+    assert list(scheduler.schedule()) == ["c"]
+    with pytest.raises(ServingError, match="at most max_loras = 2 adapters, got 3"):
+        scheduler.add("e", LoRAMixture([(lora(i), 1.0) for i in (1, 2, 3)]))
+
+
+@pytest.mark.once
+def test_a_mixture_does_not_starve() -> None:
+    """One of its adapters always runs, and others' take the slot that it needs beside it."""
+    scheduler: Scheduler[int] = Scheduler(2, 4, max_overtakes=5)
+    scheduler.add(0, lora(1))
+    scheduler.schedule()
+    scheduler.add(1, lora(3))
+    scheduler.schedule()
+    scheduler.add(-1, LoRAMixture([(lora(1), 1.0), (lora(2), 1.0)]))
+    number, admitted = 2, 0
+    while -1 not in scheduler.running:
+        scheduler.add(number, lora(3))
+        admitted += len(scheduler.admit())
+        scheduler.finish(next(i for i in scheduler.running if scheduler.running[i] == lora(3)))
+        number += 1
+        assert number < 20
+        scheduler.schedule()
+    assert admitted <= 6

@@ -24,7 +24,7 @@ from sgmv.errors import (
     ShapeError,
     StaleStepError,
 )
-from sgmv.serving import AdapterSlots, LoRARequest, Scheduler
+from sgmv.serving import AdapterSlots, LoRAMixture, LoRARequest, Scheduler, make_step, next_step
 from tests.help.peft_files import form
 from tests.help.served import BAD, FIXTURES, layers_of, lora, make_slots, read
 from tests.help.serving_model import LAYERS
@@ -277,3 +277,39 @@ def test_a_step_in_vllms_metadata() -> None:
     assert meta.token_lora_mapping.tolist() == step.slots.tolist() == [1, -1, 0, 1]
     assert slots.active == [2, 5, None]
     assert layouts.check(meta) == []
+
+
+def test_a_plain_request_has_its_bits_beside_a_mixture() -> None:
+    """And a mixture's rows are those of `sgmv.add_lora` with its weights."""
+    slots = make_slots(3, 4)
+    mixture = LoRAMixture([(lora(2), 0.5), (lora(1), -2.0)])
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((4, 3)).astype("f")
+    before = rng.standard_normal((4, 4)).astype("f")
+    step = make_step(slots, {"a": lora(1), "b": mixture, "c": None}, {"b": 2})
+    y = step.add_lora("q", before.copy(), x)
+    alone = make_step(slots, {"a": lora(1)}).add_lora("q", before[:1].copy(), x[:1])
+    assert y[:1].tobytes() == alone.tobytes()
+    assert y[3:].tobytes() == before[3:].tobytes()
+    assert step.slots.tolist() == [[0, -1], [1, 0], [1, 0], [-1, -1]]
+    stack = sgmv.AdapterStack.from_adapters({i: read(f"{i}/0").get("q") for i in (1, 2)})
+    expected = sgmv.add_lora(
+        before[1:3].copy(), x[1:3], stack, [[2, 1]] * 2, weights=[[0.5, -2.0]] * 2
+    )
+    np.testing.assert_allclose(y[1:3], expected, rtol=1e-6)
+
+
+def test_a_mixture_of_which_one_adapter_fails_is_dropped_alone() -> None:
+    def failing(path: str) -> dict[str, sgmv.Adapter]:
+        if path == "missing":
+            raise FileNotFoundError(path)
+        return read(path)
+
+    slots, scheduler = make_slots(3, 4, read=failing), Scheduler[str](3)
+    scheduler.add("mixed", LoRAMixture([(lora(1), 1.0), (lora(2, "missing"), 1.0)]))
+    scheduler.add("plain", lora(1))
+    step = next_step(scheduler, slots)
+    assert list(step.rows) == ["plain"]
+    [(request_id, failed, error)] = step.failed
+    assert (request_id, failed.lora_int_id, type(error)) == ("mixed", 2, FileNotFoundError)
+    assert list(scheduler.running) == ["plain"]

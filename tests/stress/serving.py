@@ -29,7 +29,8 @@ import sgmv
 from reference.bounds import add_lora_bound
 from reference.compare import check
 from sgmv.errors import PeftError, ServingError, StaleStepError
-from sgmv.serving import AdapterSlots, LoRARequest, Scheduler, Step, next_step
+from sgmv.serving import AdapterSlots, LoRAMixture, LoRARequest, Scheduler, Step, next_step
+from sgmv.serving.requests import Asked, members_of
 
 MODULES = {
     "layers.0.q_proj": (96, 96),
@@ -38,6 +39,7 @@ MODULES = {
 }
 TYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 ADAPTERS, VERSIONS, MAX_RANK = 40, 3, 33
+MOST = 3  # adapters that a request names
 
 
 def write_adapters(folder: Path, rng: np.random.Generator) -> dict[LoRARequest, Any]:
@@ -97,16 +99,27 @@ class Load:
         names = {(one.lora_int_id, one.lora_path[-1]): one for one in self.adapters}
         return names[adapter_id, str(self.version[adapter_id] % VERSIONS)]
 
+    def asked(self, rng: np.random.Generator, most: int) -> Asked:
+        """The base model, one adapter, or several of other weights."""
+        count = int(rng.choice([0, 1, 2, 3], p=[0.15, 0.65, 0.15, 0.05]))
+        loras = [self.lora(rng) for _ in range(min(count, most))]
+        if len(loras) < 2:
+            return loras[0] if loras else None
+        return LoRAMixture([(lora, float(rng.uniform(-2, 2))) for lora in loras])
+
 
 def run_step(
-    load: Load, step: Step[int], loras: dict[int, LoRARequest | None], rng: np.random.Generator
+    load: Load, step: Step[int], loras: dict[int, Asked], rng: np.random.Generator
 ) -> None:
     """Run one step's layers and hold each to the reference; stale ones raise."""
-    ids = np.full(step.n, -1)
+    members = {number: members_of(loras[number]) for number in step.rows}
+    ids = np.full((step.n, MOST), -1)
+    weights = np.ones((step.n, MOST), np.float32)
+    own = {}
     for number, rows in step.rows.items():
-        lora = loras[number]
-        ids[rows] = -1 if lora is None else lora.lora_int_id
-    own = {lora.lora_int_id: load.adapters[lora] for lora in loras.values() if lora}
+        for j, (lora, weight) in enumerate(members[number]):
+            ids[rows, j], weights[rows, j] = lora.lora_int_id, weight
+            own[lora.lora_int_id] = load.adapters[lora]
     for module, (h_in, h_out) in MODULES.items():
         x, y = (rng.standard_normal((step.n, h)).astype(rng.choice(TYPES)) for h in (h_in, h_out))
         got = y.copy()
@@ -117,8 +130,8 @@ def run_step(
             raise
         stack = load.slots.stack(module)
         pairs = {i: stack.fitted(its[module]) if module in its else None for i, its in own.items()}
-        exact = reference.add_lora(y, x, pairs, ids)
-        bound = add_lora_bound(y, x, pairs, ids, expected=exact)
+        exact = reference.add_lora(y, x, pairs, ids, weights=weights)
+        bound = add_lora_bound(y, x, pairs, ids, weights=weights, expected=exact)
         check(got, exact, bound, f"{module}, adapters {ids.tolist()}")
         load.counts["layers right"] += 1
 
@@ -129,12 +142,12 @@ def serve(load: Load, seed: int) -> None:
     limits = [int(rng.integers(low, high)) for low, high in ((2, 5), (2, 12), (0, 20))]
     scheduler: Scheduler[int] = Scheduler(*limits)
     left: dict[int, int] = {}
-    old: list[tuple[Step[int], dict[int, LoRARequest | None]]] = []
+    old: list[tuple[Step[int], dict[int, Asked]]] = []
     number = 0
     while load.on():
         for _ in range(rng.poisson(1.2)):
             try:
-                scheduler.add(number, None if rng.random() < 0.15 else load.lora(rng))
+                scheduler.add(number, load.asked(rng, min(scheduler.max_loras, MOST)))
             except ServingError:  # another version is in use
                 load.counts["refused to mix versions"] += 1
                 continue

@@ -142,7 +142,8 @@ class ExpertsLayer:
         self.inside = _wrappers(module)[1:]
         self._parts = {each.parameter_name: _Part(each, batches) for each in _wrappers(module)}
         self._own_call = module.forward
-        self._replacement = Replacement(module, CALL, self._call)
+        # A graph of torch.compile's ends here: what runs is this, not what is read of it.
+        self._replacement = Replacement(module, CALL, tensors.torch().compiler.disable(self._call))
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -188,6 +189,8 @@ class ExpertsLayer:
 
     def _call(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the outermost wrapper's `forward`."""
+        if KEYWORD not in kwargs and self._batches.is_mixed:
+            kwargs[KEYWORD] = self._batches.names_now
         names = kwargs.get(KEYWORD)
         if names is None or not self._serves(names, x, args):
             return self._own_call(x, *args, **kwargs)

@@ -74,7 +74,9 @@ def scaled_rows(
         return {}, np.empty((0, 0)), None
     if W is None:
         raise ValueError("W: expected the base weight for adapters with magnitudes, got none")
-    per_column = {f"magnitude of adapter {i}": one.magnitude for i, one in scaled.items()}
+    per_column: dict[str, Any] = {
+        f"magnitude of adapter {i}": one.magnitude for i, one in scaled.items()
+    }
     if bias is not None:
         per_column["bias"] = bias = _numbers(bias, "bias", "real numbers")
     for name, array in per_column.items():

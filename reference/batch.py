@@ -127,7 +127,7 @@ class Workload:
         adapters: dict[int, Any] = dict(self.adapters)
         for i, magnitude in (self.dora.magnitudes if self.dora else {}).items():
             if (pair := adapters[i]) is not None:
-                adapters[i] = Adapter(*pair, self.scalings[i], magnitude)
+                adapters[i] = Adapter(pair[0], pair[1], self.scalings[i], magnitude)
         return adapters, self.adapter_ids, self.scalings
 
     @property

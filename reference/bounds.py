@@ -60,7 +60,8 @@ from reference.arguments import (
     matrix,
     used_adapters,
 )
-from reference.floats import FloatType, float_type, gamma, sum_dtype
+from reference.floats import FloatType, float_type, sum_dtype
+from reference.floats import gamma as gamma
 from reference.gains import Gains, gains_of
 
 Bound = NDArray[np.float64]

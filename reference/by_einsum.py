@@ -81,7 +81,7 @@ def add_lora(
         whole = W + scaling[slot] * np.einsum("ij,jk->ik", B_stack[slot], A_stack[slot])
         lengths = np.einsum("ik,ik->i", whole, whole) ** 0.5
         with np.errstate(divide="ignore"):
-            g = np.asarray(chosen[id_].magnitude, np.float64) / lengths
+            g = np.asarray(getattr(chosen[id_], "magnitude", None), np.float64) / lengths
         out[rows] = np.einsum("i,ni->ni", g, out[rows])
         if bias is not None:
             out[rows] += bias - g * bias

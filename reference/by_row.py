@@ -34,7 +34,8 @@ def gain(A: Result, B: Result, scaling: float, magnitude: Result, W: Result) -> 
     """
     rows = [W[c] + scaling * (B[c][:, np.newaxis] * A).sum(axis=0) for c in range(len(W))]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return magnitude / np.array([np.sqrt((row * row).sum()) for row in rows])
+        found: Result = magnitude / np.array([np.sqrt((row * row).sum()) for row in rows])
+    return found
 
 
 def lora_delta(x: ArrayLike, A: ArrayLike, B: ArrayLike, scaling: float) -> Result:
@@ -99,8 +100,9 @@ def add_lora(
             out[pair[0]] += of_pair[pair] * delta
     rows_of, W, bias = scaled_rows(ids, chosen, weights, W, bias, (y.shape[1], x.shape[1]))
     for adapter_id, rows in rows_of.items():
-        magnitude = np.asarray(chosen[adapter_id].magnitude, np.float64)
-        g = gain(*in_float64[adapter_id], magnitude, W.astype(np.float64))
+        A, B, scaling = in_float64[adapter_id]
+        magnitude = np.asarray(getattr(chosen[adapter_id], "magnitude", None), np.float64)
+        g = gain(A, B, scaling, magnitude, W.astype(np.float64))
         out[rows] = g * out[rows]
         if bias is not None:
             out[rows] += (1 - g) * bias.astype(np.float64)

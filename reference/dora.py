@@ -50,8 +50,8 @@ def scaled(
     first: Any = ids.reshape(len(ids), -1)[:, 0]
     case = (integer if exact else real)(name, why, first, ranks, h_in, h_out, dtype=dtype)
     rng = np.random.default_rng(sum(map(ord, name)))
-    W = rng.standard_normal((h_out, h_in)) / math.sqrt(h_in)
-    b = rng.standard_normal(h_out)
+    W: Any = rng.standard_normal((h_out, h_in)) / math.sqrt(h_in)
+    b: Any = rng.standard_normal(h_out)
     adapters, scalings = case.adapters, case.scalings
     if exact:
         W, b = np.zeros((h_out, h_in)), 2.0 * rng.integers(-9, 10, h_out)
@@ -71,8 +71,8 @@ def scaled(
             factor = rng.choice(EXACT_GAINS, h_out) if exact else rng.uniform(0.5, 1.5, h_out)
             magnitudes[i] = (factor * lengths).astype(np.float32)
     dora = Scaled(magnitudes, W, b.astype(dtype) if bias else None)
-    changed = {"adapters": adapters, "scalings": scalings, "adapter_ids": ids, "dora": dora}
-    return replace(case, **changed)
+    its = replace(case, adapters=adapters, scalings=scalings)
+    return replace(its, adapter_ids=ids, dora=dora)
 
 
 def _of_length_8(

@@ -71,7 +71,8 @@ class Gain(NamedTuple):
             return total
         b, apart = np.abs(self.bias), np.abs(1 - self.value)
         total = total + G * b + gamma(3, own.unit_roundoff) * (apart + G) * b + eta
-        return total + u * (g * most + apart * b + total)
+        found: Bound = total + u * (g * most + apart * b + total)
+        return found
 
 
 Gains = dict[int, tuple[NDArray[np.intp], Gain]]  # rows of each adapter with magnitudes

@@ -253,7 +253,7 @@ class PeftAdapter(dict[str, Adapter]):
 def load_peft(directory: PathLike, model: object = None) -> PeftAdapter:
     """Read every adapted layer of a directory that PEFT's `save_pretrained` wrote.
 
-    Semantics: `{module: Adapter(A, B, scaling)}`, where
+    Semantics: `{module: Adapter(A, B, scaling, magnitude)}`, where
         scaling = alpha / r, or alpha / sqrt(r) with use_rslora;
         r, alpha = those of the first key in rank_pattern, alpha_pattern that matches the module,
         else the config's r, lora_alpha. A key is a regular expression for the module's whole name
@@ -270,11 +270,14 @@ def load_peft(directory: PathLike, model: object = None) -> PeftAdapter:
     A (r, h_in), B (h_out, r)  as on disk: float32, float16, ml_dtypes.bfloat16 or float64, and
                float8 as float16
 
+    magnitude (h_out,)         of DoRA; a stack that loads it needs the layer's W and bias, the
+                               base model's own
+
     fan_in_fan_out says that the base layer keeps its weight as (h_in, h_out), as GPT-2's Conv1D
     does. PEFT writes A and B alike in both cases; pass that layer's weight as `W = weight.T`.
 
     Raises PeftError: a file is missing or damaged; config and tensors disagree; the adapter is
-    more than plain LoRA (DoRA, biases, other peft types, changed base weights); the model lacks a
+    more than LoRA and DoRA (biases, other peft types, changed base weights); the model lacks a
     layer, or has it in other widths; ml_dtypes, for bfloat16, is not installed; another process
     changed the files at each of three readings. Warns of options that PEFT does not have, either.
     What is returned is one version of all files, as far as their sizes and times tell: not of a

@@ -29,7 +29,7 @@ class Described:
     """An adapter on disk, as its headers have it; or why it cannot be read."""
 
     path: str
-    form: str = ""  # the library that wrote it
+    form: str = ""  # the library that wrote it, and whether it is DoRA
     layers: int = 0
     ranks: list[int] = field(default_factory=list)
     alphas: list[float] = field(default_factory=list)
@@ -56,7 +56,9 @@ def describe(path: str, model: ModelFiles | None = None) -> Described:
 
 def _described(path: str, adapter: OpenAdapter, model: ModelFiles | None) -> Described:
     names, entries, config = adapter.names, adapter.tensors.entries, adapter.config
-    found = Described(path, adapter.form, len(names.layers), unknown=config.unknown)
+    is_dora = any("m" in parts for parts in names.layers.values())
+    form = f"{adapter.form}, DoRA" if is_dora else adapter.form
+    found = Described(path, form, len(names.layers), unknown=config.unknown)
     found.embeddings, found.saved = sorted(names.embeddings), sorted(names.saved)
     stacks = stacks_of(adapter)
     found.experts = {stack: shape.experts for stack, shape in stacks.items()}

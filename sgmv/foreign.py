@@ -22,7 +22,7 @@ from sgmv import forms
 from sgmv.errors import PeftError
 from sgmv.files import shown
 from sgmv.peft_config import Config, short
-from sgmv.peft_names import VOCABULARY, Names, few, sorted_out
+from sgmv.peft_names import MERGE, VOCABULARY, Names, few, sorted_out
 from sgmv.peft_tensors import Tensors
 
 _FUSE = "fuse it into the model with mlx_lm.fuse"
@@ -188,6 +188,9 @@ class DiffusersConfig:
             expected = "lora_adapter_metadata in JSON"
             raise PeftError(shown(tensors.path), expected, got, forms.CONVERT) from error
         for component, found in options.items():
+            if found.get("use_dora"):  # of convolutions, too, most of them
+                got = "use_dora (DoRA)"
+                raise PeftError(shown(tensors.path), "plain LoRA of diffusers'", got, MERGE)
             self._configs[component] = Config(tensors.path, found)
         self.unknown = ", ".join(c.unknown for c in self._configs.values() if c.unknown)
 

@@ -7,6 +7,8 @@ each adapted layer, and the parameters that the adapter replaces:
     base_model.model.<module>.lora_A.weight   A (r, h_in)
     base_model.model.<module>.lora_B.weight   B (h_out, r)
 
+With DoRA, a third: its magnitude (h_out,).
+
 Experts are read from two forms, into one: peft_experts.py.
 MLX and diffusers write the same in forms of their own: foreign.py.
 
@@ -45,13 +47,14 @@ _EXPECTED = "a PEFT adapter directory"
 _LOCAL = "pass a local directory that save_pretrained wrote (nothing is downloaded)"
 _FILES = (forms.CONFIG_FILE, forms.WEIGHTS_FILE, forms.PICKLE, forms.MLX, forms.DIFFUSERS)
 Parts = tuple[Array, Array, float]  # A (r, h_in), B (h_out, r), scaling; or each for E experts
+Layer = tuple[Array, Array, float, Array | None]  # the same of one, and DoRA's magnitude (h_out,)
 PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 class Read(NamedTuple):
     """What an adapter's files hold."""
 
-    layers: dict[str, Parts]
+    layers: dict[str, Layer]
     experts: dict[str, Parts]  # A (E, r, h_in), B (E, h_out, r)
     embeddings: frozenset[str]  # which of the layers are embeddings
     saved: dict[str, Array]  # parameters of the model that the adapter replaces
@@ -131,7 +134,8 @@ def _open(
         tensors = Tensors(path / forms.WEIGHTS_FILE, weights)
     if program := forms.program_of(tensors.entries):
         raise PeftError(shown(tensors.path), "names as PEFT gives them", program, forms.CONVERT)
-    names = sorted_out(tensors.entries, tensors.path, config.to_save, config.targets)
+    wanted = config.to_save, config.targets, config.is_dora
+    names = sorted_out(tensors.entries, tensors.path, *wanted)
     return OpenAdapter("PEFT", config, tensors, names)
 
 
@@ -188,6 +192,7 @@ def shape_of(adapter: OpenAdapter, module: str) -> Shape:
         times = f"{rank} * E" if parameter else str(rank)
         expected = f"A ({times}, h_in) and B (h_out, {times}), as {adapter.config.name} says"
         raise PeftError(source, expected, shapes, "take config and tensors from the same save")
+    _check_magnitude(adapter, module, shape_b[0])
     scaling = adapter.config.scaling(module, saved, rank)
     if not parameter or (experts == 1 and parameter == "weight"):
         return Shape(rank, shape_a[1], shape_b[0], scaling)
@@ -197,6 +202,14 @@ def shape_of(adapter: OpenAdapter, module: str) -> Shape:
     return Shape(rank, h_in, h_out, scaling, experts)
 
 
+def _check_magnitude(adapter: OpenAdapter, module: str, h_out: int) -> None:
+    if name := adapter.names.layers[module].get("m"):
+        shape = adapter.tensors.entries[name].shape
+        if shape != (h_out,):
+            expected = f"lora_magnitude_vector ({h_out},), as lora_B has"
+            raise PeftError(_source(adapter, module), expected, str(shape), "save it again")
+
+
 def stacks_of(adapter: OpenAdapter) -> dict[str, Shape]:
     """The stacks of experts: parameters of all, and layers of one each that are alike."""
     names = adapter.names
@@ -204,7 +217,8 @@ def stacks_of(adapter: OpenAdapter) -> dict[str, Shape]:
     stacks = {module: shape for module, shape in stacks.items() if shape.experts}
     for stack, layers in names.experts.items():
         shapes = {shape_of(adapter, layer) for layer in layers}
-        if len(shapes) == 1 and stack not in names.layers:
+        is_dora = any("m" in names.layers[layer] for layer in layers)
+        if len(shapes) == 1 and stack not in names.layers and not is_dora:
             stacks[stack] = shapes.pop()._replace(experts=len(layers))
     return stacks
 
@@ -220,19 +234,22 @@ def _source(adapter: OpenAdapter, module: str) -> str:
     return f"{shown(module)} in {shown(adapter.tensors.path)}"
 
 
-def _read(adapter: OpenAdapter, module: str) -> Parts:
-    scaling = shape_of(adapter, module).scaling
-    halves = (adapter.names.layers[module][half] for half in "AB")
-    A, B = (adapter.tensors.value(name, _source(adapter, module)) for name in halves)
-    return (A.T, B.T, scaling) if adapter.is_transposed else (A, B, scaling)
+def _read(adapter: OpenAdapter, module: str) -> Layer:
+    scaling, source = shape_of(adapter, module).scaling, _source(adapter, module)
+    found = {
+        part: adapter.tensors.value(name, source)
+        for part, name in adapter.names.layers[module].items()
+    }
+    A, B = found["A"], found["B"]
+    return (*((A.T, B.T) if adapter.is_transposed else (A, B)), scaling, found.get("m"))
 
 
 def _read_experts(adapter: OpenAdapter, stack: str) -> Parts:
     if layers := adapter.names.experts.get(stack):
-        parts = [_read(adapter, layer) for layer in layers]
+        parts = [_read(adapter, layer)[:3] for layer in layers]
         A, B = (np.stack([part[half] for part in parts]) for half in (0, 1))
         return A, B, parts[0][2]
-    A, B, scaling = _read(adapter, stack)
+    A, B, scaling, _ = _read(adapter, stack)
     experts = shape_of(adapter, stack).experts
     return *unpacked(A, B, experts, _is_swapped(adapter, stack)), scaling
 

@@ -1,7 +1,7 @@
 """`adapter_config.json`: the rank and the scaling of each layer, once no option is refused.
 
-Whatever would make PEFT compute something else than `y + scaling * (x @ A.T) @ B.T` is refused by
-name. An option that PEFT does not have is none of those: PEFT passes over it, too.
+Whatever would make PEFT compute something else than `y + scaling * (x @ A.T) @ B.T`, or DoRA of it,
+is refused by name. An option that PEFT does not have is none of those: PEFT passes over it, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sgmv.peft_names import MERGE
 
 # Options that are read here, and options that leave the delta as it is.
 _KNOWN_OPTIONS = (
-    {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+    {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
     | {"bias", "init_lora_weights", "fan_in_fan_out", "modules_to_save"}
     | {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type"}
     # Which modules were adapted: the tensors say that themselves.
@@ -34,7 +34,6 @@ _KNOWN_OPTIONS = (
 )
 
 _REFUSED_OPTIONS = {
-    "use_dora": "DoRA rescales every output by a learned magnitude",
     "lora_bias": "adds a bias to B",
     "use_qalora": "QALoRA pools x in groups before A",
     "alora_invocation_tokens": "aLoRA acts only on the tokens after its invocation",
@@ -56,6 +55,7 @@ class Config:
 
     path     the file, for messages; name, its last part
     unknown  the options that are set and that PEFT does not have, for a warning
+    is_dora  use_dora: layers have magnitudes
     to_save  modules_to_save: ends of the names of modules that the adapter replaces
     targets  target_parameters: ends of the names of parameters, of experts say
     """
@@ -70,6 +70,7 @@ class Config:
         self._ranks = self._pattern(options, "rank_pattern")
         self._alphas = self._pattern(options, "alpha_pattern")
         self._use_rslora = bool(options.get("use_rslora"))
+        self.is_dora = bool(options.get("use_dora"))
         known = _KNOWN_OPTIONS | _REFUSED_OPTIONS.keys()
         unknown = {name: value for name, value in options.items() if value and name not in known}
         self.unknown = ", ".join(f"{name}={short(value)}" for name, value in unknown.items())

@@ -2,6 +2,7 @@
 
     base_model.model.<module>.lora_A.weight          A (r, h_in) of a linear layer
     base_model.model.<module>.lora_embedding_A       A (r, vocabulary) of an embedding
+    base_model.model.<module>.lora_magnitude_vector  m (h_out,), with DoRA
     base_model.model.<module>.<parameter>            what the adapter replaces, if it says so
 
 Experts have names of their own: peft_experts.py.
@@ -28,7 +29,11 @@ MERGE = "run it with PEFT, or merge it into the base weights where PEFT can (mer
 
 _LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?")
+_MAGNITUDE = re.compile(
+    r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?"
+)
 _REPLACED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(?P<parameter>[^.]+)")
+_NAMES = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = re.compile(r"^(?:base_model\.model\.|module\.(?!lora_))+")
 # What transformers' models call their embeddings and heads, which PEFT saves beside the adapter if
@@ -47,7 +52,7 @@ VOCABULARY = (
 class Names(NamedTuple):
     """The tensors of a file by what they are; each under the name that it has in the file."""
 
-    layers: dict[str, dict[str, str]]  # module -> "A" and "B" -> tensor
+    layers: dict[str, dict[str, str]]  # module -> "A", "B", with DoRA "m" -> tensor
     embeddings: frozenset[str]  # those of the modules that are embeddings
     saved: dict[str, str]  # parameter of the model -> tensor that replaces it
     parameters: Mapping[str, str] = MappingProxyType({})  # layer -> its parameter, if targeted so
@@ -55,13 +60,18 @@ class Names(NamedTuple):
 
 
 def sorted_out(
-    names: Iterable[str], path: Path, to_save: Collection[str] = (), targets: Collection[str] = ()
+    names: Iterable[str],
+    path: Path,
+    to_save: Collection[str] = (),
+    targets: Collection[str] = (),
+    is_dora: bool = False,
 ) -> Names:
     """What each tensor of a file is; raises PeftError for one that belongs to no plain LoRA.
 
     path     the file, for messages
     to_save  the config's modules_to_save: ends of the names of modules that the adapter replaces
     targets  the config's target_parameters: names of parameters, or their ends
+    is_dora  the config's use_dora: each layer has magnitudes
     """
     layers: dict[str, dict[str, str]] = {}
     adapters, embeddings, others = set(), set(), []
@@ -69,6 +79,8 @@ def sorted_out(
     for name in sorted(names):
         plain = unwrapped(name)
         match = _LINEAR.fullmatch(plain) or _EMBEDDING.fullmatch(plain)
+        if is_dora:
+            match = match or _MAGNITUDE.fullmatch(plain)
         if not match:
             others.append(name)
             continue
@@ -80,14 +92,15 @@ def sorted_out(
             module = module if parameter == "weight" else f"{module}.{parameter}"
             parameters[module] = parameter
         halves = layers.setdefault(module, {})
-        first = halves.setdefault(match["half"], name)
+        half = "m" if match.re is _MAGNITUDE else match["half"]
+        first = halves.setdefault(half, name)
         if first != name and len(adapters) == 1:
-            expected = f"one lora_{match['half']} of {shown(module)}"
+            expected = f"one {_NAMES[half]} of {shown(module)}"
             got = few([first, name])
             raise PeftError(shown(path), expected, got, "save one of them alone")
     saved = _replaced(others, path, layers, to_save)
     _check_one(adapters, path)
-    _check_whole(layers, path)
+    _check_whole(layers, path, "ABm" if is_dora else "AB")
     check_wrappers(parameters, targets, path)
     return Names(layers, frozenset(embeddings), saved, parameters, of_experts(layers))
 
@@ -138,13 +151,15 @@ def _check_one(adapters: Collection[str | None], path: Path) -> None:
         )
 
 
-def _check_whole(layers: dict[str, dict[str, str]], path: Path) -> None:
+def _check_whole(layers: dict[str, dict[str, str]], path: Path, parts: str) -> None:
     for module, halves in layers.items():
-        if len(halves) == 1:
-            (half,) = halves
-            got = f"lora_{half} alone"
+        if len(halves) < len(parts):
+            expected, got = (
+                " and ".join(_NAMES[part] for part in parts if part in there)
+                for there in (parts, halves)
+            )
             raise PeftError(
-                shown(path), f"lora_A and lora_B of {shown(module)}", got, "save it again"
+                shown(path), f"{expected} of {shown(module)}", f"{got} alone", "save it again"
             )
     if not layers:
         raise PeftError(

@@ -76,12 +76,12 @@ def test_a_directory_of_adapters_is_each_of_them(capsys: Captured) -> None:
 
 
 def test_one_that_is_refused_does_not_hide_the_others(capsys: Captured) -> None:
-    dora = FIXTURES / "refused" / "dora"
-    out = printed(capsys, "no-such-place", dora, form("head"), form("embedding-alone"))
+    biased = FIXTURES / "refused" / "lora-bias"
+    out = printed(capsys, "no-such-place", biased, form("head"), form("embedding-alone"))
     lines = " ".join(out.split())
     for part in (
         "no-such-place: refused: directory: expected a PEFT adapter directory",
-        f"{dora}: refused: use_dora in",
+        f"{biased}: refused: lora_bias in",
         "replaces in the model: score.weight",
         "embeddings among its layers: model.embed_tokens",
         "4 adapters, 2 refused",

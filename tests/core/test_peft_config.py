@@ -40,7 +40,6 @@ def test_pattern_keys_match_as_in_peft(case: dict[str, Any], tmp_path: Path) -> 
 
 
 REFUSED_BY_PEFT = {
-    "dora": ("use_dora", "DoRA"),
     "lora-bias": ("lora_bias", "bias to B"),
     "bias-all": ("bias='all'", "'none'"),
     "pissa": ("init_lora_weights", "'pissa'", "path_initial_model_for_weight_conversion"),

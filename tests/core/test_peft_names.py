@@ -118,7 +118,7 @@ def test_no_adapted_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("directory", "options", "part"),
     [
-        ("dora", {"use_dora": False}, "DoRA's magnitudes"),
+        ("../dora/llama-f32", {"use_dora": False}, "DoRA's magnitudes"),
         ("lora-bias", {"lora_bias": False}, "a bias"),
         ("bias-all", {"bias": "none"}, "a bias"),
         ("../forms/norm", {"modules_to_save": None}, "a weight of the base model"),

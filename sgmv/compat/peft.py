@@ -65,9 +65,14 @@ def accelerate(model: Any) -> Iterator[Accelerated]:
     pickled, is PEFT's alone.
 
     The base layer may be quantised (bitsandbytes, torchao) or offloaded: it is called as PEFT calls
-    it. PEFT's own path runs, as without the context, for DoRA and other variants, for convolutions,
-    for weights on another device, for A and B with forward hooks of somebody's, and, with a
-    warning, where gradients are recorded.
+    it. PEFT's own path runs, as without the context, for other variants, for convolutions, for
+    weights on another device, for A and B with forward hooks of somebody's, and, with a warning,
+    where gradients are recorded.
+
+    DoRA, of which PEFT refuses mixed batches, has them here: rows of its adapters get
+    `gain * (y + delta) + (1 - gain) * bias`. Gains are taken when the adapter is copied, and again
+    when the base layer's weight or bias has changed; a quantised weight is dequantised for that, as
+    PEFT does it at each call.
 
     Experts' parameters (`target_parameters`), of which PEFT refuses mixed batches, have them here:
     gate_up_proj and down_proj of transformers 5's modules of experts, each token with its own

@@ -20,9 +20,11 @@ from sgmv import tensors
 from sgmv.adapter import Adapter
 from sgmv.backend import kernels
 from sgmv.compat.peft_batches import Batch, Batches
+from sgmv.compat.peft_dora import home_of
 from sgmv.compat.peft_graphs import Node
 from sgmv.compat.peft_hooks import Replacement
 from sgmv.compat.peft_weights import (
+    ALORA,
     Now,
     Source,
     embedding_now,
@@ -43,7 +45,7 @@ from sgmv.stack import AdapterStack
 from sgmv.tensors import as_array, float_dtype
 from sgmv.workers import torchs_pool
 
-MIXED, CALL = "_mixed_batch_forward", "forward"
+MIXED, CALL, CHECK = "_mixed_batch_forward", "forward", "_check_forward_args"
 KEYWORD = "adapter_names"
 
 
@@ -77,9 +79,11 @@ class Layer:
         self._own_forward: Callable[..., Any] = getattr(module, MIXED)
         self._own_kwargs = getattr(sys.modules["peft"].tuners.lora.layer, "VARIANT_KWARG_KEYS", ())
         self._own_call: Callable[..., Any] = module.forward
+        self._own_check: Callable[..., None] = getattr(module, CHECK)
         self._replacements = [
             Replacement(module, MIXED, self._forward),
             Replacement(module, CALL, self._call),
+            Replacement(module, CHECK, self._check),
         ]
         self._node, self._outside = Node(self), tensors.torch().compiler.disable(self._call)
 
@@ -151,6 +155,13 @@ class Layer:
             self.refresh({*names} - {BASE_NAME})
         self._add(y, x, self._batches.of(names), None)
 
+    def _check(self, x: Any, *args: Any, **kwargs: Any) -> None:
+        """In place of PEFT's own: it refuses names of DoRA adapters, as it does not mix them."""
+        names = kwargs.get(KEYWORD)
+        if names is not None and self.module._modules.get("lora_magnitude_vector"):
+            kwargs[KEYWORD] = [BASE_NAME if home_of(self.module, n) else n for n in names]
+        self._own_check(x, *args, **kwargs)
+
     def _forward(self, x: Any, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Any:
         """In place of the layer's own `_mixed_batch_forward`."""
         if not self._batches.here.are_fresh:
@@ -161,6 +172,7 @@ class Layer:
         else:
             batch = self._batches.of(adapter_names)
         if not self._serves(batch, x):
+            self._own_check(x, *args, adapter_names=adapter_names, **kwargs)
             return self._own_forward(x, *args, adapter_names=adapter_names, **kwargs)
         offsets = kwargs.get("alora_offsets")
         for name in self._own_kwargs:  # of the adapters' forward, not of the base layer's
@@ -280,8 +292,9 @@ class LinearLayer(Layer):
 
         An aLoRA's begin with its invocation, which is `offset` tokens before the end, or missing.
         """
-        activated = self.module.lora_variant
-        if not activated or not any(name in activated for name in batch.used):
+        variants = self.module.lora_variant
+        activated = {name for name in variants if type(variants[name]).__name__ == ALORA}
+        if activated.isdisjoint(batch.used):
             return None
         begins = [None] * len(batch.names) if offsets is None else offsets
         return tuple(

@@ -9,6 +9,7 @@ import numpy as np
 
 from sgmv import tensors
 from sgmv.adapter import Adapter
+from sgmv.compat.peft_dora import VARIANTS, Home, Norms, home_of, why_not
 from sgmv.dtypes import BITS, Array
 from sgmv.tensors import as_array
 
@@ -17,8 +18,9 @@ ALORA = "ALoraLinearVariant"  # PEFT's class: plain LoRA from some token on
 
 
 # An adapter of a layer as PEFT has it at this moment: A, B, B's bias or None, scaling; and of a
-# linear layer the modules of A and B. A plain tuple: one is made per layer, adapter and step.
-Now = tuple[Any, Any, Any, float, Any, Any]
+# linear layer the modules of A and B; and where its magnitude is, with DoRA. A plain tuple: one is
+# made per layer, adapter and step.
+Now = tuple[Any, Any, Any, float, Any, Any, Home | None]
 
 
 class Source:
@@ -28,12 +30,12 @@ class Source:
     through `.data` are not counted. PEFT's hotswap makes them, of whole tensors: comparing a few
     values shows them. The arrays hold the memory, so that no address is used again.
 
-    adapter    what the slot holds: A and B; of a biased adapter one rank more
+    adapter    what the slot holds: A and B; of a biased adapter one rank more; of DoRA with gains
     is_biased  whether B's last column is its bias, and A's last row is 0
     """
 
     def __init__(self, now: Now) -> None:
-        self._A, self._B, self._bias, self._scaling, home_a, home_b = now
+        self._A, self._B, self._bias, self._scaling, home_a, home_b, home = now
         A = _array(self._A, home_a, "weight")
         B = _array(self._B, home_b, "weight")
         self._corners = [A[0, :CORNER], B[0, :CORNER]]
@@ -46,6 +48,9 @@ class Source:
             A = np.concatenate([A, np.zeros_like(A[:1])])
             B = np.concatenate([B, bias[:, None].astype(B.dtype)], axis=1)
         self.adapter = Adapter(A, B, self._scaling)
+        self._norms = None if home is None else Norms(home)
+        if self._norms is not None:
+            self.adapter = self._norms.gained(self.adapter)
         self._seen = self._look()
 
     def _look(self) -> tuple[object, ...]:
@@ -56,9 +61,11 @@ class Source:
 
     def is_current(self, now: Now) -> bool:
         """Whether these are the same tensors, unchanged since they were copied."""
-        A, B, bias, scaling, home_a, home_b = now
+        A, B, bias, scaling, home_a, home_b, home = now
         same = A is self._A and B is self._B and bias is self._bias and scaling == self._scaling
-        return same and not is_hooked(home_a, home_b) and self._look() == self._seen
+        if not same or is_hooked(home_a, home_b) or self._look() != self._seen:
+            return False
+        return home is None if self._norms is None else self._norms.are_current(home)
 
 
 def _array(tensor: Any, home: Any, part: str) -> Array:
@@ -74,7 +81,7 @@ def linear_now(module: Any, name: str) -> Now | None:
         return None
     a, b = A._parameters, B._parameters
     scaling = float(module.scaling[name])  # a tensor, where prepared for PEFT's hotswap
-    return a.get("weight"), b.get("weight"), b.get("bias"), scaling, A, B
+    return a.get("weight"), b.get("weight"), b.get("bias"), scaling, A, B, home_of(module, name)
 
 
 def embedding_now(module: Any, name: str) -> Now | None:
@@ -87,7 +94,7 @@ def embedding_now(module: Any, name: str) -> Now | None:
     # Of Gemma 3, where the base layer multiplies its own result by it.
     scale = module._get_embed_scale() if hasattr(module, "_get_embed_scale") else None
     scaling = float(module.scaling[name]) * (1.0 if scale is None else float(scale))
-    return A, B, None, scaling, None, None
+    return A, B, None, scaling, None, None, home_of(module, name)
 
 
 def is_hooked(*halves: Any) -> bool:
@@ -106,8 +113,8 @@ def is_hooked(*halves: Any) -> bool:
 def why_odd(module: Any, name: str) -> str:
     """Why an adapter of a layer is more than A, B, bias and scaling; "" if it is not."""
     torch = tensors.torch()
-    if name in module.lora_variant and type(module.lora_variant[name]).__name__ != ALORA:
-        return type(module.lora_variant[name]).__name__
+    if why := why_odd_variant(module, name):
+        return why
     if is_hooked(module.lora_A[name], module.lora_B[name]):
         return "a forward hook, or another forward, of its lora_A or lora_B"
     for half in (module.lora_A[name], module.lora_B[name]):
@@ -122,10 +129,24 @@ def why_odd(module: Any, name: str) -> str:
     return ""
 
 
+def why_odd_variant(module: Any, name: str, known: tuple[str, ...] = (ALORA, *VARIANTS)) -> str:
+    """Why what PEFT makes of an adapter cannot be made here; "" if it can, or is plain LoRA."""
+    variant = type(module.lora_variant.get(name)).__name__
+    if name in module.lora_variant and variant not in known:
+        return variant
+    home = home_of(module, name)
+    if home is None:
+        return ""
+    return "a forward hook of its magnitude" if is_hooked(home[0]) else why_not(home)
+
+
 def why_odd_embedding(module: Any, name: str) -> str:
-    """Why an adapter of an embedding is more than A, B and scaling; "" if it is not."""
-    if name in module.lora_variant:
-        return type(module.lora_variant[name]).__name__
+    """Why an adapter of an embedding is more than A, B, scaling and magnitude; "" if it is not."""
+    if why := why_odd_variant(module, name, VARIANTS):
+        return why
+    scaled = hasattr(module, "_get_embed_scale") and module._get_embed_scale() is not None
+    if name in module.lora_variant and scaled:
+        return "DoRA of an embedding whose result is multiplied"
     if module.get_base_layer().max_norm is not None:
         return "max_norm of its base layer, which PEFT applies to A, too"
     halves = module.lora_embedding_A[name], module.lora_embedding_B[name]

@@ -452,14 +452,3 @@ def test_offloaded_weights_are_served(to: str, lib: SimpleNamespace, model: Any,
 
 def must_not_run(*_args: object) -> None:
     raise AssertionError("ran")
-
-
-@needs_peft
-def test_dora_is_refused_by_peft(lib: SimpleNamespace, model: Any, x: Any) -> None:
-    model.add_adapter("dora", lora(lib, "up", use_dora=True))
-    model.requires_grad_(False).eval()
-    with accelerate(model) as taken:
-        assert taken.fallbacks == {"up, dora": "DoraLinearVariant"}
-        with pytest.raises(ValueError, match="DoRA"):
-            model.base_model.model.up(x, adapter_names=["dora"] * len(x))
-        check(model, x)

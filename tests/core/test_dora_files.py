@@ -14,12 +14,11 @@ from safetensors.numpy import load_file, save_file
 import sgmv
 from reference import add_lora
 from reference.arguments import Adapter as Reference
-from reference.bounds import add_lora_bound, gamma, unit_roundoff
+from reference.bounds import add_lora_bound
 from reference.compare import check
-from reference.floats import float_type
-from reference.gains import Gain
 from sgmv.adapter import load_peft
 from sgmv.adapters import describe
+from tests.help.dora import peft_bound
 from tests.help.peft_files import FIXTURES, Q_PROJ, copy_of, refusal
 
 pytestmark = pytest.mark.once
@@ -34,25 +33,6 @@ def outputs() -> dict[str, Any]:
             key: array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
             for key, array in file.items()
         }
-
-
-def peft_bound(x: Any, W: Any, bias: Any, adapter: Reference, exact: Any, out: Any) -> Any:
-    """How far PEFT may be from the exact result: each of its stages, rounded to the layer's type.
-
-    base = round(x W + b), and base - b and base + more are rounded; (g - 1) and g from rounded
-    norms; v, d, d * s and the two products, rounded each. In float32 the sums are gamma_n, too.
-    """
-    u, kind = unit_roundoff(out), float_type(out)
-    x, A, B, W = (np.abs(np.asarray(a, np.float64)) for a in (x, adapter.A, adapter.B, W))
-    gain = Gain(adapter, W, None)
-    s, g, G = abs(adapter.scaling), np.abs(gain.value), gain.error(float_type("float32"))
-    if u > unit_roundoff("float32"):  # B @ A, the sum with W, the norm and m / norm, rounded
-        G = G + 8 * u * np.linalg.norm(W + s * (B @ A), axis=1) * g * g / np.abs(adapter.magnitude)
-    b = 0 if bias is None else np.abs(np.asarray(bias, np.float64))
-    in_sums = gamma(x.shape[1] + len(A) + 4, unit_roundoff("float32"))
-    base, delta = x @ W.T + b, s * ((x @ A.T) @ B.T)
-    error = (1 + g + G) * (in_sums * (base + delta) + 8 * u * (base + b + delta))
-    return error + G * (base + b + delta) + 8 * u * np.abs(exact) + kind.half_smallest_subnormal
 
 
 @pytest.mark.parametrize(("name", "layer"), LAYERS)

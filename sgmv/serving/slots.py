@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy.typing as npt
 
@@ -46,6 +47,9 @@ class AdapterSlots:
     dtype          of the weights, as for AdapterStack; others are converted when loaded
     policy         "lru" or "fifo"
     read           lora_path -> {module: Adapter}; reads PEFT's directories, if left out
+    base           module -> (W, bias), or (W, None): the model's own, as `AdapterStack.load` takes
+                   them for adapters with magnitudes (DoRA). They are read when such an adapter
+                   comes into host memory
 
     Any thread may call any method; calls wait for each other, also while one reads from disk.
     Raises ServingError, DtypeError, ValueRangeError, ShapeError.
@@ -78,11 +82,18 @@ class AdapterSlots:
         dtype: npt.DTypeLike = "float32",
         policy: str = "lru",
         read: Callable[[str], Mapping[str, Adapter]] = load_peft,
+        base: Mapping[str, tuple[Any, Any]] | None = None,
     ) -> None:
         self._residency = Residency(max_loras, max_cpu_loras, policy)
         if modules is not None and not isinstance(modules, Mapping):
             kind = type(modules).__name__
             raise DtypeError("modules", "name -> (h_in, h_out)", kind, "pass a dict")
+        base = {} if base is None else base
+        if not isinstance(base, Mapping) or any(
+            not isinstance(one, tuple) or len(one) != 2 for one in base.values()
+        ):
+            got = type(base).__name__
+            raise DtypeError("base", "module -> (W, bias)", got, "pass a dict of pairs")
         if not callable(read):
             kind = type(read).__name__
             raise DtypeError("read", "a function of lora_path", kind, "pass load_peft")
@@ -90,7 +101,8 @@ class AdapterSlots:
         self.dtype = check_dtype("dtype", dtype)
         warm_up([self.dtype])
         self.policy = policy
-        self._weights = Weights(self._residency, self.max_lora_rank, self.dtype, read, modules)
+        limits = self._residency, self.max_lora_rank, self.dtype
+        self._weights = Weights(*limits, read, modules, base)
         self._pinned: frozenset[int] = frozenset()
         self._changing = threading.RLock()
         _all.add(self)

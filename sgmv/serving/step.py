@@ -135,8 +135,9 @@ def next_step(
 
     Semantics: `make_step` of `scheduler.schedule(slots.pinned)`, without the requests for adapters
     that cannot be loaded: missing, damaged, of other widths, above max_lora_rank, or the reader
-    raises. These are finished in the scheduler and listed in `Step.failed`; the other requests run
-    as if they had not come. NaN or inf in an adapter's weights is no failure: its own rows get it.
+    raises; and without mixtures of adapters with magnitudes (DoRA). These are finished in the
+    scheduler and listed in `Step.failed`; the other requests run as if they had not come. NaN or inf
+    in an adapter's weights is no failure: its own rows get it.
 
     tokens  request_id -> its rows in this step, of requests that wait or run: a prompt's length, or
             1, as for those left out
@@ -189,6 +190,9 @@ def next_step(
         if bad:
             scheduler.finish(request_id)
             failed.append((request_id, bad[0], errors[bad[0].lora_int_id]))
+        elif found := _unmixable(slots, lora):
+            scheduler.finish(request_id)
+            failed.append((request_id, *found))
         else:
             requests[request_id] = lora
     return _step(slots, requests, tokens, active, tuple(failed))
@@ -219,7 +223,25 @@ def make_step(
         kind = type(requests).__name__
         raise DtypeError("requests", "a mapping request_id -> LoRARequest", kind, "pass a dict")
     _check_tokens(tokens, "requests of the step", requests)
-    return _step(slots, requests, tokens, slots.activate(requests.values()))
+    active = slots.activate(requests.values())
+    for asked in requests.values():
+        if found := _unmixable(slots, asked):
+            raise found[1]
+    return _step(slots, requests, tokens, active)
+
+
+def _unmixable(slots: AdapterSlots, asked: Asked) -> tuple[LoRARequest, ServingError] | None:
+    """The member of a mixture that has magnitudes, which only rows of its own can have; or None."""
+    members = members_of(asked)
+    if len(members) == 1 and members[0][1] == 1:
+        return None
+    for member, _ in members:
+        hosted = slots._weights.hosted.get(member.lora_int_id)
+        if hosted is not None and hosted.is_dora:
+            expected = "adapters without magnitudes (DoRA) in a mixture"
+            error = ServingError("lora_request", expected, str(member), "ask for it alone")
+            return member, error
+    return None
 
 
 def _check_slots(slots: object) -> None:

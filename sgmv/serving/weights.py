@@ -46,7 +46,13 @@ class Hosted:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.A.nbytes + layer.B.nbytes for layer in self.layers.values())
+        arrays = [a for one in self.layers.values() for a in (one.A, one.B, one._gains)]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a layer of it has magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
 
 
 class Weights:
@@ -69,6 +75,7 @@ class Weights:
         dtype: np.dtype[Any],
         read: Callable[[str], Mapping[str, Adapter]],
         modules: Mapping[str, tuple[int, int]] | None,
+        base: Mapping[str, tuple[Any, Any]],
     ) -> None:
         self.hosted: dict[int, Hosted] = {}
         self.generation: dict[int, int] = {}
@@ -77,7 +84,7 @@ class Weights:
         self._residency = residency
         self._max_lora_rank = max_lora_rank
         self._dtype = dtype
-        self._read = read
+        self._read, self._base = read, base
         self._learns_modules = modules is None
         self._generations = count(1)
         self.stacks = {name: self._stack(widths, name) for name, widths in (modules or {}).items()}
@@ -187,8 +194,15 @@ class Weights:
                     str(adapter.r),
                     "make the AdapterSlots with a larger max_lora_rank",
                 )
+            if adapter.magnitude is not None and module not in self._base:
+                raise ServingError(
+                    f"{lora_request}, {module!r}",
+                    "a layer whose W is known, as the adapter has magnitudes (DoRA)",
+                    f"W of {some(self._base)}",
+                    "make the AdapterSlots with base={module: (W, bias)}",
+                )
             try:
-                layers[module] = stacks[module].fitted(adapter)
+                layers[module] = stacks[module].fitted(adapter, *self._base.get(module, ()))
             except SgmvError as error:
                 argument = f"{lora_request}, {module!r}"
                 raise type(error)(argument, error.expected, error.received, error.remedy) from error

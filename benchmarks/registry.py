@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.studies import (
     against,
     compat,
+    dora,
     experts,
     growth,
     instructions,
@@ -31,6 +32,7 @@ STUDIES: dict[str, Study[Any]] = {
         paper.STUDY,
         instructions.STUDY,
         mixtures.STUDY,
+        dora.STUDY,
         experts.STUDY,
         vllm.STUDY,
         against.STUDY,

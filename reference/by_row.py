@@ -32,9 +32,9 @@ def gain(A: Result, B: Result, scaling: float, magnitude: Result, W: Result) -> 
     >>> gain(np.zeros((0, 2)), np.zeros((1, 0)), 1.0, np.array([10.0]), np.array([[3.0, 4.0]]))
     array([2.])
     """
-    rows = [W[c] + scaling * (B[c][:, np.newaxis] * A).sum(axis=0) for c in range(len(W))]
+    whole = W + scaling * (B @ A)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found: Result = magnitude / np.array([np.sqrt((row * row).sum()) for row in rows])
+        found: Result = magnitude / np.sqrt((whole * whole).sum(axis=1))
     return found
 
 

@@ -135,9 +135,9 @@ def next_step(
 
     Semantics: `make_step` of `scheduler.schedule(slots.pinned)`, without the requests for adapters
     that cannot be loaded: missing, damaged, of other widths, above max_lora_rank, or the reader
-    raises; and without mixtures of adapters with magnitudes (DoRA). These are finished in the
-    scheduler and listed in `Step.failed`; the other requests run as if they had not come. NaN or inf
-    in an adapter's weights is no failure: its own rows get it.
+    raises; and without mixtures that have adapters with magnitudes (DoRA). These are finished in
+    the scheduler and listed in `Step.failed`; the other requests run as if they had not come. NaN
+    or inf in an adapter's weights is no failure: its own rows get it.
 
     tokens  request_id -> its rows in this step, of requests that wait or run: a prompt's length, or
             1, as for those left out

@@ -118,20 +118,13 @@ def check_case(
 
 
 def check_rows(
-    y: NDArray[Any],
-    x: NDArray[Any],
-    stack: sgmv.AdapterStack,
-    ids: NDArray[np.int64],
-    **layer: NDArray[Any] | None,
+    y: NDArray[Any], x: NDArray[Any], stack: sgmv.AdapterStack, ids: NDArray[np.int64]
 ) -> None:
-    """Hold rows at both ends and between of one call to the reference: it is not timed if wrong.
-
-    layer  W and bias, for adapters with magnitudes
-    """
+    """Hold rows at both ends and between of one call to the reference: it is not timed if wrong."""
     rows = spread(len(ids), CHECKED_ROWS)
     adapters = {i: stack[i] for i in np.unique(ids[rows]).tolist()}
-    expected = by_row.add_lora(y[rows], x[rows], adapters, ids[rows], **layer)
-    bound = bounds.add_lora_bound(y[rows], x[rows], adapters, ids[rows], **layer, expected=expected)
+    expected = by_row.add_lora(y[rows], x[rows], adapters, ids[rows])
+    bound = bounds.add_lora_bound(y[rows], x[rows], adapters, ids[rows], expected=expected)
     result = sgmv.add_lora(y.copy(), x, stack, ids)
     compare.check(result[rows], expected, bound, f"{len(stack.ids)} adapters, {len(ids)} rows")
 

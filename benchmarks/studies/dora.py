@@ -25,14 +25,16 @@ from numpy.typing import NDArray
 import sgmv
 from benchmarks.batch import dtype_of
 from benchmarks.clock import Budget, Variant, interval, time_quietly
-from benchmarks.gate import check_rows
+from benchmarks.gate import CHECKED_ROWS, spread
 from benchmarks.peers import rests
 from benchmarks.record import Head, Times, source
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table, ratio_text
+from reference import bounds, by_row, compare
 
 H, RANK, ADAPTERS = 4096, 16, 16
 ROWS, DTYPES = (1, 16, 64, 256, 1024), ("float32", "bfloat16")
+CHECKED_COLUMNS = 64
 BUDGET = Budget(rounds=8, turn_s=0.03)
 
 
@@ -84,6 +86,26 @@ def layer_of(dtype: str, width: int) -> Layer:
     return Layer(W, bias, {**stacks, "biased": make(scaled, W=W, bias=bias)})
 
 
+def check(
+    layer: Layer, name: str, y: NDArray[Any], x: NDArray[Any], ids: NDArray[np.int64]
+) -> None:
+    """Hold rows and columns at both ends and between of one call to the reference."""
+    stack, rows = layer.stacks[name], spread(len(ids), CHECKED_ROWS)
+    columns = spread(y.shape[1], CHECKED_COLUMNS)
+    adapters = {}
+    for i in np.unique(ids[rows]).tolist():
+        adapter = stack[i]
+        assert adapter is not None
+        m = None if adapter.magnitude is None else adapter.magnitude[columns]
+        adapters[i] = sgmv.Adapter(adapter.A, adapter.B[columns], adapter.scaling, m)
+    operands = y[np.ix_(rows, columns)], x[rows], adapters, ids[rows]
+    bias = layer.bias[columns] if name == "biased" else None
+    expected = by_row.add_lora(*operands, W=layer.W[columns], bias=bias)
+    bound = bounds.add_lora_bound(*operands, W=layer.W[columns], bias=bias, expected=expected)
+    result = sgmv.add_lora(y.copy(), x, stack, sgmv.segment(ids))
+    compare.check(result[np.ix_(rows, columns)], expected, bound, f"{name}, {len(ids)} rows")
+
+
 def by_numpy(
     y: NDArray[Any], x: NDArray[Any], adapters: list[Any], segments: sgmv.Segments
 ) -> None:
@@ -102,10 +124,9 @@ def measure(dtype: str, rows: int, budget: Budget = BUDGET) -> DoraCase:
     x, y = (rng.standard_normal((rows, H), np.float32).astype(kind) for _ in range(2))
     ids = np.arange(rows) % ADAPTERS
     segments = sgmv.segment(ids)
-    for name, stack in layer.stacks.items():
-        bias = layer.bias if name == "biased" else None
+    for name in layer.stacks:
         try:
-            check_rows(y, x, stack, ids, W=layer.W, bias=bias)
+            check(layer, name, y, x, ids)
         except AssertionError as error:
             raise Red("gate: RED, nothing was timed", error) from error
     forms: dict[str, Any] = {

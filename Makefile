@@ -7,8 +7,10 @@ TESTS = $(RUN) -m pytest -n 2 --dist loadfile
 
 # vLLM's own environment: it pins numba and torch, and is large.
 VLLM = .venv-vllm
+# Ray's: it is large.
+CLUSTER = .venv-cluster
 
-.PHONY: help bench test test-all test-vllm pages explorer report check format readme clean
+.PHONY: help bench test test-all test-vllm test-cluster pages explorer report check format readme clean
 
 help:  ## this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +27,9 @@ test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
 
 test-vllm: $(VLLM)/vllm.installed  ## vLLM's real engine on sgmv: minutes, 3 GB, Python 3.11+ (SGMV_TRAFFIC_SECONDS=600: long)
 	$(VLLM)/bin/python -m pytest -q -s tests/vllm tests/compat/vllm/test_packed.py $(ARGS)
+
+test-cluster: $(CLUSTER)/ray.installed  ## campaigns on two Ray nodes of this machine: a minute or two, 1 GB
+	$(CLUSTER)/bin/python -m pytest -q tests/cluster $(ARGS)
 
 pages: $(VENV)/test.installed  ## each block and command of README and docs/, in fresh environments
 	$(RUN) -m pytest -q tests/docs/fresh_pages.py $(ARGS)
@@ -66,5 +71,10 @@ $(VLLM)/vllm.installed: pyproject.toml
 	  --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+$(CLUSTER)/ray.installed: pyproject.toml
+	test -x $(CLUSTER)/bin/python || $(PYTHON) -m venv $(CLUSTER)
+	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,test]'
+	touch $@
+
 clean:  ## remove .venv, bench-out and what was built
-	rm -rf $(VENV) $(VLLM) bench-out build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) $(CLUSTER) bench-out build dist *.egg-info

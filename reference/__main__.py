@@ -4,19 +4,22 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from reference.loading import load
-from reference.runner import check
+from reference.pieces import run
+from reference.runner import Found, Piece, check
 from reference.signatures import SIGNATURES
 from reference.workloads import types_of
 
 EXAMPLES = """examples:
   python -m reference check my_kernel.py:my_kernel
   python -m reference check my_kernel.py:my_kernel --random 10000 --seed 1
+  python -m reference check my_kernel.py:my_kernel --random 1000000 --jobs 8 --journal run.jsonl
   python -m reference check my_ops.py:bgmv_shrink,bgmv_expand --like vllm-bgmv --torch
 
 status: 0 every case passed, 1 some failed, 2 the command is wrong"""
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch=options.torch,
             name=options.kernel,
             progress=progress,
+            elsewhere=_elsewhere(options),
         )
     except KeyboardInterrupt:
         return 130
@@ -63,6 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of `| head`; the interpreter would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if report.ok else 1
+
+
+def _elsewhere(options: argparse.Namespace) -> Callable[[list[Piece]], Iterable[Found]] | None:
+    """What runs the random batches, where it is not this process alone."""
+    if options.jobs == 1 and not (options.ray or options.journal or options.resume):
+        return None
+    kernel = options.kernel, options.like, options.torch
+    where = options.jobs, options.ray, options.journal, options.resume
+    return lambda pieces: run(*kernel, pieces, where)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,9 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--torch", action="store_true", help="hand it torch's tensors, on the CPU")
     add("--random", type=_count, default=0, metavar="N", help="N random batches of each type too")
     add("--seed", type=_count, default=0, help="of the random batches (%(default)s)")
+    add("--jobs", type=_jobs, default=1, help="processes for the random batches (%(default)s)")
+    on_ray = "the same on Ray: the cluster at this address, or that which runs here, or a local one"
+    add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=on_ray)
+    add("--journal", type=Path, metavar="FILE", help="keep what is done of them in this file")
+    add("--resume", action="store_true", help="go on with what the journal has")
     add("--all", action="store_true", help="the whole table, not its first ten groups")
     add("--json", action="store_true", help="the report in JSON")
     return parser
+
+
+def _jobs(text: str) -> int:
+    return max(1, _count(text))
 
 
 def _count(text: str) -> int:

@@ -46,8 +46,16 @@ def batch(seed: int, index: int, dtype: np.dtype[Any]) -> Workload:
     choice = (2, -1, 3, 1, -2, 0) if whole else (0.5, -1.3, 1.0, 2.7, 0.1, 0.0)
     scalings = {adapter_id: float(rng.choice(choice)) for adapter_id in ranks}
     build = integer if whole else real
-    name = f"random batch {index} of seed {seed}, {dtype.name}"
-    case = build(name, HUNTS, ids, ranks, h_in, h_out, scalings=scalings, dtype=dtype)
+    case = build(
+        name(seed, index, dtype.name),
+        HUNTS,
+        ids,
+        ranks,
+        h_in,
+        h_out,
+        scalings=scalings,
+        dtype=dtype,
+    )
     if rng.random() < 0.1 and n:
         x = case.x.copy()
         x[rng.integers(n), rng.integers(h_in)] = rng.choice((np.nan, np.inf))
@@ -58,6 +66,15 @@ def batch(seed: int, index: int, dtype: np.dtype[Any]) -> Workload:
         adapters = {i: adapters[i] if i in unused else pair for i, pair in case.adapters.items()}
         case = replace(case, adapters=adapters)
     return case
+
+
+def name(seed: int, index: int, dtype: str) -> str:
+    """What the batch of this number is called.
+
+    >>> name(0, 7, "float32")
+    'random batch 7 of seed 0, float32'
+    """
+    return f"random batch {index} of seed {seed}, {dtype}"
 
 
 def size(case: Workload) -> int:

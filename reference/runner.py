@@ -6,19 +6,35 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from reference import drawn, workloads
 from reference.batch import Workload, Wrong
+from reference.compare import Worst
 from reference.diagnosis import Evidence, likeliest
 from reference.signatures import SIGNATURES, Handed, Kernel, SpoiledError, posed
 
 # Failed random batches that take part in the diagnosis: it holds each against many questions.
 RANDOM_EVIDENCE = 100
 MOST_BATCHES = 10_000_000  # of each type: hours
+
+
+PIECE = 500  # batches that are drawn at a time
+
+
+class Piece(NamedTuple):
+    """The random batches first to last - 1 of a seed, in one type."""
+
+    dtype: str
+    seed: int
+    first: int
+    last: int
+
+
+Found = list[Any]  # by `draw`, of a piece: as JSON has it
 
 
 @dataclass(frozen=True)
@@ -175,6 +191,7 @@ def check(
     max_elements: int | None = None,
     name: str = "my_kernel",
     progress: Callable[[int, int], None] | None = None,
+    elsewhere: Callable[[list[Piece]], Iterable[Found]] | None = None,
 ) -> Report:
     """The corpus, and random batches, on a kernel; no failure ends it.
 
@@ -182,12 +199,14 @@ def check(
     of this seed in each type, are called as in `call` and held to their answer as by
     `Workload.check`. The smallest random batch that fails is made smaller still.
 
-    kernel    a function; the two halves for signatures that have two
-    like      its signature, see signatures.py: reference, punica, punica-sgmv, vllm-bgmv,
-              vllm-sgmv, sglang
-    torch     whether it takes torch tensors, on the CPU
-    name      FILE:FUNCTION, for the snippet of the smallest batch
-    progress  called after each case with the numbers of cases checked and failed
+    kernel     a function; the two halves for signatures that have two
+    like       its signature, see signatures.py: reference, punica, punica-sgmv, vllm-bgmv,
+               vllm-sgmv, sglang
+    torch      whether it takes torch tensors, on the CPU
+    name       FILE:FUNCTION, for the snippet of the smallest batch
+    progress   called after each case with the numbers of cases checked and failed
+    elsewhere  returns what `draw` finds in each piece of the random batches, in their order; left
+               out, they are drawn here
 
     Raises: ValueError for a signature, a type or a number that is none. A kernel's own exceptions
     are failures of their cases. Source: Punica (2023), section 4, for the call.
@@ -215,32 +234,87 @@ def check(
     failures: list[Failure] = []
     checked: dict[str, int] = {}
 
-    def held(case: Workload) -> Evidence:
-        result = judge(kernels, case, like, torch)
-        checked[case.why] = checked.get(case.why, 0) + 1
-        if result.wrong is not None:
-            failures.append(Failure(case.name, case.why, result.wrong))
+    def count(hunts: str, cases: int = 1) -> None:
+        checked[hunts] = checked.get(hunts, 0) + cases
+
+    def told(held: int = 0, failed: int = 0) -> None:
         if progress is not None:
-            progress(sum(checked.values()), len(failures))
-        return result
+            progress(sum(checked.values()) + held, len(failures) + failed)
 
     for case in workloads.corpus(max_elements, types):
-        evidence.append(held(posed(case, like)))
-    failed: list[Workload] = []
-    for dtype in types if random else []:
-        for index in range(random):
-            result = held(posed(drawn.batch(seed, index, dtype), like))
-            if result.wrong is not None:
-                failed.append(result.case)
-                if len(failed) <= RANDOM_EVIDENCE:
-                    evidence.append(result)
+        case = posed(case, like)
+        result = judge(kernels, case, like, torch)
+        count(case.why)
+        if result.wrong is not None:
+            failures.append(Failure(case.name, case.why, result.wrong))
+        evidence.append(result)
+        told()
+    pieces = pieces_of(types, random, seed)
+    if elsewhere is None:
+        found: Iterable[Found] = (draw(kernels, like, torch, piece, told) for piece in pieces)
+    else:
+        found = elsewhere(pieces)
+    failed: list[tuple[int, Piece, int]] = []  # numbers held, the piece, the batch's number
+    for piece, wrongs in zip(pieces, found, strict=True):
+        count(drawn.HUNTS, piece.last - piece.first)
+        for index, size, kind, what, worst in wrongs:
+            named = drawn.name(piece.seed, index, piece.dtype)
+            wrong = Wrong(kind, what, None if worst is None else Worst(*worst))
+            failures.append(Failure(named, drawn.HUNTS, wrong))
+            failed.append((size, piece, index))
+        told()
+    for _size, piece, index in failed[:RANDOM_EVIDENCE]:
+        evidence.append(judge(kernels, _batch(piece, index, like), like, torch))
     smallest = ""
     if failed:
+        _size, piece, index = min(failed, key=lambda each: each[0])
         least = drawn.smallest(
-            min(failed, key=drawn.size), lambda case: judge(kernels, case, like, torch).wrong
+            _batch(piece, index, like), lambda case: judge(kernels, case, like, torch).wrong
         )
         smallest = drawn.snippet(least, name, like, torch)
     return Report(checked, tuple(failures), likeliest(evidence), smallest)
+
+
+def pieces_of(types: Iterable[np.dtype[Any]], random: int, seed: int) -> list[Piece]:
+    """The random batches 0 to random - 1 of each type.
+
+    >>> [piece.last for piece in pieces_of([np.dtype("float32")], 700, 0)]
+    [500, 700]
+    """
+    return [
+        Piece(dtype.name, seed, first, min(first + PIECE, random))
+        for dtype in types
+        for first in range(0, random, PIECE)
+    ]
+
+
+def draw(
+    kernels: Sequence[Kernel],
+    like: str,
+    torch: bool,
+    piece: Piece,
+    told: Callable[[int, int], None] = lambda held, failed: None,
+) -> Found:
+    """Those of a piece's batches that fail: number, numbers held, and what is wrong.
+
+    told  called after each with how many were held to their answer, and how many failed
+
+    >>> draw([lambda y, *operands: y], "reference", False, Piece("float32", 0, 0, 1))[0][:3]
+    [0, 7293, 'values']
+    """
+    found: Found = []
+    for index in range(piece.first, piece.last):
+        result = judge(kernels, _batch(piece, index, like), like, torch)
+        if result.wrong is not None:
+            kind, what, worst = result.wrong
+            found.append([index, drawn.size(result.case), kind, what, worst and list(worst)])
+        told(index - piece.first + 1, len(found))
+    return found
+
+
+def _batch(piece: Piece, index: int, like: str) -> Workload:
+    [dtype] = workloads.types_of(piece.dtype)
+    return posed(drawn.batch(piece.seed, index, dtype), like)
 
 
 def judge(kernels: Sequence[Kernel], case: Workload, like: str, torch: bool) -> Evidence:

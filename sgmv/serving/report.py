@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -68,13 +68,31 @@ def table(outcomes: Sequence[Outcome], terminal: Terminal | None = None) -> str:
     slots  policy  per s
     2         lru   6.88
     """
+    return table_of([figures(outcome) for outcome in outcomes], terminal)
+
+
+def table_of(
+    found: Sequence[Mapping[str, Any]],
+    terminal: Terminal | None = None,
+    points: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """`table` of what `figures` returned, beside the point of a sweep that each is of.
+
+    >>> from sgmv.serving import Trace, simulate
+    >>> found = [figures(simulate(Trace([0, 0], [1, 2], [9, 9]), max_loras=2))]
+    >>> table_of(found, points=[{"alpha": 0.5}]).split()[-4:]
+    ['0.5', '2', 'lru', '6.88']
+    """
     terminal = terminal or Terminal()
-    rows = [
-        [_short(each[key], scale) for _, key, scale in COLUMNS] for each in map(figures, outcomes)
-    ]
-    width = max((len(row[0]) for row in rows), default=0)
-    rows = [[row[0].rjust(width), *row[1:]] for row in rows]
-    return terminal.text(terminal.table([head for head, _, _ in COLUMNS], rows, keys=2))
+    rows = [[_short(each[key], scale) for _, key, scale in COLUMNS] for each in found]
+    names = list(points[0]) if points else []
+    for row, point in zip(rows, points, strict=False):
+        row[:0] = [f"{point[name]:g}" for name in names]
+    keys = len(names) + 1
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(keys)]
+    rows = [[*map(str.rjust, row[:keys], widths), *row[keys:]] for row in rows]
+    heads = [*(name.replace("_", "\n") for name in names), *(head for head, _, _ in COLUMNS)]
+    return terminal.text(terminal.table(heads, rows, keys=keys + 1))
 
 
 def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:

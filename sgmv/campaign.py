@@ -264,7 +264,7 @@ def _on_ray(campaign: Campaign, address: str, left: list[int]) -> Found:
     try:
         ray: Any = load("ray")
     except ImportError as error:
-        remedy = "pip install 'sgmv[ray]'"
+        remedy = "pip install ray"
         raise SgmvError("ray", "Ray to be installed", "none", remedy) from error
     _join(ray, address)
     try:

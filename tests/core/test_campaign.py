@@ -156,5 +156,5 @@ def test_journals_are_of_these_pieces_alone(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_ray_is_an_extra(tmp_path: Path) -> None:
-    with pytest.raises(SgmvError, match=r"pip install 'sgmv\[ray\]'"):
+    with pytest.raises(SgmvError, match="pip install ray"):
         run(campaign(tmp_path), Where(ray="auto"))

@@ -56,7 +56,11 @@ def as_pairs(
     """The ids as contiguous int64 (n * k,) and k; for (n,) ids k is None."""
     shape = getattr(adapter_ids, "shape", None)
     if shape is None and isinstance(adapter_ids, list | tuple):
-        rows = [row for row in adapter_ids if isinstance(row, list | tuple | np.ndarray)]
+        rows = [
+            row
+            for row in adapter_ids
+            if isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim == 1)
+        ]
         lengths = {np.size(row) for row in rows}
         if rows and len(rows) == len(adapter_ids) and len(lengths) == 1:
             shape = len(rows), lengths.pop()

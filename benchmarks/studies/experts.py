@@ -1,6 +1,6 @@
 """Layers of experts: grouped products against torch's and numpy's, and LoRA on them.
 
-    python -m benchmarks experts            check, timings, table; about two minutes
+    python -m benchmarks experts            check, timings, table; about four minutes
     python -m benchmarks experts --record   the same, into benchmarks/records/, to commit
 
 One product x @ W[e].T of the widths of Qwen3-30B-A3B (gate and up: 2048 -> 1536, 8 of 32 experts;
@@ -12,6 +12,8 @@ ml_dtypes is there. Then the deltas alone of 16 adapters of rank 8 on each exper
     loop     an expert, or (expert, adapter), at a time: the rows gathered, numpy's products, put
              back; weights of 16 bits are widened, as numpy has no product of them
     torch    the same in torch, in the weights' own type
+    grouped  torch's grouped_mm, over rows sorted by expert
+    gather   the weights of each pair gathered, then einsum, as in vLLM's CPU operations
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from benchmarks.text import Console, Table, ratio_text
 from reference import bounds, by_row, compare
 from sgmv import experts
 
-ROWS, ADAPTERS, RANK = (1, 16, 64, 256), 16, 8
+ROWS, ADAPTERS, RANK = (1, 16, 64, 256, 1024), 16, 8
+PEERS = ("loop", "torch", "grouped", "gather")
 BUDGET = Budget(rounds=4, turn_s=0.1)
 
 
@@ -135,6 +138,30 @@ def forms(o: Operands, library: str) -> dict[str, Callable[[NDArray[Any]], Any]]
     return {"products": products, "deltas": deltas}
 
 
+def torchs_own(o: Operands) -> dict[str, dict[str, Callable[[NDArray[Any]], Any]]]:
+    """What torch, and vLLM in torch, have beside a loop: of products, and of deltas."""
+    import torch
+
+    E, k = len(o.W), o.ids.shape[1]
+    x, W, A, B = (in_library("torch", each) for each in (o.x, o.W, o.A, o.B))
+    flat = o.ids.ravel()
+    order = torch.from_numpy(np.argsort(flat, kind="stable"))
+    ends = torch.from_numpy(np.cumsum(np.bincount(flat, minlength=E)).astype(np.int32))
+    row_of = torch.arange(len(o.x)).repeat_interleave(k)
+    experts_of, adapters_of = torch.from_numpy(flat), torch.from_numpy(o.adapter_ids)[row_of]
+
+    def grouped(y: NDArray[Any]) -> None:
+        sorted_rows = x[row_of[order]]
+        made = torch.nn.functional.grouped_mm(sorted_rows, W.transpose(-2, -1), offs=ends)
+        in_library("torch", y)[order] = made
+
+    def gather(y: NDArray[Any]) -> None:
+        v = torch.einsum("pi,poi->po", x[row_of], A[adapters_of, experts_of])
+        in_library("torch", y).add_(torch.einsum("pi,poi->po", v, B[adapters_of, experts_of]))
+
+    return {"products": {"grouped": grouped}, "deltas": {"gather": gather}}
+
+
 def measure(
     its: Widths, dtype: str, rows: int, loaded: Any, budget: Budget = BUDGET
 ) -> list[ExpertsCase]:
@@ -154,11 +181,15 @@ def measure(
     others = {"loop": forms(o, "numpy")}
     if find_spec("torch"):
         others["torch"] = forms(o, "torch")
+    more = torchs_own(o) if find_spec("torch") else {what: {} for what in ours}
     check(o, ours["products"], ours["deltas"])
+    check_others(ours, others, more, rows * its.k, its.h_out, W.dtype)
     cases = []
     for what in ours:
         every = {"sgmv": ours[what]} | {name: both[what] for name, both in others.items()}
-        waits = rests([{"loop": "numpy"}.get(name, name) for name in every])
+        every |= more[what]
+        libraries = {"loop": "numpy", "sgmv": "sgmv"}
+        waits = rests([libraries.get(name, "torch") for name in every])
         y = np.zeros((rows * its.k, its.h_out), W.dtype)
         turns = [
             Variant(name, partial(form, y), settle_s=max(0.003, wait))
@@ -189,13 +220,31 @@ def check(o: Operands, products: Any, deltas: Any) -> None:
         raise Red("gate: RED, nothing was timed", error) from error
 
 
+def check_others(
+    ours: Any, others: Any, more: Any, pairs: int, width: int, dtype: np.dtype[Any]
+) -> None:
+    """Hold every other form's result to ours, which is right: it computes the same. Raises Red."""
+    for what, form in ours.items():
+        y = np.zeros((pairs, width), dtype)
+        made = form(y)
+        right = np.asarray(y if what == "deltas" else made, np.float32).reshape(pairs, width)
+        room = 0.05 * float(np.abs(right).max())  # another computation is off by far more
+        every = {name: both[what] for name, both in others.items()} | more[what]
+        for name, other in every.items():
+            y = np.zeros((pairs, width), dtype)
+            other(y)
+            off = float(np.abs(y.astype(np.float32) - right).max())
+            if off > room:
+                raise Red(f"{name} computes other {what}", AssertionError(f"off by {off:.3g}"))
+
+
 def tables(record: ExpertsRecord) -> list[Table]:
     """A line per batch; ratios to sgmv."""
     rows, means = [], []
     for case in record.cases:
         ours = case.times["sgmv"]
         cells = []
-        for name in ("loop", "torch"):
+        for name in PEERS:
             its = case.times.get(name)
             if its is None:
                 cells.append("-")
@@ -206,7 +255,7 @@ def tables(record: ExpertsRecord) -> list[Table]:
              f"{ours.q50 / 1e3:.3g}", *cells]
         )  # fmt: skip
     for what in ("products", "deltas"):
-        for name in ("loop", "torch"):
+        for name in PEERS:
             ratios = [
                 case.times[name].q50 / case.times["sgmv"].q50
                 for case in record.cases
@@ -216,7 +265,7 @@ def tables(record: ExpertsRecord) -> list[Table]:
                 means.append(
                     f"{what}, {name} / sgmv, geometric mean: {geometric_mean(ratios):.2f}x"
                 )
-    head = ["layer", "what", "type", "n", "S", "sgmv ms", "loop / sgmv", "torch / sgmv"]
+    head = ["layer", "what", "type", "n", "S", "sgmv ms", *(f"{name} / sgmv" for name in PEERS)]
     return [Table(head, rows, 3, [*means, f"{record.threads} threads."])]
 
 

@@ -30,6 +30,11 @@ def test_each_script_runs_and_the_page_shows_what_it_prints(name: str) -> None:
     assert examples_page.section(name) in examples_page.PAGE.read_text()
 
 
+def test_what_a_gpu_wastes_on_experts_is_what_the_script_prints() -> None:
+    page = (examples_page.ROOT / "docs" / "group-by-id.md").read_text()
+    assert examples_page.output("experts_waste").rstrip() in page
+
+
 def test_the_page_holds_nothing_else() -> None:
     page = examples_page.PAGE.read_text()
     assert page.startswith(examples_page.HEAD)

@@ -188,6 +188,50 @@ def plain_csgmv_expand(ids: list[int], h_out: int, r: int) -> Iterator[Block | N
             yield None if rows == -1 else (16 * 64 * deep, read, 2 * rows * across)
 
 
+def plain_moe(ids: list[int], tile: Callable[[int], Iterator[Block]]) -> Iterator[Block | None]:
+    """64 adapters of 3 experts: blocks of rows of each pair of both, by the tokens of the batch."""
+    n = len(ids)
+    rows = 16 if n <= 32 else 32 if n <= 96 else 64 if n <= 512 else 128
+    across = len(list(tile(1)))
+    if n * 8 <= 3 * 64:
+        for i in ids:
+            yield from [None] * across if i == -1 else tile(1)
+        return
+    padded = n * rows if n < 3 else n + 3 * (rows - 1)
+    busy = 0
+    for adapter_id, length in runs(ids):
+        for first in range(0, length if adapter_id != -1 else 0, rows):
+            yield from tile(min(rows, length - first))
+            busy += 1
+    yield from [None] * (across * (65 * math.ceil(padded / rows) - busy))
+
+
+def plain_moe_shrink(ids: list[int], h_in: int, r: int) -> Iterator[Block | None]:
+    n = len(ids)
+    rows = 16 if n <= 32 else 32 if n <= 96 else 64 if n <= 512 else 128
+    column, depth = min(64 if n <= 64 else 128, r), 128 if n <= 64 else 64
+
+    def tile(length: int) -> Iterator[Block]:
+        for across in cut(r, column):
+            lanes = rows * column * math.ceil(h_in / depth) * depth
+            yield lanes, 2 * h_in * (length + across), 2 * length * across
+
+    yield from plain_moe(ids, tile)
+
+
+def plain_moe_expand(ids: list[int], h_out: int, r: int) -> Iterator[Block | None]:
+    n = len(ids)
+    rows = 16 if n <= 32 else 32 if n <= 96 else 64 if n <= 512 else 128
+    column, depth = 64 if n <= 64 else 128, max(16, min(128 if n <= 64 else 64, r))
+
+    def tile(length: int) -> Iterator[Block]:
+        for across in cut(h_out, column):
+            read = 2 * (length * r + r * across + length * across)
+            yield rows * column * math.ceil(r / depth) * depth, read, 2 * length * across
+
+    yield from plain_moe(ids, tile)
+
+
 PLAIN: dict[str, Callable[[list[int], int, int], Iterator[Block | None]]] = {
     "punica_sgmv_shrink": plain_sgmv_shrink,
     "punica_cutlass_expand": plain_cutlass_expand,
@@ -197,6 +241,8 @@ PLAIN: dict[str, Callable[[list[int], int, int], Iterator[Block | None]]] = {
     "vllm_v1_expand": plain_vllm_expand,
     "sglang_csgmv_shrink": plain_csgmv_shrink,
     "sglang_csgmv_expand": plain_csgmv_expand,
+    "vllm_moe_shrink": plain_moe_shrink,
+    "vllm_moe_expand": plain_moe_expand,
 }
 
 

@@ -15,17 +15,32 @@ from sgmv.emulator import Launch
 
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 IDS = [5, 0, -1, 2, 5, 5, 0, -1, 3]
+EXPERTS = 3
+
+
+def as_experts(ids: Any) -> tuple[list[int], list[list[int]]]:
+    """The tokens of these pairs, one each: an id is that of (adapter, expert)."""
+    pairs = [(-1, -1) if i == -1 else divmod(i, EXPERTS) for i in np.asarray(ids).tolist()]
+    return [adapter for adapter, _ in pairs], [[expert] for _, expert in pairs]
+
+
 SHRINKS: dict[str, Callable[..., Launch]] = {
     "punica_sgmv_shrink": emulator.punica_sgmv_shrink,
     "punica_bgmv_shrink": emulator.punica_bgmv_shrink,
     "vllm_v1_shrink": lambda *args, **more: emulator.vllm_v1_shrink(*args, 64, **more),
     "sglang_csgmv_shrink": emulator.sglang_csgmv_shrink,
+    "vllm_moe_shrink": lambda ids, h_in, r: emulator.vllm_moe_shrink(
+        *as_experts(ids), h_in, r, EXPERTS, 64
+    ),
 }
 EXPANDS: dict[str, Callable[..., Launch]] = {
     "punica_cutlass_expand": emulator.punica_cutlass_expand,
     "punica_bgmv_expand": emulator.punica_bgmv_expand,
     "vllm_v1_expand": lambda *args, **more: emulator.vllm_v1_expand(*args, 64, **more),
     "sglang_csgmv_expand": emulator.sglang_csgmv_expand,
+    "vllm_moe_expand": lambda ids, r, h_out: emulator.vllm_moe_expand(
+        *as_experts(ids), r, h_out, EXPERTS, 64
+    ),
 }
 KERNELS = {**SHRINKS, **EXPANDS}
 

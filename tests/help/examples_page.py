@@ -22,6 +22,7 @@ ORDER = (
     "server_step",
     "own_kernel",
     "emulate_launch",
+    "experts_waste",
     "compare_timings",
 )
 TIMED = {"compare_timings"}  # prints other figures at each run
@@ -30,7 +31,7 @@ COMMAND = re.compile(r"^python (?:-m )?(?:examples|reference)\S*.*$", re.MULTILI
 HEAD = """\
 # Examples
 
-Six scripts, each read in a minute, to be run in a clone with its environment active
+Seven scripts, each read in a minute, to be run in a clone with its environment active
 ([install](../README.md#install)) and the extra `peft` in it: `pip install -e '.[peft]'`.
 
 And a notebook, [`examples/student.ipynb`](../examples/student.ipynb), from the textbook form in

@@ -646,6 +646,14 @@ CALLS: dict[str, Callable[[], Made]] = {
     "sglang_csgmv_shrink": launch(
         "sglang_csgmv_shrink", h_in=100, r=100, device=device(), max_lora_chunk_size=100
     ),
+    "vllm_moe_shrink": launch(
+        "vllm_moe_shrink", expert_ids=[[0], [1], [0], [-1], [1]], h_in=100, r=100, experts=100,
+        max_loras=101, device=device(),
+    ),
+    "vllm_moe_expand": launch(
+        "vllm_moe_expand", expert_ids=[[0], [1], [0], [-1], [1]], r=100, h_out=100, experts=100,
+        max_loras=101, device=device(),
+    ),
     "sglang_csgmv_expand": launch(
         "sglang_csgmv_expand", r=100, h_out=[100, 100], device=device(), max_lora_chunk_size=100
     ),

@@ -1,9 +1,9 @@
 """The process of `benchmarks/engine.py`: an engine of vLLM's, and jobs that it runs.
 
-It reads {"model", "engine", "jobs"} as JSON from standard input and prints one line of JSON with a
-result for each job:
+It reads {"model", "engine"} as a line of JSON from standard input, then a job a line, and prints a
+line "answer: " and JSON with each job's result; at the end of its input, what it knows of itself:
 
-    {"do": "generate", "requests": [[prompt, adapter, tokens], ...]}   tokens, seconds, margins
+    {"do": "generate", "requests": [[prompt, adapter, tokens], ...]}   tokens, seconds, peak
     {"do": "load", "adapter": [number, directory], "inplace": true}    an adapter, perhaps again
     {"do": "pin", "adapter": [number, directory]}
     {"do": "logprobs", "requests": ...}                                of every first token
@@ -60,7 +60,8 @@ def generate(llm: Any, job: Any) -> Any:
     seconds = time.perf_counter() - start
     foreign = None if used is None else max(0.0, (cpu_seconds() - used) / seconds)
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
-    found = {"tokens": tokens, "seconds": seconds, "foreign_cores": foreign}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {"tokens": tokens, "seconds": seconds, "foreign_cores": foreign, "peak": peak}
     if margins:
         found["margins"] = [margin(o.outputs[0].logprobs) for o in outputs]
     return found
@@ -167,8 +168,8 @@ JOBS = {
 
 
 def main() -> None:
-    """Make the engine, run the jobs, print the results."""
-    asked = json.load(sys.stdin)
+    """Make the engine, run job after job as they come, and print each one's result."""
+    asked = json.loads(sys.stdin.readline())
     import torch._dynamo.utils
     from vllm import LLM
 
@@ -177,15 +178,22 @@ def main() -> None:
         "max_num_seqs": 32, "dtype": "float32", **asked["engine"],
     }  # fmt: skip
     llm = LLM(asked["model"], **options)
-    results = [JOBS[job["do"]](llm, job) for job in asked["jobs"]]
-    facts = {
-        "sgmv": "sgmv.compat.vllm.engine" in sys.modules,
-        "numba": "numba" in sys.modules,
-        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer(JOBS[job["do"]](llm, job))
+    answer(
+        {
+            "sgmv": "sgmv.compat.vllm.engine" in sys.modules,
+            "numba": "numba" in sys.modules,
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        }
+    )
+
+
+def answer(result: Any) -> None:
+    """Print a line that no other print has begun."""
     sys.stdout.flush()
-    print("\n" + json.dumps({"results": results, "facts": facts}), flush=True)
+    print("\nanswer: " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

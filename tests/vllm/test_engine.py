@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from benchmarks import engine as engines
-from benchmarks.engine import ROOT, TINY, Served, write_adapter
+from benchmarks.engine import ROOT, TINY, TINY_EXPERTS, Served, write_adapter
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; `make test-vllm` installs it", allow_module_level=True)
@@ -112,6 +112,38 @@ def test_greedy_tokens_are_those_of_vllms_own_products(root: Path) -> None:
     check_equal(ours.results, stock.results)
 
 
+def test_embedding_and_output_layer_are_adapted(root: Path) -> None:
+    """An adapter without its embed_tokens and lm_head gives other tokens, stock's as well."""
+    write_adapter(root / "middle-3", TINY.modules(), RANKS[0], seed=3)
+    whole = requests(root, [3, 0, 3, 3], tokens=12, seed=21)
+    middle = [
+        [prompt, [40, str(root / "middle-3")] if its else None, n] for prompt, its, n in whole
+    ]
+    jobs = [generate(whole), generate(middle)]
+    stock, ours = (
+        serve(products, root / "model", jobs, **lora(3)) for products in ("stock", "sgmv")
+    )
+    check_equal(ours.results, stock.results)
+    assert all(ours.results[0]["tokens"][i] != ours.results[1]["tokens"][i] for i in (0, 2, 3))
+
+
+def test_vllm_runs_no_experts_with_lora_on_a_cpu(root: Path, tmp_path: Path) -> None:
+    """Qwen3-MoE with adapters of its attention alone: vLLM takes experts' kernels of its GPU path.
+
+    Once it does not, the two must have the same tokens.
+    """
+    TINY_EXPERTS.write(tmp_path / "model")
+    for i in range(1, 5):
+        write_adapter(tmp_path / f"adapter-{i}", TINY_EXPERTS.modules(), RANKS[i % 3], seed=i)
+    [found] = serve("base", tmp_path / "model", [generate(requests(tmp_path, [0, 0]))]).results
+    assert len(found["tokens"]) == 2
+    job = [generate(requests(tmp_path, [1, 2, 0, 3, 4], seed=5))]
+    engine = lora(5, lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    for products in ("stock", "sgmv"):
+        with pytest.raises(RuntimeError, match="fused_moe/experts/triton_moe"):
+            serve(products, tmp_path / "model", job, **engine)
+
+
 def test_compiled_models_need_no_graph_for_each_mix(root: Path) -> None:
     """SGMV_VLLM=compile: the same tokens in every mix, and nothing is compiled again for one."""
     jobs = [generate(requests(root, mix, seed=i)) for i, mix in enumerate(([1, 0, 2], [3], [0, 4]))]
@@ -123,8 +155,8 @@ def test_compiled_models_need_no_graph_for_each_mix(root: Path) -> None:
     stock = serve("stock", root / "model", jobs, **lora(5))
     check_equal(ours.results, stock.results)
     # Seven mixes and more, as requests end. torch takes one row for a size apart from others.
-    assert 1 <= ours.facts["graphs"] <= 2
-    assert stock.facts["graphs"] == 0
+    # vLLM compiles some parts in any case.
+    assert 1 <= ours.facts["graphs"] - stock.facts["graphs"] <= 2
 
 
 def test_base_only_rows_are_the_base_models_though_every_slot_is_taken(root: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from sgmv import workers
 from sgmv.compat.operator import handle_of, operation
-from sgmv.compat.vllm.packed import Batch, Packed, Tensor, can_add, can_pack
+from sgmv.compat.vllm.packed import Batch, Packed, Tensor, can_add, can_pack, identity
 from sgmv.compat.vllm.wrapper import PunicaWrapper
 from sgmv.extras import load
 from sgmv.ids import as_ids
@@ -130,8 +130,14 @@ class PackedProducts:
         """The second product of the embedding: see `PunicaWrapper`."""
         if self._is_traced() and add_inputs:
             self._operation(y, x, [lora_b_stacked], [], self._handle)
-        elif self._batch.slots:
-            self._stored.add_lora_embedding(y, x, lora_b_stacked, add_inputs)
+            return
+        if not self._batch.slots:
+            return
+        packed = self.packed((), (lora_b_stacked,))
+        if packed is not None and add_inputs and can_add(y, x):
+            packed.add(y, x, self._batch, [lora_b_stacked.shape[-2]])
+            return
+        self._stored.add_lora_embedding(y, x, lora_b_stacked, add_inputs)
 
     def add_lora_linear(
         self,
@@ -198,12 +204,16 @@ class PackedProducts:
         self.add_lora_linear(y, x, A, B, 1.0, widths)
 
     def packed(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> Packed | None:
-        """A layer's packed weights, made on first use; None if they cannot be packed."""
+        """A layer's packed weights, made on first use; None if they cannot be packed.
+
+        Of an embedding there is no A.
+        """
         key = B[0].data_ptr()
         try:
             return self._layers[key]
         except KeyError:
             self._held.append(B)
+            A = A or [identity(b) for b in B]
             found = self._layers[key] = Packed(A, B) if can_pack(*A, *B) else None
             return found
 

@@ -27,7 +27,7 @@ from sgmv.ids import BASE_ONLY, Integers
 from sgmv.launch import run_both_at
 from sgmv.segment import Segments, segment
 from sgmv.stack import AdapterStack
-from sgmv.tensors import as_array, float_dtype, name_of
+from sgmv.tensors import as_array, float_dtype, name_of, torch
 from sgmv.workers import torchs_pool
 
 Tensor: TypeAlias = Any  # a torch tensor on the CPU
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 class Packed:
-    """One layer's slices, or its embedding's B alone."""
+    """One layer's slices; or an embedding, of which A is `identity`."""
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         self._tensors = tuple(A), tuple(B)  # held, so that none is replaced at the same address
@@ -109,6 +109,12 @@ class Packed:
                 compiled = kernels(None, x_dtype, stack.dtype, y_dtype)
                 run_both_at(compiled, table, batch.segments, pool, x_at, (y_at, y_row))
             y_at += width * y_dtype.itemsize
+
+
+def identity(B: Tensor) -> Tensor:
+    """A for an embedding's B: what vLLM has looked up is v, and `add` takes an x."""
+    with torch().inference_mode(False):  # torch counts no writes to what is made there
+        return torch().eye(B.shape[-1], dtype=B.dtype).expand(len(B), 1, -1, -1)
 
 
 def can_pack(*tensors: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sgmv.compat.vllm.packed import Batch, Packed, can_add, can_pack
+from sgmv.compat.vllm.packed import Batch, Packed, can_add, can_pack, identity
 from sgmv.errors import ShapeError
 from tests.help.compat_forms import check, delta, indices
 
@@ -49,6 +49,20 @@ def check_layer(packed: Packed, A: list[Any], B: list[Any], ids: np.ndarray) -> 
             check(array(out[:, columns]), right, "slice")
         start += width
     assert torch.equal(out[:, start:], y[:, start:])
+    assert torch.equal(out[ids == -1], y[ids == -1])
+
+
+def test_an_embeddings_first_product_is_what_was_looked_up(rng: np.random.Generator) -> None:
+    _, (B, _) = stacks()
+    with torch.inference_mode():  # as in a step
+        A = identity(B)
+    assert can_pack(A, B)
+    ids = indices(rng, 30, SLOTS)
+    x, y = drawn(len(ids), RANK), drawn(len(ids), WIDTHS[0])
+    out = y.clone()
+    Packed([A], [B]).add(out, x, Batch.of(ids), WIDTHS[:1])
+    eye = np.broadcast_to(np.eye(RANK, dtype=np.float32), (SLOTS, RANK, RANK))
+    check(array(out), delta(array(y), array(x), eye, array(B[:, 0]), ids, 1.0), "embedding")
     assert torch.equal(out[ids == -1], y[ids == -1])
 
 

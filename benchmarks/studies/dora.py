@@ -29,7 +29,7 @@ from benchmarks.gate import CHECKED_ROWS, spread
 from benchmarks.peers import rests
 from benchmarks.record import Head, Times, source
 from benchmarks.study import Red, Study
-from benchmarks.text import Console, Table, ratio_text
+from benchmarks.text import Console, Table, undecided
 from reference import bounds, by_row, compare
 
 H, RANK, ADAPTERS = 4096, 16, 16
@@ -159,9 +159,10 @@ def tables(record: DoraRecord) -> list[Table]:
         cells = [f"{plain.q50:.1f}"]
         for name in ("dora", "biased", "numpy"):
             its = case.times.get(name)
-            cells.append(
-                ratio_text(its.q50 / plain.q50, interval((plain, its))) if its is not None else "-"
-            )
+            cell = "-"
+            if its is not None:
+                cell = f"{its.q50 / plain.q50:.2f}x{undecided(interval((plain, its)))}"
+            cells.append(cell)
         lines.append([case.dtype, str(case.rows), str(case.S), *cells])
     means = {
         name: geometric_mean(c.times[name].q50 / c.times["plain"].q50 for c in record.cases)
@@ -189,8 +190,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def page(record: DoraRecord, name: str) -> str:
     """The table of docs/group-by-id.md, and where it comes from."""
     [table] = tables(record)
-    head = f"{source(record)}; record: `benchmarks/records/{name}`. {table.notes[0].capitalize()}"
-    return f"{head}\n\n{table.markdown()}"
+    head = f"{source(record)}; record: `benchmarks/records/{name}`."
+    return f"{head}\n\n{table.markdown()}\n\n{table.notes[0]}"
 
 
 STUDY = Study(

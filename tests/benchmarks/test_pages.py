@@ -76,7 +76,7 @@ def test_a_stale_page_or_figure_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And written anew, but for the words around its tables."""
-    for name in ("README.md", "docs/kernels.md", "docs/engines.md"):
+    for name in ("README.md", "docs/kernels.md", "docs/engines.md", "docs/group-by-id.md"):
         page = tmp_path / name
         page.parent.mkdir(exist_ok=True)
         page.write_text((records.ROOT / name).read_text().replace("| numpy per", "| mumpy per"))

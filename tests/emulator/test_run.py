@@ -28,6 +28,7 @@ def rounded_apart(expected: Any, y: Any, bound: Any, dtype: np.dtype[Any]) -> An
 UNSCALED = {"punica_sgmv_shrink", "punica_cutlass_expand", "sglang_csgmv_shrink"}
 UNSCALED |= {"vllm_moe_shrink", "vllm_moe_expand"}
 
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", SHRINKS)
 @pytest.mark.parametrize(("kind", "n"), [("distinct", 9), ("skewed", 70), ("identical", 130)])

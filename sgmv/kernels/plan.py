@@ -290,6 +290,6 @@ def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
     call.shrink_cuts = cuts_of_shrink(call.block_count, rank, threads)
     panels = -(-table.h_out // table.panel_columns)
     call.expand_cuts = cuts(call.block_count, panels, threads)
-    if call.turns != 0:  # the blocks of a cut follow one another: only its cuts busy all threads
-        call.expand_cuts = min(cuts(1, panels, threads), MOST_TURNS)
+    if call.turns != 0:  # the blocks of a cut follow one another: a cut for each thread
+        call.expand_cuts = max(1, min(threads, panels, MOST_TURNS))
     return cost_ns

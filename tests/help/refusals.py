@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import sgmv
+import sgmv.experts
 from sgmv import cache, errors
 from sgmv.kernels.disk import SUFFIX
 from sgmv.popularity import popularity
@@ -49,6 +50,10 @@ def empty_a_folder_of_someone_else() -> None:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Path, "unlink", refuse)
             cache.clear()
+
+
+def experts(count: int) -> Any:
+    return sgmv.experts.ExpertAdapter(np.ones((count, 2, 3), F), np.ones((count, 4, 2), F))
 
 
 class Short:
@@ -613,6 +618,27 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         lambda: sgmv.add_lora(Y, X, gained(), [[0, 7]] * 5),
         errors.ValueRangeError,
         ["adapter_ids: ", "DoRA", "alone", "rows [0, 1, 2, 3, 4]", "-1 in the other places"],
+    ),
+    # adapters of experts
+    "a factor of one axis": (
+        lambda: sgmv.experts.ExpertAdapter(np.ones(3, F), B),
+        errors.ShapeError,
+        ["A: ", "(experts, rows, columns)", "(3,)", "stack"],
+    ),
+    "other numbers of experts": (
+        lambda: sgmv.experts.ExpertAdapter(np.ones((2, 2, 3), F), np.ones((3, 4, 2), F)),
+        errors.ShapeError,
+        ["A and B: ", "same number of experts", "(2, 2, 3) and (3, 4, 2)", "share one"],
+    ),
+    "adapters of other experts joined": (
+        lambda: sgmv.experts.ExpertAdapter.joined(experts(2), experts(3)),
+        errors.ShapeError,
+        ["second: ", "(2, 3)", "(3, 3)", "the same x"],
+    ),
+    "what is no adapter of experts joined": (
+        lambda: sgmv.experts.ExpertAdapter.joined(experts(2), (A, B)),
+        errors.DtypeError,
+        ["second: ", "ExpertAdapter", "tuple"],
     ),
     # threads
     "threads below 1": (

@@ -17,13 +17,13 @@ from typing import Any
 import numpy.typing as npt
 
 from sgmv.adapter import Adapter, load_peft
-from sgmv.checks import check_count, check_dtype
+from sgmv.checks import check_count, check_dtype, check_several
 from sgmv.errors import DtypeError, ServingError, some
 from sgmv.ids import is_integer
 from sgmv.peft_names import near_names
 from sgmv.serving.requests import Asked, LoRARequest, by_id
 from sgmv.serving.residency import Counters, Residency
-from sgmv.serving.weights import Active, Weights, check_unpinned
+from sgmv.serving.weights import Active, Hosted, Weights, check_unpinned
 from sgmv.stack import AdapterStack
 from sgmv.warm_up import warm_up
 
@@ -50,6 +50,8 @@ class AdapterSlots:
     base           module -> (W, bias), or (W, None): the model's own, as `AdapterStack.load` takes
                    them for adapters with magnitudes (DoRA). They are read when such an adapter
                    comes into host memory
+    saved          parameters that an adapter may replace (PEFT's modules_to_save), such as a head's
+                   "score.weight": `Step.saved` has them. Adapters that replace others are refused
 
     Any thread may call any method; calls wait for each other, also while one reads from disk.
     Raises ServingError, DtypeError, ValueRangeError, ShapeError.
@@ -83,6 +85,7 @@ class AdapterSlots:
         policy: str = "lru",
         read: Callable[[str], Mapping[str, Adapter]] = load_peft,
         base: Mapping[str, tuple[Any, Any]] | None = None,
+        saved: Collection[str] = (),
     ) -> None:
         self._residency = Residency(max_loras, max_cpu_loras, policy)
         if modules is not None and not isinstance(modules, Mapping):
@@ -102,7 +105,11 @@ class AdapterSlots:
         warm_up([self.dtype])
         self.policy = policy
         limits = self._residency, self.max_lora_rank, self.dtype
-        self._weights = Weights(*limits, read, modules, base)
+        check_several("saved", saved, "names of parameters")
+        names = frozenset(saved)
+        if not all(isinstance(name, str) for name in names):
+            raise DtypeError("saved", "names of parameters", some(map(repr, names)), "pass texts")
+        self._weights = Weights(*limits, read, modules, base, names)
         self._pinned: frozenset[int] = frozenset()
         self._changing = threading.RLock()
         _all.add(self)
@@ -319,6 +326,12 @@ there is nothing to unpin
                 repr(module),
                 near_names(str(module), self.modules),
             ) from None
+
+    def _in_slots(self) -> dict[int, Hosted]:
+        """Generation -> its adapter, of those in slots."""
+        with self._changing:
+            weights = self._weights
+            return {number: weights.hosted[i] for i, number in weights.generation.items()}
 
     def __repr__(self) -> str:
         with self._changing:

@@ -8,7 +8,7 @@ step.add_lora(module, y, x)      one SGMV for each layer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Container, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -28,7 +28,6 @@ from sgmv.serving.requests import Asked, LoRARequest, members_of
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.slots import AdapterSlots
 from sgmv.serving.weights import Active
-from sgmv.stack import AdapterStack
 
 R = TypeVar("R", bound=Hashable)
 
@@ -117,9 +116,42 @@ class Step(Generic[R]):
         except UnknownAdapterError as error:
             raise self._stale(stack) from error
 
-    def _stale(self, stack: AdapterStack) -> StaleStepError:
-        """The stack lacks ids of the step, which is older than what the slots hold."""
-        gone = [self.adapters[i].lora_name for i in self.adapters if i not in stack]
+    def saved(self, parameter: str) -> list[tuple[Integers, Array]]:
+        """The rows whose adapters replace a parameter of the model, and what they replace it with.
+
+        Semantics: one pair for each such adapter, rows ascending; all other rows use the model's
+        own. `for rows, weight in step.saved("score.weight"): y[rows] = x[rows] @ weight.T`.
+
+        parameter  a name of the slots' `saved`
+
+        Raises ServingError for another name; StaleStepError as `add_lora`.
+        Source: PEFT, ModulesToSaveWrapper, `_mixed_batch_forward`.
+
+        >>> slots = AdapterSlots(1, 1, 8, saved=["score.weight"])
+        >>> make_step(slots, {"r0": None}).saved("score.weight")
+        []
+        """
+        names = self.adapter_slots._weights.saved
+        if not isinstance(parameter, str) or parameter not in names:
+            remedy = f"name it in AdapterSlots(saved=...) ({near_names(str(parameter), names)})"
+            expected = "a parameter that adapters may replace"
+            raise ServingError("parameter", expected, repr(parameter), remedy)
+        found: list[tuple[Integers, Array]] = []
+        starts = self.segments.seq_start
+        hosted = self.adapter_slots._in_slots()
+        for s, generation in enumerate(self.segments.adapter_ids.tolist()):
+            if generation == BASE_ONLY:
+                continue
+            if generation not in hosted:
+                raise self._stale(hosted)
+            if parameter in hosted[generation].saved:
+                rows = self.segments.rows[starts[s] : starts[s + 1]]
+                found.append((rows, hosted[generation].saved[parameter]))
+        return found
+
+    def _stale(self, known: Container[int]) -> StaleStepError:
+        """Ids of the step are not known any more: it is older than what the slots hold."""
+        gone = [self.adapters[i].lora_name for i in self.adapters if i not in known]
         return StaleStepError(
             "step",
             "adapters that are still in the slots they had",
@@ -135,9 +167,10 @@ def next_step(
 
     Semantics: `make_step` of `scheduler.schedule(slots.pinned)`, without the requests for adapters
     that cannot be loaded: missing, damaged, of other widths, above max_lora_rank, or the reader
-    raises; and without mixtures that have adapters with magnitudes (DoRA). These are finished in
-    the scheduler and listed in `Step.failed`; the other requests run as if they had not come. NaN
-    or inf in an adapter's weights is no failure: its own rows get it.
+    raises; and without mixtures with adapters that have magnitudes (DoRA) or parameters in the
+    place of the model's. These are finished in the scheduler and listed in `Step.failed`; the other
+    requests run as if they had not come. NaN or inf in an adapter's weights is no failure: its own
+    rows get it.
 
     tokens  request_id -> its rows in this step, of requests that wait or run: a prompt's length, or
             1, as for those left out
@@ -231,14 +264,14 @@ def make_step(
 
 
 def _unmixable(slots: AdapterSlots, asked: Asked) -> tuple[LoRARequest, ServingError] | None:
-    """The member of a mixture that has magnitudes, which only rows of its own can have; or None."""
+    """The member of a mixture that has to be alone, and why; or None."""
     members = members_of(asked)
     if len(members) == 1 and members[0][1] == 1:
         return None
     for member, _ in members:
         hosted = slots._weights.hosted.get(member.lora_int_id)
-        if hosted is not None and hosted.is_dora:
-            expected = "adapters without magnitudes (DoRA) in a mixture"
+        if hosted is not None and hosted.why_alone:
+            expected = f"adapters without {hosted.why_alone} in a mixture"
             error = ServingError("lora_request", expected, str(member), "ask for it alone")
             return member, error
     return None

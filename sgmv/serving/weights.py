@@ -23,6 +23,7 @@ import numpy as np
 
 from sgmv.adapter import Adapter
 from sgmv.checks import check_count
+from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
 from sgmv.peft_names import near_names
 from sgmv.serving.requests import LoRARequest
@@ -39,20 +40,24 @@ class Active(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Hosted:
-    """An adapter in host memory: its layers in the stacks' dtype."""
+    """An adapter in host memory: its layers in the stacks' dtype, and what it replaces."""
 
     lora_request: LoRARequest
     layers: Mapping[str, Adapter]
+    saved: Mapping[str, Array]
 
     @property
     def nbytes(self) -> int:
         arrays = [a for one in self.layers.values() for a in (one.A, one.B, one._gains)]
+        arrays += self.saved.values()
         return sum(array.nbytes for array in arrays if array is not None)
 
     @property
-    def is_dora(self) -> bool:
-        """Whether a layer of it has magnitudes."""
-        return any(layer.magnitude is not None for layer in self.layers.values())
+    def why_alone(self) -> str:
+        """What it has that no mixture of adapters has a meaning for; "" if nothing."""
+        if any(layer.magnitude is not None for layer in self.layers.values()):
+            return "magnitudes (DoRA)"
+        return "parameters in the place of the model's" if self.saved else ""
 
 
 class Weights:
@@ -64,6 +69,7 @@ class Weights:
     hosted        lora_int_id -> its adapter in host memory
     generation    lora_int_id -> its generation, of those in slots
     stacks        module -> its adapters in slots, by generation
+    saved         the parameters that adapters may replace
     bytes_read    from disk into host memory
     bytes_loaded  from host memory into slots
     """
@@ -76,6 +82,7 @@ class Weights:
         read: Callable[[str], Mapping[str, Adapter]],
         modules: Mapping[str, tuple[int, int]] | None,
         base: Mapping[str, tuple[Any, Any]],
+        saved: frozenset[str],
     ) -> None:
         self.hosted: dict[int, Hosted] = {}
         self.generation: dict[int, int] = {}
@@ -84,7 +91,7 @@ class Weights:
         self._residency = residency
         self._max_lora_rank = max_lora_rank
         self._dtype = dtype
-        self._read, self._base = read, base
+        self._read, self._base, self.saved = read, base, saved
         self._learns_modules = modules is None
         self._generations = count(1)
         self.stacks = {name: self._stack(widths, name) for name, widths in (modules or {}).items()}
@@ -168,12 +175,14 @@ class Weights:
         if not isinstance(found, Mapping):
             given = f"{type(found).__name__} for {lora_request}"
             raise DtypeError("read", "a mapping of modules to Adapters", given, "return a dict")
-        if saved := getattr(found, "saved", None):
+        saved = dict(getattr(found, "saved", {}))
+        if unknown := saved.keys() - self.saved:
             raise ServingError(
                 "lora_request",
-                f"layers with A and B alone, in {lora_request}",
-                f"{some(saved)}, which it replaces in the model",
-                "run those yourself: read=lambda path: dict(sgmv.load_peft(path)) leaves them out",
+                f"layers with A and B, and of the model's {some(self.saved)}, in {lora_request}",
+                f"{some(sorted(unknown))}, which it replaces in the model",
+                "name what you take from `Step.saved` in AdapterSlots(saved=...); "
+                "read=lambda path: dict(sgmv.load_peft(path)) leaves it out",
             )
         if self._learns_modules:
             _check_prefix(lora_request, found, stacks)
@@ -206,12 +215,12 @@ class Weights:
             except SgmvError as error:
                 argument = f"{lora_request}, {module!r}"
                 raise type(error)(argument, error.expected, error.received, error.remedy) from error
-        if not layers:
+        if not layers and not saved:
             got = f"{lora_request} without any"
             raise ServingError(
                 "lora_request", "an adapter of some layer", got, "check what was saved"
             )
-        return Hosted(lora_request, layers)
+        return Hosted(lora_request, layers, saved)
 
     def _stack(self, widths: tuple[int, int], name: str) -> AdapterStack:
         """An empty stack for a module."""

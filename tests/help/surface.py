@@ -81,7 +81,7 @@ FRENCH, GREEK = LoRARequest("french", 7, "a/fr"), LoRARequest("greek", 100, "a/e
 
 
 def adapter_slots() -> AdapterSlots:
-    made = AdapterSlots(2, 4, 8, modules={"up": (H_IN, H_OUT)}, read=read)
+    made = AdapterSlots(2, 4, 8, modules={"up": (H_IN, H_OUT)}, read=read, saved=["score.weight"])
     made.activate([FRENCH])
     made.load(GREEK)
     return made
@@ -636,6 +636,7 @@ CALLS: dict[str, Callable[[], Made]] = {
         backend=const(None),
     ),
     "Step.add_lora": method(step, "add_lora", module=const("up"), y=y, x=x, backend=const(None)),
+    "Step.saved": method(step, "saved", parameter=const("score.weight")),
     # emulator
     "punica_bgmv_shrink": launch("punica_bgmv_shrink", h_in=768, r=16, device=device()),
     "punica_bgmv_expand": launch("punica_bgmv_expand", r=16, h_out=768, device=device()),

@@ -313,3 +313,79 @@ def test_a_mixture_of_which_one_adapter_fails_is_dropped_alone() -> None:
     [(request_id, failed, error)] = step.failed
     assert (request_id, failed.lora_int_id, type(error)) == ("mixed", 2, FileNotFoundError)
     assert list(scheduler.running) == ["plain"]
+
+
+# what an adapter replaces in the model
+
+HEAD = "score.weight"
+
+
+def with_head(number: int, labels: int = 2) -> sgmv.PeftAdapter:
+    """A head of its own beside a layer, as load_peft returns it."""
+    rng = np.random.default_rng(number)
+    weight = rng.standard_normal((labels, 4)).astype("f")
+    return sgmv.PeftAdapter(read(f"{number}/0"), saved={HEAD: weight} if number != 3 else None)
+
+
+def heads(**given: Any) -> AdapterSlots:
+    return make_slots(
+        read=lambda path: with_head(int(path.partition("/")[0])), saved=[HEAD], **given
+    )
+
+
+@pytest.mark.once
+def test_rows_have_the_heads_of_their_adapters() -> None:
+    slots = heads(max_loras=3)
+    requests = {"r0": lora(2), "r1": None, "r2": lora(1), "r3": lora(3), "r4": lora(2)}
+    step = make_step(slots, requests, {"r0": 2, "r4": 3})
+    found = {tuple(rows.tolist()): weight for rows, weight in step.saved(HEAD)}
+    assert sorted(found) == [(0, 1, 5, 6, 7), (3,)]
+    np.testing.assert_array_equal(found[0, 1, 5, 6, 7], with_head(2).saved[HEAD])
+    np.testing.assert_array_equal(found[3,], with_head(1).saved[HEAD])
+    plain = make_slots(read=lambda path: dict(with_head(int(path.partition("/")[0]))))
+    plain.load(lora(1))
+    assert slots._weights.hosted[1].nbytes == plain._weights.hosted[1].nbytes + 2 * 4 * 4
+
+
+@pytest.mark.once
+def test_a_head_that_peft_wrote_runs() -> None:
+    slots = AdapterSlots(1, 1, 64, read=lambda path: sgmv.load_peft(form("head")), saved=[HEAD])
+    step = make_step(slots, {"r0": lora(7), "r1": None})
+    [(rows, weight)] = step.saved(HEAD)
+    assert rows.tolist() == [0]
+    np.testing.assert_array_equal(weight, sgmv.load_peft(form("head")).saved[HEAD])
+
+
+@pytest.mark.once
+def test_heads_of_an_old_step_are_not_given() -> None:
+    """Evicted, or replaced under the same id."""
+    slots = heads(max_loras=1)
+    step = make_step(slots, {"r0": lora(1)})
+    make_step(slots, {"r0": lora(2)})
+    with pytest.raises(StaleStepError, match=r"\[a1\] evicted or replaced"):
+        step.saved(HEAD)
+    step = make_step(slots, {"r0": lora(2)})
+    slots.load(LoRARequest("another", 2, "5/0"))
+    with pytest.raises(StaleStepError):
+        step.saved(HEAD)
+
+
+@pytest.mark.once
+def test_heads_have_names_and_rows_of_their_own() -> None:
+    slots = heads(max_loras=2)
+    step = make_step(slots, {"r0": None})
+    with pytest.raises(ServingError, match=r"'score.bias'; name it in AdapterSlots\(saved=...\)"):
+        step.saved("score.bias")
+    mixture = LoRAMixture(((lora(1), 0.5), (lora(3), 0.5)))
+    with pytest.raises(ServingError, match="without parameters in the place of the model's"):
+        make_step(slots, {"r0": mixture})
+    scheduler: Scheduler[str] = Scheduler(max_loras=2)
+    scheduler.add("r0", mixture)
+    scheduler.add("r1", lora(3))
+    step = next_step(scheduler, slots)
+    assert list(step.rows) == ["r1"]
+    [(request, its, _error)] = step.failed
+    assert (request, its) == ("r0", lora(1))
+    for saved, part in (("score.weight", "names of parameters"), ([1], "names of parameters")):
+        with pytest.raises(DtypeError, match=part):
+            make_slots(saved=saved)

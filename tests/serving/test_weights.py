@@ -114,7 +114,7 @@ def test_an_adapter_that_replaces_parts_of_the_model_is_refused() -> None:
     slots = make_slots(read=lambda path: sgmv.load_peft(heads[path]))
     active, failed = slots.try_activate([lora(7, "a7"), lora(8, "a8")])
     assert (list(active), list(failed)) == ([8], [7])
-    for part in ("a7", "score.weight", "replaces in the model", "leaves them out"):
+    for part in ("a7", "score.weight", "replaces in the model", "leaves it out"):
         assert part in str(failed[7])
     slots = make_slots(read=lambda path: dict(sgmv.load_peft(heads[path])))
     assert list(slots.activate([lora(7, "a7")])) == [7]

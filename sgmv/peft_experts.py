@@ -102,6 +102,7 @@ def unpacked(A: Array, B: Array, experts: int, swapped: bool) -> tuple[Array, Ar
 
     swapped  whether the product of both is the transposed weight's: so before PEFT 0.19
 
+    >>> import numpy as np
     >>> A, B = unpacked(np.arange(4).reshape(4, 1), np.arange(4).reshape(1, 4), 2, False)
     >>> A[1].tolist(), B[1].tolist()
     ([[2], [3]], [[1, 3]])

@@ -22,7 +22,12 @@ from sgmv.emulator.punica import RELEASES
 from sgmv.errors import DtypeError, SgmvError, ValueRangeError
 from sgmv.layouts.rows import Batch, as_segments, row_ids
 
-KERNELS = tuple(name for name in emulator.__all__ if name.endswith(("_shrink", "_expand")))
+# Those of layers of experts have no place in the page: its batches have no experts.
+KERNELS = tuple(
+    name
+    for name in emulator.__all__
+    if name.endswith(("_shrink", "_expand")) and "_moe_" not in name
+)
 MOST_ROWS, MOST_ID = 2048, 10**9 - 1
 MOST = {"h_in": 65536, "r": 1024, "h_out": 65536}
 FIVE_ROWS = [2, 0, -1, 2, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -69,7 +69,7 @@ class LoRAMixture:
     (7, 9)
     """
 
-    members: tuple[tuple[LoRARequest, float], ...]
+    members: Sequence[tuple[LoRARequest, float]]  # kept as a tuple
 
     def __post_init__(self) -> None:
         given = self.members
@@ -102,7 +102,7 @@ def members_of(asked: Asked) -> tuple[tuple[LoRARequest, float], ...]:
     """The adapters that are asked for, with their weights."""
     if asked is None:
         return ()
-    return asked.members if isinstance(asked, LoRAMixture) else ((asked, 1.0),)
+    return tuple(asked.members if isinstance(asked, LoRAMixture) else ((asked, 1.0),))
 
 
 def ids_of(asked: Asked) -> tuple[int, ...]:

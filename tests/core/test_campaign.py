@@ -95,7 +95,8 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
     program = (
         "from tests.help.campaign_work import *\n"
         "from sgmv.campaign import *\n"
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
         "folder = Path(sys.argv[1])\n"
         "whole = campaign(folder, 'waits_to_be_killed')\n"
         "run(whole, Where(2, journal=folder / 'journal'))"

@@ -109,7 +109,9 @@ FAULTS = {
         "block.last = start + max(1, m * (i + 1) // pieces - 1)",
     ),
     "rank 0 is scheduled": Fault(
-        "kernels.plan", "if rank[s] == 0:\n            continue", "if False:\n            continue"
+        "kernels.plan",
+        "if adds_nothing(slot[s], rank[s], gains):\n            continue",
+        "if False:\n            continue",
     ),
     "the columns' last block is cut off": Fault(
         "kernels.tasks",

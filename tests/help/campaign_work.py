@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,34 @@ def campaign(folder: Path, work: str = "number", count: int = COUNT) -> Campaign
 def expected(count: int = COUNT) -> str:
     """Its outcome, as JSON has it."""
     return json.dumps([[i, i / 3, "nan" if i == 2 else None] for i in range(count)])
+
+
+def stop_after(count: int, done: list[int]) -> Callable[[int, Any], None]:
+    """What hears of each piece, notes its number, and is interrupted by the `count`th."""
+
+    def heard(number: int, _result: Any) -> None:
+        done.append(number)
+        if len(done) == count:
+            raise KeyboardInterrupt
+
+    return heard
+
+
+def process_in(folder: Path) -> int:
+    """The process that `waits_to_be_killed`, once it has said which it is."""
+    said = folder / "pid"
+    while not said.exists() or not said.read_text():
+        time.sleep(0.01)
+    return int(said.read_text())
+
+
+@contextmanager
+def killing(folder: Path) -> Iterator[None]:
+    """Meanwhile that process is killed by its id."""
+    thread = threading.Thread(target=lambda: os.kill(process_in(folder), signal.SIGKILL))
+    thread.start()
+    yield
+    thread.join()
 
 
 def number(piece: dict[str, Any]) -> list[Any]:

@@ -40,6 +40,15 @@ def form(name: str) -> Path:
     return FIXTURES / "forms" / name
 
 
+def outputs_in(name: str) -> dict[str, Array]:
+    """The arrays of a file beside the fixtures; numpy's files know no bfloat16."""
+    with np.load(FIXTURES / name) as file:
+        return {
+            key: array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+            for key, array in file.items()
+        }
+
+
 def copy_of(directory: str, to: Path, **options: Any) -> Path:
     """A copy of an adapter of PEFT's in which some options say something else."""
     target = to / Path(directory).name

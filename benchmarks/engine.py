@@ -36,7 +36,7 @@ PRODUCTS = ("base", "stock", "sgmv")  # an engine without LoRA, with vLLM's own,
 class Llama(Model):
     """A whole Llama: a layer's widths, its depth, and its vocabulary.
 
-    With experts it is a Qwen3-MoE: so many of them in the place of each gate, up and down.
+    With experts it is a Qwen3-MoE: this number of them in place of each gate, up and down.
     """
 
     layers: int
@@ -173,7 +173,7 @@ class Engine:
     """An engine in a process of its own, which runs one job after the other: engine_process.py.
 
     products  of PRODUCTS
-    seconds   after so many the process is ended
+    seconds   until the process is ended
     options   of vLLM's `LLM`
     """
 

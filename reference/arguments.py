@@ -52,7 +52,7 @@ def used_adapters(
         A, B = _pair(adapter, name)
         scaling = _scaling_of(adapter, adapter_id, scalings)
         magnitude = getattr(adapter, "magnitude", None)
-        chosen[adapter_id] = checked(A, B, scaling, h_in, h_out, name)._replace(magnitude=magnitude)
+        chosen[adapter_id] = checked(A, B, scaling, h_in, h_out, name, magnitude)
     return ids, chosen
 
 
@@ -114,7 +114,13 @@ def factors(weights: ArrayLike | None, ids: NDArray[np.int64]) -> NDArray[np.flo
 
 
 def checked(
-    A: ArrayLike, B: ArrayLike, scaling: float, h_in: int, h_out: int | None, name: str = "adapter"
+    A: ArrayLike,
+    B: ArrayLike,
+    scaling: float,
+    h_in: int,
+    h_out: int | None,
+    name: str = "adapter",
+    magnitude: ArrayLike | None = None,
 ) -> Adapter:
     """The adapter with its shapes and scaling checked; h_out None takes B's own.
 
@@ -135,7 +141,7 @@ def checked(
     number = _float(scaling, name)
     if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite scaling, got {number}; pass alpha / r")
-    return Adapter(A, B, number)
+    return Adapter(A, B, number, None if magnitude is None else np.asarray(magnitude))
 
 
 def matrix(

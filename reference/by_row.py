@@ -153,7 +153,5 @@ def apply_single(
     array([[16.]])
     """
     x = matrix(x, "x")
-    adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None)
-    if magnitude is not None:
-        adapter = adapter._replace(magnitude=np.asarray(magnitude))
+    adapter = checked(A, B, scaling, h_in=x.shape[1], h_out=None, magnitude=magnitude)
     return apply_batched(x, W, [adapter], np.zeros(len(x), np.int64))

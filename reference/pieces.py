@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from reference import drawn
 from reference.loading import load
 from reference.runner import Found, Piece, draw
 from reference.signatures import Kernel
@@ -25,7 +26,7 @@ Where = tuple[int, str | None, Path | None, bool]
 
 
 def run(kernel: str, like: str, torch: bool, pieces: list[Piece], where: Where) -> Iterable[Found]:
-    """What `draw` finds in each piece, in their order; the first failure is told at once.
+    """What `draw` finds in each piece, in their order; the first that fails is named at once.
 
     where  processes, Ray's address, a journal, whether to go on with it: sgmv/campaign.py
 
@@ -36,12 +37,13 @@ def run(kernel: str, like: str, torch: bool, pieces: list[Piece], where: Where) 
     path, _, names = kernel.rpartition(":")
     if path.endswith(".py"):
         kernel = f"{Path(path).resolve()}:{names}"  # a worker may run elsewhere
-    told: list[str] = []
+    named = False
 
     def heard(number: int, found: Found) -> None:
-        if found and not told:
-            told.append(f"failed: random batch {found[0][0]}, {pieces[number].dtype}")
-            sys.stderr.write(f"{told[0]}\n")
+        nonlocal named
+        if found and not named:
+            named, piece = True, pieces[number]
+            sys.stderr.write(f"failed: {drawn.name(piece.seed, found[0][0], piece.dtype)}\n")
 
     asked = [[kernel, like, torch, list(piece)] for piece in pieces]
     whole = campaign.Campaign("random batches", "reference.pieces:work", asked)

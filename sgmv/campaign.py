@@ -62,6 +62,9 @@ class Where(NamedTuple):
     resume: bool = False
 
 
+HERE = Where()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of every command that is a campaign."""
     add = parser.add_argument
@@ -84,7 +87,7 @@ def chosen(given: argparse.Namespace) -> Where:
 
 def run(
     campaign: Campaign,
-    where: Where = Where(),  # noqa: B008  # it cannot change
+    where: Where = HERE,
     heard: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
     """The results of all pieces, in their order.

@@ -33,7 +33,7 @@ from sgmv.errors import (
 )
 from sgmv.ids import BASE_ONLY, Integers, as_ids
 from sgmv.launch import run_expand, run_shrink
-from sgmv.segment import Segments, segment
+from sgmv.segment import Segments, of_pairs, segment
 from sgmv.table import SlotTable
 from sgmv.tensors import as_array, to_float32
 
@@ -155,6 +155,12 @@ def _segments(argument: str, ids: bytes) -> Segments:
             argument, "integers from -1 on", least, "use -1 for rows without an adapter"
         )
     return segment(indices)
+
+
+@lru_cache(BATCHES_KNOWN)
+def batch_of_pairs(ids: bytes, k: int, share_x: bool) -> Segments:
+    """A plain batch of pairs by their ids: both products of a layer of experts have the same."""
+    return of_pairs(segment(np.frombuffer(ids, np.int64).reshape(-1, k)), share_x)
 
 
 def check_stacks(segments: Segments, stacks: Sequence[Stack]) -> None:

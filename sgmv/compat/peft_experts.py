@@ -96,16 +96,16 @@ class _Part:
             return source is None and name not in self.odd
         return source is not None and source.is_current(now)
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, adapter_id: int) -> None:
         self.sources.pop(name, None)
         self.odd.pop(name, None)
-        if (adapter_id := self._batches.id(name)) in self.stack:
+        if adapter_id in self.stack:
             self.stack.unload(adapter_id)
 
     def load(self, names: Sequence[str]) -> None:
         """Have these adapters as they are now: from PEFT's two matrices, an A and B per expert."""
         for name in names:
-            self.forget(name)
+            self.forget(name, self._batches.id(name))
             now = linear_now(self.wrapper, name)
             if now is None:
                 continue
@@ -168,10 +168,7 @@ class ExpertsLayer:
     def forget(self, name: str, adapter_id: int) -> None:
         """Have nothing of an adapter that PEFT has deleted."""
         for part in self._parts.values():
-            part.sources.pop(name, None)
-            part.odd.pop(name, None)
-            if adapter_id in part.stack:
-                part.stack.unload(adapter_id)
+            part.forget(name, adapter_id)
 
     def refresh(self, names: Iterable[str]) -> None:
         """Have these adapters in the stacks as they are now."""

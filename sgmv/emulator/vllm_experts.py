@@ -105,8 +105,8 @@ def vllm_moe_shrink(
     64 or 128 rows, by the tokens of the batch. The grid has for each of max_loras + 1 adapters as
     many blocks as one could need that had all pairs: pairs + experts * (block - 1) rows, or a block
     per pair if there are fewer pairs than experts. Those past an adapter's own return at once.
-    Below one pair for 8 (adapter, expert), pairs are not sorted: each has a block of its own, whose
-    other rows are padding.
+    Below one pair for 8 (adapter, expert), pairs are not sorted: each has a block of its own, and
+    the other rows of that are padding.
 
     batch       (n,) adapter ids, each below max_loras, or Segments
     expert_ids  (n, k) the experts of each token, -1 for none

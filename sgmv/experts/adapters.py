@@ -6,7 +6,6 @@ what remains is a plain batch: one row per pair, sorted by (adapter, expert).
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, some
 from sgmv.experts.grouped import pairs_of
 from sgmv.ids import BASE_ONLY, Integers, as_ids, check_id, is_integer
 from sgmv.launch import run_both
-from sgmv.products import BATCHES_KNOWN
-from sgmv.segment import Segments, of_pairs, segment
+from sgmv.products import batch_of_pairs
+from sgmv.segment import Segments
 from sgmv.stack import AdapterStack
 
 
@@ -169,7 +168,7 @@ def add_lora(
             "expert_ids", f"experts 0..{stack.experts - 1}", beyond, "pass this layer's ids"
         )
     ids = stack._pair_ids(experts.reshape(pairs.n, pairs.k), adapters)
-    batch = _batch(ids.tobytes(), pairs.k, getattr(x, "ndim", 2) == 2)
+    batch = batch_of_pairs(ids.tobytes(), pairs.k, getattr(x, "ndim", 2) == 2)
     rows = _rows_of(y, pairs)
     table = stack.stack.table
     if flat.shape[1] != stack.stack.h_in:
@@ -177,12 +176,6 @@ def add_lora(
     check_y(rows, batch.n, stack.stack.h_out, "x", flat)
     run_both(kernels(backend, flat.dtype, stack.stack.dtype, rows.dtype), table, batch, flat, rows)
     return y
-
-
-@lru_cache(BATCHES_KNOWN)
-def _batch(ids: bytes, k: int, share_x: bool) -> Segments:
-    """The pairs by their ids: all layers of a step, and both products of one, have the same."""
-    return of_pairs(segment(np.frombuffer(ids, np.int64).reshape(-1, k)), share_x)
 
 
 def _rows_of(y: Any, pairs: Segments) -> Array:

@@ -100,7 +100,7 @@ class Target(NamedTuple):
     turned: bool
 
 
-def read_pairs(e, address, count=None):
+def _read_pairs(e, address, count=None):
     """32 bfloat16 as 16 pairs; those from `count` on are not read, and 0."""
     mask = None if count is None else e.below(count, STEP)
     return e.builder.bitcast(e.read(address, ir.VectorType(I16, STEP), 2, mask), PAIRS)
@@ -139,7 +139,7 @@ def _pack(typingctx, unit, memory, number, columns, k, width):
             panel = e.add(memory, PANEL, e.multiply(number, PANEL_BYTES))
 
             def step(k, count=None):
-                pairs = [read_pairs(e, e.add(row, e.multiply(k, 2)), count) for row in rows]
+                pairs = [_read_pairs(e, e.add(row, e.multiply(k, 2)), count) for row in rows]
                 for i, turned in enumerate(_rotate_numbers(e, pairs, n.bit_length() - 1)):
                     e.store(turned, e.add(panel, 64 * i, e.multiply(k, 2 * n)))
                 return []
@@ -172,7 +172,7 @@ def _copy(typingctx, unit, memory, number, k, width):
 
             def piece(k, count=None):
                 offset = e.multiply(k, 2)
-                e.store(read_pairs(e, e.add(source, offset), count), e.add(copy, offset))
+                e.store(_read_pairs(e, e.add(source, offset), count), e.add(copy, offset))
                 return []
 
             e.loop(START, whole, STEP, [], lambda k, _: piece(k))
@@ -189,7 +189,7 @@ def _copy_last(e, places, stride, rows, count, copies):
 
     def row(j, _):
         for place, copy in zip(places, copies):  # noqa: B905
-            pairs = read_pairs(e, e.add(place, e.multiply(stride, j)), count)
+            pairs = _read_pairs(e, e.add(place, e.multiply(stride, j)), count)
             e.store(pairs, e.add(copy, e.multiply(j, 64)))
         return []
 
@@ -413,10 +413,10 @@ def shrink_task(unit, memory, x, wa, h_in, v, v_stride):
     packed, in_place = (x, wa) if turned else (wa, x)
     write_configuration(memory, min(in_place.total, SIDE), width_of_panels(packed))
     configure(unit, memory)
+    target = Target(v, v_stride, turned)
     for first in range(0, packed.total, PACKED):
         for k in range(0, h_in, K_BLOCK):
             width = min(K_BLOCK, h_in - k)
-            target = Target(v, v_stride, turned)
             _block(unit, memory, packed, first, in_place, k, width, target)
     release(unit, memory)
 

@@ -51,7 +51,7 @@ from sgmv.kernels.emit import I16, LANES, numbers, size
 from sgmv.kernels.jit import INT64, address_of, entry, jit, record, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
 from sgmv.kernels.records import CALL, FLOAT64, PANEL, TABLE
-from sgmv.kernels.tasks import NONE, claim_expand, gains_of, leave_expand, no_task
+from sgmv.kernels.tasks import NONE, claim_expand, gain_addresses, leave_expand, no_task
 from sgmv.kernels.tiles import Y_AHEAD, columns_in_l2, expand_block, expand_task
 
 BFLOAT16 = np.int16(0)
@@ -308,7 +308,7 @@ def expand_kernel(unit: Any, y_like: Any) -> int:
             if task.number == NONE:
                 return
             scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            if task.r >= FEWEST_RANKS and gains_of(table, task.slot)[0] == 0:
+            if task.r >= FEWEST_RANKS and gain_addresses(table, task.slot)[0] == 0:
                 products_task(unit, y_like, address, memory, task, room, scaling)
             else:
                 expand_task(BFLOAT16, y_like, address, task, room, scaling)

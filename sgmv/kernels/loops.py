@@ -40,7 +40,7 @@ from sgmv.kernels.tasks import (
     claim_expand,
     claim_shrink,
     finish_shrink,
-    gains_of,
+    gain_addresses,
     item,
     leave_expand,
     no_task,
@@ -192,7 +192,7 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
             if task.number == NONE:
                 return
             scaling = type(v_like)(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            gains_at, offsets_at = gains_of(table, task.slot)
+            gains_at, offsets_at = gain_addresses(table, task.slot)
             for c in range(task.low, task.high, columns):
                 width = min(columns, task.high - c)
                 wb = panel_at(table, task.slot, task.r, c, width, room, w_like)

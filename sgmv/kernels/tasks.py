@@ -235,7 +235,7 @@ def cut(part, cuts, extent, unit):
 
 
 @jit()
-def gains_of(table: Any, slot: int) -> Any:
+def gain_addresses(table: Any, slot: int) -> Any:
     """The addresses of a slot's gains and offsets, 0 for what it has not."""
     if table.gains == 0:
         return 0, 0

@@ -59,7 +59,7 @@ from sgmv.kernels.tasks import (
     claim_expand,
     claim_shrink,
     finish_shrink,
-    gains_of,
+    gain_addresses,
     item,
     leave_expand,
     no_task,
@@ -329,7 +329,7 @@ def columns_in_l2(r, w_like):
 @jit()
 def expand_block(w_like, y_like, address, task, wb, columns, scaling):
     """The task's rows and these columns (low, high), a tile of rows after the other."""
-    gains = gains_of(record(TABLE, record(CALL, address).table), task.slot)
+    gains = gain_addresses(record(TABLE, record(CALL, address).table), task.slot)
     groups = -(-(task.last - task.first) // MOST_ROWS)
     p = task.first
     for g in range(groups):

@@ -77,7 +77,7 @@ def run(given: argparse.Namespace) -> str:
     if not given.slots:
         raise SgmvError("slots", "numbers of slots", "none", "pass some, as in 1,8,64")
     where = campaign.chosen(given)
-    if given.figure and (given.sweep or where != campaign.Where()):
+    if given.figure and (given.sweep or where != campaign.HERE):
         expected = "one trace, simulated in this process"
         raise SgmvError("figure", expected, "a sweep or a campaign", "leave one of them out")
     arguments = _given(given, (*TRACE, *SERVER, *PRICES))

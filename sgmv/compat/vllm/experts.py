@@ -25,11 +25,11 @@ from sgmv.dtypes import sum_dtype
 from sgmv.errors import ShapeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.products import (
-    BATCHES_KNOWN,
     STACKS_KNOWN,
     Operand,
     Stack,
     Weights,
+    batch_of_pairs,
     expand,
     first_adapted,
     indices_of,
@@ -37,7 +37,7 @@ from sgmv.products import (
     rows_of,
     shrink,
 )
-from sgmv.segment import Segments, of_pairs, segment
+from sgmv.segment import Segments
 from sgmv.tensors import as_array, to_float32
 
 # What vLLM's layers get of add_lora_w13 and hand on: sorted ids, experts, padded counts, adapters.
@@ -153,7 +153,7 @@ class ExpertProducts:
             )  # fmt: skip
         none = (experts < 0) | (adapters < 0) | (enabled[np.maximum(adapters, 0)] == 0)
         ids = np.where(none, BASE_ONLY, adapters * E + experts)
-        batch = _batch(ids.tobytes(), k, not mul_routed_weight)
+        batch = batch_of_pairs(ids.tobytes(), k, not mul_routed_weight)
         factors = check_weights(weights, n, k).reshape(-1) if mul_routed_weight else None
         rows_of_x, offset = n * k if mul_routed_weight else n, check_count("offset", offset, 0)
         _add(y, x, A, B, batch, rows_of_x, offset, factors, add_inputs)
@@ -290,12 +290,6 @@ def _of_sorted(
         adapter_of[used[at]] = adapter
         expert_of[used[at]] = experts[adapter, at // rows]
     return adapter_of, expert_of
-
-
-@lru_cache(BATCHES_KNOWN)
-def _batch(ids: bytes, k: int, share_x: bool) -> Segments:
-    """The pairs by their index: both products of a layer have the same."""
-    return of_pairs(segment(np.frombuffer(ids, np.int64).reshape(-1, k)), share_x)
 
 
 def _add(

@@ -15,6 +15,7 @@ from benchmarks.studies import (
     mixtures,
     paper,
     peft,
+    step,
     vllm,
 )
 from benchmarks.studies.grid import command as grid
@@ -34,6 +35,7 @@ STUDIES: dict[str, Study[Any]] = {
         mixtures.STUDY,
         dora.STUDY,
         experts.STUDY,
+        step.STUDY,
         vllm.STUDY,
         against.STUDY,
     )

@@ -25,7 +25,7 @@ from benchmarks.studies.grid import figures
 from benchmarks.studies.grid.records import CaseRecord, Record
 from benchmarks.study import OUTPUT, Study, cases_of
 from sgmv.console import Parser
-from sgmv.explorer.write import assembled, presented
+from sgmv.html import assembled, presented
 
 FOLDER = Path(__file__).parent
 PAGE = OUTPUT / "report.html"

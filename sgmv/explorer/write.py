@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
-import sys
-import webbrowser
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import files
@@ -20,6 +16,7 @@ from sgmv.checks import check_count
 from sgmv.emulator import A100, DEVICES, Device
 from sgmv.emulator.punica import RELEASES
 from sgmv.errors import DtypeError, SgmvError, ValueRangeError
+from sgmv.html import assembled, presented
 from sgmv.layouts.rows import Batch, as_segments, row_ids
 
 # Those of layers of experts have no place in the page: its batches have no experts.
@@ -130,18 +127,6 @@ def _run(given: argparse.Namespace) -> str:
     return presented(path, given.no_open)
 
 
-def presented(path: Path, no_open: bool = False) -> str:
-    """Open a page where there is a screen; returns what to print of it."""
-    address = path.resolve().as_uri()
-    screen = sys.platform in ("darwin", "win32") or os.environ.get(
-        "DISPLAY", os.environ.get("WAYLAND_DISPLAY")
-    )
-    if no_open:
-        return f"written: {address}"
-    opened = bool(screen) and webbrowser.open(address)
-    return f"{'opened' if opened else 'written; open it in a browser'}: {address}"
-
-
 def _docs(page: Path) -> list[dict[str, str]]:
     """Links from the page to the documents of the clone that holds this package, if one does."""
     clone = Path(__file__).resolve().parents[2]
@@ -153,22 +138,6 @@ def _docs(page: Path) -> list[dict[str, str]]:
         for name, text in DOCS.items()
         if (clone / name).is_file()
     ]
-
-
-def assembled(read: Callable[[str], str], data: dict[str, Any]) -> str:
-    """page.html with all that it names put in its place, and the data as JSON; `read` has files."""
-
-    def style(found: re.Match[str]) -> str:
-        return f"<style>\n{read(found[1])}</style>"
-
-    def script(found: re.Match[str]) -> str:
-        return f"<script>\n{read(found[1])}</script>"
-
-    page = re.sub(r'<link rel="stylesheet" href="(.+?)">', style, read("page.html"))
-    page = re.sub(r'<script src="(.+?)"></script>', script, page)
-    text = json.dumps(data, separators=(",", ":"))
-    text = text.replace("</", "<\\/")  # a device's name may not end the element
-    return page.replace(' id="data">', f' id="data">{text}', 1)
 
 
 def _runs(ids: list[int]) -> str:

@@ -48,18 +48,21 @@ IN_ORDER = frozenset({"contract"})
 ANY_ORDER = frozenset({"contract", "reassoc"})
 
 
-def _digest_of_kernels() -> str:
+def digest_of(folder: Path) -> str:
+    """The same for the same sources in a folder of compiled code, on a CPU that has the same."""
     choices = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, ASKS_AHEAD
     digest = hashlib.sha256(repr(choices).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):  # nothing is compiled elsewhere
+    for path in sorted(folder.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-DIGEST = _digest_of_kernels()
+DIGEST = digest_of(Path(__file__).parent)
 
 
-def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], Any]:
+def jit(
+    fastmath: frozenset[str] = IN_ORDER, digest: str = DIGEST
+) -> Callable[[Callable[..., Any]], Any]:
     """Compile without the GIL, cached on disk wherever there is a place that can be written."""
     flags: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
 
@@ -68,7 +71,7 @@ def jit(fastmath: frozenset[str] = IN_ORDER) -> Callable[[Callable[..., Any]], A
         # An edit of the function's own file is not all: it also holds the code of what it calls.
         if JITTED:
             with contextlib.suppress(RuntimeError):  # there is no folder that can be written
-                compiled._cache = KernelCache(function, DIGEST)
+                compiled._cache = KernelCache(function, digest)
         return compiled
 
     return decorate

@@ -6,9 +6,17 @@
     too often               adapters      by LRU or FIFO              for every layer
 
 Start reading at sgmv/serving/step.py. The simulator drives the same Scheduler and the same rules of
-eviction with requests that are only numbers: `python -m sgmv simulate`.
+eviction with requests that are only numbers: `python -m sgmv simulate`; one of many servers behind
+a router does the same in compiled code.
 """
 
+from sgmv.serving.replicas import (
+    Failure,
+    Placement,
+    ReplicasOutcome,
+    fewest_replicas,
+    simulate_replicas,
+)
 from sgmv.serving.requests import LoRAMixture, LoRARequest
 from sgmv.serving.residency import POLICIES, Counters
 from sgmv.serving.scheduler import Scheduler
@@ -22,14 +30,19 @@ __all__ = [
     "AdapterSlots",
     "Costs",
     "Counters",
+    "Failure",
     "LoRAMixture",
     "LoRARequest",
     "Outcome",
+    "Placement",
+    "ReplicasOutcome",
     "Scheduler",
     "Step",
     "Trace",
     "draw_trace",
+    "fewest_replicas",
     "make_step",
     "next_step",
     "simulate",
+    "simulate_replicas",
 ]

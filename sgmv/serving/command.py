@@ -1,4 +1,4 @@
-"""`python -m sgmv simulate`: the simulator for each policy and number of slots."""
+"""`python -m sgmv simulate`: one server, or replicas, for each policy and number of slots."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import argparse
 import json
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from sgmv import campaign
 from sgmv.console import at_least, counts, number
 from sgmv.errors import SgmvError
+from sgmv.serving.arrivals import ARRIVALS
+from sgmv.serving.page import write_page
+from sgmv.serving.replicas import RULES, Failure, Placement, fewest_replicas, simulate_replicas
 from sgmv.serving.report import figure, figures, table_of
 from sgmv.serving.residency import POLICIES
 from sgmv.serving.simulate import Costs, Outcome, simulate
-from sgmv.serving.traces import draw_trace
+from sgmv.serving.traces import RANK, draw_trace
 from sgmv.terminal import Terminal
 
 COSTS = Costs()
@@ -26,6 +30,10 @@ TRACE = (
     ("alpha", 1.0, "Zipf's exponent of their popularity"),
     ("burst", 1.0, "mean requests per arrival, all for one adapter; 1 = Poisson arrivals"),
     ("mean-tokens", 64.0, "mean tokens per request"),
+    ("arrivals", "poisson", f"one of {', '.join(ARRIVALS)}"),
+    ("updates", 0.0, "adapters that get new weights, per second"),
+    ("turnover", 0.0, "adapters that new ones take the place of, per second"),
+    ("ranks", str(RANK), "of the adapters, with commas"),
     ("seed", 0, "of the trace"),
 )
 SERVER = (
@@ -36,12 +44,14 @@ SERVER = (
 PRICES = (
     ("step-us", COSTS.step_us, "microseconds of a step"),
     ("row-us", COSTS.row_us, "and of each request in it"),
-    ("adapter-bytes", COSTS.adapter_bytes, "bytes of one adapter"),
+    ("adapter-us", COSTS.adapter_us, "and of each adapter in it"),
+    ("rank-us", COSTS.rank_us, "and of each rank of each request's adapter"),
+    ("adapter-bytes", COSTS.adapter_bytes, f"bytes of an adapter of rank {RANK}"),
     ("load-rate", COSTS.load_rate, "bytes per second from host memory into slots"),
     ("read-rate", COSTS.read_rate, "bytes per second from disk into host memory"),
 )
 # The least of those whole numbers that may be below 1.
-LEAST = {"seed": 0, "max-overtakes": 0, "row-us": 0, "adapter-bytes": 0}
+LEAST = dict.fromkeys(("seed", "max-overtakes", "row-us", "adapter-us", "adapter-bytes"), 0)
 
 
 def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], str]:
@@ -56,8 +66,19 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
         "--policy", choices=POLICIES, nargs="+", default=POLICIES, help="who is evicted (all)"
     )
     for name, default, text in (*TRACE, *SERVER, *PRICES):
-        kind = _kind(name, default)
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default:,})")
+        shown = default if isinstance(default, str) else f"{default:,}"
+        fallback = None if (name, default, text) in PRICES else default  # a file may say it
+        help_text = f"{text} ({shown})"
+        parser.add_argument(
+            f"--{name}", type=_kind(name, default), default=fallback, help=help_text
+        )
+    parser.add_argument(
+        "--padded", action="store_true", help="every row pays for the highest rank of its step"
+    )
+    parser.add_argument(
+        "--costs", type=Path, metavar="FILE", help="what `python -m benchmarks step` wrote"
+    )
+    _add_replicas(parser)
     parser.add_argument(
         "--sweep",
         type=_values,
@@ -72,15 +93,43 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
     return run
 
 
+def _add_replicas(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("several servers behind a router").add_argument
+    add("--replicas", type=counts(1), help="how many, with commas")
+    add(
+        "--placement", choices=RULES, nargs="+", default=RULES, help="how requests are sent (all)"
+    )
+    add("--max-ongoing", type=at_least(1), help="requests that make a replica full (no limit)")
+    add("--spill", type=at_least(1), help="requests at which an adapter's home is passed over")
+    add("--plan-s", type=number, default=60.0, help="seconds of a plan by rank (%(default)g)")
+    add(
+        "--fail",
+        type=_failure,
+        nargs="+",
+        default=[],
+        metavar="REPLICA:FROM:UNTIL",
+        help="a replica that is down between two times, in seconds",
+    )
+    add(
+        "--target-p99",
+        type=number,
+        metavar="SECONDS",
+        help="the fewest of 1 to --replicas at which 99 %% of the requests wait no longer",
+    )
+    add("--page", metavar="FILE", help="an HTML page of all that was simulated")
+
+
 def run(given: argparse.Namespace) -> str:
-    """The table, or its figures; the drawing is written on the way."""
+    """The table, or its figures; the drawing and the page are written on the way."""
     if not given.slots:
         raise SgmvError("slots", "numbers of slots", "none", "pass some, as in 1,8,64")
     where = campaign.chosen(given)
-    if given.figure and (given.sweep or where != campaign.HERE):
-        expected = "one trace, simulated in this process"
-        raise SgmvError("figure", expected, "a sweep or a campaign", "leave one of them out")
-    arguments = _given(given, (*TRACE, *SERVER, *PRICES))
+    for name in ("figure", "page"):
+        if getattr(given, name) and (given.sweep or where != campaign.HERE or given.target_p99):
+            expected = "one trace, simulated in this process"
+            got = "a sweep, a target or a campaign"
+            raise SgmvError(name, expected, got, "leave one of them out")
+    arguments = _arguments(given)
     swept = dict(given.sweep)
     if len(swept) < len(given.sweep):
         remedy = "give all values of one at once"
@@ -89,12 +138,17 @@ def run(given: argparse.Namespace) -> str:
     for point in points:
         _check_room(max(given.slots), {**arguments, **point}["max_cpu_loras"])
     asked = [
-        {**arguments, **point, "slots": slots, "policy": policy}
-        for point, slots, policy in product(points, given.slots, given.policy)
+        {**arguments, **point, **routed, "slots": slots, "policy": policy}
+        for point, routed, slots, policy in product(
+            points, _routed(given), given.slots, given.policy
+        )
     ]
-    if given.figure:
+    if given.figure or given.page:
         outcomes = [outcome_of(each) for each in asked]
-        figure(outcomes, given.figure)
+        if given.figure:
+            figure(outcomes, given.figure)
+        if given.page:
+            write_page(given.page, outcomes, arguments)
         found = [figures(outcome) for outcome in outcomes]
     else:
         work = campaign.Campaign("simulations", "sgmv.serving.command:point", asked)
@@ -104,8 +158,50 @@ def run(given: argparse.Namespace) -> str:
         merged = [{**point, **figures} for point, figures in zip(at, found, strict=True)]
         return json.dumps({"arguments": arguments, "outcomes": merged})
     terminal = Terminal.of_stdout()
-    head = terminal.text(terminal.note(_headline(given, swept)))
+    head = terminal.text(terminal.note(_headline(arguments, swept)))
     return f"{head}\n\n{table_of(found, terminal, at if swept else ())}"
+
+
+def _arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """Of the trace, a server and what it costs; costs from a file where none are given."""
+    found = {name: getattr(given, name) for name in _names((*TRACE, *SERVER, *PRICES))}
+    read = {} if given.costs is None else costs_of(given.costs)
+    for name, default, _ in PRICES:
+        key = name.replace("-", "_")
+        if found[key] is None:
+            found[key] = read.get(key, default)
+    return {**found, "padded": given.padded}
+
+
+def costs_of(path: Path) -> dict[str, Any]:
+    """The fields of Costs that a record of the study `step` has."""
+    remedy = "write one: python -m benchmarks step"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["costs"]
+        return {name: found[name] for name in _names(PRICES)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SgmvError("costs", "a record of a step's costs", str(error), remedy) from error
+
+
+def _routed(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The numbers of replicas with their placements; nothing, where there is one server."""
+    if given.replicas is None:
+        for name in ("fail", "target_p99", "page", "max_ongoing", "spill"):
+            if getattr(given, name):
+                raise SgmvError(name, "--replicas beside it", "none", "say how many")
+        return [{}]
+    shared = {
+        "max_ongoing": given.max_ongoing,
+        "spill": given.spill,
+        "plan_s": given.plan_s,
+        "fail": [list(each) for each in given.fail],
+        "target_p99": given.target_p99,
+    }
+    numbers = given.replicas if given.target_p99 is None else [max(given.replicas)]
+    return [
+        {**shared, "replicas": count, "placement": rule}
+        for count, rule in product(numbers, given.placement)
+    ]
 
 
 def point(asked: dict[str, Any]) -> dict[str, Any]:
@@ -118,14 +214,39 @@ def outcome_of(asked: dict[str, Any]) -> Outcome:
     trace, costs, server = (
         {name: asked[name] for name in _names(options)} for options in (TRACE, PRICES, SERVER)
     )
+    ranks = [int(rank) for rank in str(trace.pop("ranks")).split(",")]
     drawn = draw_trace(**trace)
-    return simulate(drawn, asked["slots"], asked["policy"], costs=Costs(**costs), **server)
+    if ranks != [RANK]:
+        drawn = drawn.with_ranks(ranks)
+    server |= {
+        "max_loras": asked["slots"],
+        "policy": asked["policy"],
+        "costs": Costs(**costs, padded=asked["padded"]),
+    }
+    if "replicas" not in asked:
+        return simulate(drawn, **server)
+    rule, N = asked["placement"], asked["replicas"]
+    placement = Placement(rule, asked["max_ongoing"], asked["spill"], asked["plan_s"])
+    server["failures"] = [Failure(*each) for each in asked["fail"]]
+    if asked["target_p99"] is None:
+        return simulate_replicas(drawn, N, placement, **server)
+    return fewest_replicas(drawn, asked["target_p99"], N, placement, **server)
+
+
+def _failure(text: str) -> tuple[int, float, float]:
+    """The type of an argument such as 2:60:120."""
+    try:
+        replica, start, end = text.split(":")
+        return int(replica), float(start), float(end)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected REPLICA:FROM:UNTIL, got {text!r}") from None
 
 
 def _values(text: str) -> tuple[str, list[Any]]:
     """The type of an argument such as alpha=0,0.5,1."""
     flag, _, values = text.partition("=")
-    defaults = {name: default for name, default, _ in (*TRACE, *SERVER, *PRICES)}
+    options = (*TRACE, *SERVER, *PRICES)
+    defaults = {name: default for name, default, _ in options if name != "ranks"}
     flag = flag.replace("_", "-")
     if flag not in defaults or not values:
         names = ", ".join(defaults)
@@ -136,6 +257,8 @@ def _values(text: str) -> tuple[str, list[Any]]:
 
 def _kind(name: str, default: Any) -> Callable[[str], Any]:
     """What an argument's text is read with."""
+    if isinstance(default, str):
+        return _ranks if name == "ranks" else str
     return at_least(LEAST.get(name, 1)) if isinstance(default, int) else number
 
 
@@ -149,28 +272,35 @@ def _check_room(slots: int, max_cpu_loras: int) -> None:
         )
 
 
-def _headline(given: argparse.Namespace, swept: dict[str, list[Any]]) -> str:
+def _headline(arguments: dict[str, Any], swept: dict[str, list[Any]]) -> str:
     """What was simulated, without which no figure means anything."""
-    arguments = _given(given, (*TRACE, *SERVER, *PRICES))
     if swept:
-        lists = "; ".join(
-            f"{name} {', '.join(f'{v:,g}' for v in values)}" for name, values in swept.items()
-        )
-        others = (f"{name} {value:,g}" for name, value in arguments.items() if name not in swept)
+        lists = "; ".join(f"{name} {', '.join(map(_text, of))}" for name, of in swept.items())
+        others = (f"{name} {_text(v)}" for name, v in arguments.items() if name not in swept)
         return f"Swept: {lists}. Else: {', '.join(others)}."
-    trace = draw_trace(**_given(given, TRACE))
+    trace = draw_trace(**{name: arguments[name] for name in _names(TRACE) if name != "ranks"})
+    told = {name: _text(value) for name, value in arguments.items()}
+    step = f"{arguments['step_us'] / 1e3:g} ms and {arguments['row_us'] / 1e3:g} ms per request"
+    for name, of in (("adapter_us", "adapter"), ("rank_us", "rank of a request's adapter")):
+        if arguments[name]:
+            step += f" and {arguments[name] / 1e3:g} ms per {of}"
     return (
-        f"{trace.n:,} requests for {trace.adapters:,} adapters, {given.rate:g} per second, seed "
-        f"{given.seed}; a step takes {given.step_us / 1e3:g} ms and {given.row_us / 1e3:g} ms per "
-        f"request; adapters of {given.adapter_bytes / 1e6:.3g} MB, {given.max_cpu_loras:,} in host "
-        f"memory; at most {given.max_num_seqs} requests run, each is overtaken at most "
-        f"{given.max_overtakes:,} times."
+        f"{trace.n:,} requests for {trace.adapters:,} adapters, {told['rate']} per second, seed "
+        f"{told['seed']}; a step takes {step}; adapters of "
+        f"{arguments['adapter_bytes'] / 1e6:.3g} MB, {told['max_cpu_loras']} in host memory; at "
+        f"most {told['max_num_seqs']} requests run, each is overtaken at most "
+        f"{told['max_overtakes']} times."
     )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:,g}"
+
+
+def _ranks(text: str) -> str:
+    """The type of --ranks: a text of numbers, checked."""
+    return ",".join(map(str, counts(1)(text)))
 
 
 def _names(options: tuple[tuple[str, Any, str], ...]) -> list[str]:
     return [name.replace("-", "_") for name, _, _ in options]
-
-
-def _given(given: argparse.Namespace, options: tuple[tuple[str, Any, str], ...]) -> dict[str, Any]:
-    return {name: getattr(given, name) for name in _names(options)}

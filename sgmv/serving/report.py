@@ -12,6 +12,7 @@ import numpy as np
 
 from sgmv.errors import ServingError
 from sgmv.extras import load
+from sgmv.serving.replicas import ReplicasOutcome
 from sgmv.serving.simulate import Outcome, Tenants
 from sgmv.terminal import Terminal
 
@@ -29,8 +30,24 @@ COLUMNS = (
     ("from\ndisk\nGB", "read_bytes", 1e9),
     ("ended\nper s", "requests_per_s", 1),
 )
+# The same of several replicas.
+OF_REPLICAS = (
+    ("replicas", "replicas", 1),
+    ("placement", "placement", 1),
+    *(column for column in COLUMNS if column[1] not in ("deferral_rate", "tenant_median_p99_s")),
+    ("busy\n%", "busy_share", 1e-2),
+    ("busiest\n/ mean", "imbalance", 1),
+    ("tried\nagain", "retries", 1),
+)
 # Okabe and Ito's colours; markers differ as well.
 LOOKS = {"lru": ("#0072B2", "o", "-"), "fifo": ("#D55E00", "^", "--")}
+OF_RULES = {
+    "random": ("#000000", "o", "-"),
+    "least-loaded": ("#D55E00", "^", "--"),
+    "rendezvous": ("#0072B2", "s", "-"),
+    "rank-aware": ("#009E73", "v", "-."),
+    "ray": ("#CC79A7", "D", ":"),
+}
 TENANT_COLOURS = ("#000000", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#0072B2", "#CC79A7")
 FEWEST_REQUESTS = 20  # of a tenant, for its p99 to be drawn
 
@@ -50,8 +67,16 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         float(p99.max(initial=0.0)), outcome.loaded_bytes, outcome.read_bytes,
         outcome.requests_per_s,
     )  # fmt: skip
-    known = (None if value != value else value for value in values)
-    return dict(zip((key for _, key, _ in COLUMNS), known, strict=True))
+    found = dict(zip((key for _, key, _ in COLUMNS), values, strict=True))
+    if isinstance(outcome, ReplicasOutcome):
+        found |= {
+            "replicas": outcome.replicas,
+            "placement": outcome.placement.rule,
+            "busy_share": outcome.busy_share,
+            "imbalance": outcome.imbalance,
+            "retries": int(outcome.retries.sum()),
+        }
+    return {key: None if value != value else value for key, value in found.items()}
 
 
 def table(outcomes: Sequence[Outcome], terminal: Terminal | None = None) -> str:
@@ -84,21 +109,23 @@ def table_of(
     ['0.5', '2', 'lru']
     """
     terminal = terminal or Terminal()
-    rows = [[_short(each[key], scale) for _, key, scale in COLUMNS] for each in found]
+    columns = OF_REPLICAS if any("replicas" in each for each in found) else COLUMNS
+    rows = [[_short(each[key], scale) for _, key, scale in columns] for each in found]
     names = list(points[0]) if points else []
     for row, point in zip(rows, points, strict=False):
-        row[:0] = [f"{point[name]:g}" for name in names]
-    keys = len(names) + 1
+        row[:0] = [_short(point[name], 1) for name in names]
+    keys = len(names) + [key for _, key, _ in columns].index("policy") + 1
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(keys)]
     rows = [[*map(str.rjust, row[:keys], widths), *row[keys:]] for row in rows]
-    heads = [*(name.replace("_", "\n") for name in names), *(head for head, _, _ in COLUMNS)]
-    return terminal.text(terminal.table(heads, rows, keys=keys + 1))
+    heads = [*(name.replace("_", "\n") for name in names), *(head for head, _, _ in columns)]
+    return terminal.text(terminal.table(heads, rows, keys=keys))
 
 
 def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:
     """Draw hit rate, waiting time and bytes over slots, and waiting time over tenants.
 
-    Semantics: writes the file in the format that its name ends in.
+    Semantics: writes the file in the format that its name ends in. Of replicas: hit rate, waiting
+    time, bytes, and the busiest replica's load over their number, a line for each placement.
 
     Raises ServingError when matplotlib is not installed, or when it knows no such format.
     """
@@ -109,7 +136,47 @@ def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:
             "figure", "matplotlib", "none installed", "pip install matplotlib"
         ) from error
     drawing = Figure(figsize=(9.6, 7.2), layout="constrained")
-    (hits, wait), (data, tenants) = drawing.subplots(2, 2)
+    axes = drawing.subplots(2, 2)
+    of_replicas = [outcome for outcome in outcomes if isinstance(outcome, ReplicasOutcome)]
+    if of_replicas:
+        _draw_replicas(axes, of_replicas)
+    else:
+        _draw_slots(axes, outcomes)
+    trace = outcomes[0].trace
+    drawing.suptitle(f"{trace.n:,} requests for {trace.adapters:,} adapters", fontsize=11)
+    try:
+        drawing.savefig(path, dpi=110)
+    except ValueError as error:
+        expected = "a name that ends in .png, .svg or .pdf"
+        raise ServingError("figure", expected, str(path), "name another file") from error
+
+
+def _draw_replicas(axes: Any, outcomes: Sequence[ReplicasOutcome]) -> None:
+    (hits, wait), (data, busy) = axes
+    first = outcomes[0].max_loras, outcomes[0].policy
+    for rule, (colour, marker, line) in OF_RULES.items():
+        chosen = [
+            o for o in outcomes if o.placement.rule == rule and (o.max_loras, o.policy) == first
+        ]
+        if not chosen:
+            continue
+        count = [o.replicas for o in chosen]
+        look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4.5}
+        hits.plot(count, [100 * o.hit_rate for o in chosen], label=rule, **look)
+        wait.plot(count, [o.wait_s(99) for o in chosen], label=rule, **look)
+        data.plot(count, [o.loaded_bytes / 1e9 for o in chosen], label=rule, **look)
+        busy.plot(count, [o.imbalance for o in chosen], label=rule, **look)
+    _label(hits, "replicas", "requests for which nothing was loaded (%)")
+    _label(wait, "replicas", "p99 of waiting (s)", yscale="log")
+    _label(data, "replicas", "weights moved into slots (GB)")
+    _label(busy, "replicas", "busiest replica / mean")
+    for axis in (hits, wait, data, busy):
+        axis.set_xticks(sorted({o.replicas for o in outcomes}), minor=False)
+        axis.minorticks_off()
+
+
+def _draw_slots(axes: Any, outcomes: Sequence[Outcome]) -> None:
+    (hits, wait), (data, tenants) = axes
     for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
         colour, marker, line = LOOKS[policy]
         chosen = [outcome for outcome in outcomes if outcome.policy == policy]
@@ -139,13 +206,6 @@ def figure(outcomes: Sequence[Outcome], path: str | os.PathLike[str]) -> None:
     for axis in (hits, wait, data):
         axis.set_xticks([outcome.max_loras for outcome in first], minor=False)
         axis.minorticks_off()
-    trace = outcomes[0].trace
-    drawing.suptitle(f"{trace.n:,} requests for {trace.adapters:,} adapters", fontsize=11)
-    try:
-        drawing.savefig(path, dpi=110)
-    except ValueError as error:
-        expected = "a name that ends in .png, .svg or .pdf"
-        raise ServingError("figure", expected, str(path), "name another file") from error
 
 
 def _label(axis: Any, x: str, y: str, yscale: str = "linear") -> None:

@@ -12,6 +12,8 @@ whole microseconds, and nothing is rounded: the outcome is that of a loop over e
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -25,22 +27,27 @@ from sgmv.ids import MOST, Integers
 from sgmv.serving.requests import BASE_MODEL, LoRARequest
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.scheduler import Scheduler
-from sgmv.serving.traces import Trace, check_number
+from sgmv.serving.traces import RANK, Trace, check_number
 
 
 @dataclass(frozen=True)
 class Costs:
     """What a step and an adapter cost.
 
-    Semantics: a step takes `step_us + row_us * rows` microseconds, and before it each adapter that
-    comes into a slot `load_us`, each that is read from disk `read_us` as well. The defaults are
-    round numbers for a 7B model on one large GPU, not measurements: a step that grows little with
-    its rows, and rank-16 adapters of the q, k, v and o projections in half precision.
+    Semantics: a step takes `step(...)` microseconds, and before it each adapter that comes into a
+    slot `load_us`, each that is read from disk `read_us` as well; one of another rank than 16 as
+    much more or less. The defaults are round numbers for a 7B model on one large GPU, not
+    measurements: a step that grows little with its rows, and rank-16 adapters of the q, k, v and o
+    projections in half precision.
 
-    step_us, row_us  microseconds
-    adapter_bytes    of one adapter
-    load_rate        bytes a second from host memory into slots
-    read_rate        bytes a second from disk into host memory
+    step_us        microseconds of a step
+    row_us         and of each request in it
+    adapter_us     and of each adapter in it
+    rank_us        and of each rank of each request's adapter
+    padded         whether kernels take as long for each request's rank as for the highest of all
+    adapter_bytes  of an adapter of rank 16
+    load_rate      bytes a second from host memory into slots
+    read_rate      bytes a second from disk into host memory
 
     Raises ServingError, DtypeError or ValueRangeError.
     Source: that a batch costs little more than a row: Punica (arXiv 2310.18547), section 7.
@@ -54,28 +61,54 @@ class Costs:
     adapter_bytes: int = 32 << 20
     load_rate: float = 20e9
     read_rate: float = 2e9
+    adapter_us: int = 0
+    rank_us: float = 0.0
+    padded: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("step_us", 1), ("row_us", 0), ("adapter_bytes", 0)):
+        whole = {"step_us": 1, "row_us": 0, "adapter_us": 0, "adapter_bytes": 0}
+        for name, least in whole.items():
             value = check_count(name, getattr(self, name), least)
             object.__setattr__(self, name, value)
-        for name in ("load_rate", "read_rate"):
-            rate = check_number(name, getattr(self, name), least=1)
-            object.__setattr__(self, name, rate)
+        for name, limit in (("load_rate", 1), ("read_rate", 1), ("rank_us", 0)):
+            value = check_number(name, getattr(self, name), least=limit)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "padded", bool(self.padded))
+
+    def step(self, rows: int, adapters: int, rows_of: Mapping[int, int]) -> int:
+        """Microseconds of a step of `rows` requests; `rows_of` a rank ask for such an adapter."""
+        if self.padded:
+            ranks = max(rows_of, default=0) * sum(rows_of.values())
+        else:
+            ranks = sum(rank * count for rank, count in rows_of.items())
+        fixed = self.step_us + self.row_us * rows + self.adapter_us * adapters
+        return fixed + round(self.rank_us * ranks)
+
+    def bytes_of(self, rank: int) -> int:
+        """Of an adapter of this rank."""
+        return round(self.adapter_bytes / RANK * rank)
+
+    def load_us_of(self, rank: int) -> int:
+        """From host memory into a slot."""
+        return round(self.adapter_bytes / RANK / self.load_rate * 1e6 * rank)
+
+    def read_us_of(self, rank: int) -> int:
+        """From disk into host memory."""
+        return round(self.adapter_bytes / RANK / self.read_rate * 1e6 * rank)
 
     @property
     def load_us(self) -> int:
-        """One adapter from host memory into a slot."""
-        return round(self.adapter_bytes / self.load_rate * 1e6)
+        """One adapter of rank 16 from host memory into a slot."""
+        return self.load_us_of(RANK)
 
     @property
     def read_us(self) -> int:
-        """One adapter from disk into host memory."""
-        return round(self.adapter_bytes / self.read_rate * 1e6)
+        """One adapter of rank 16 from disk into host memory."""
+        return self.read_us_of(RANK)
 
 
 class Tenants(NamedTuple):
-    """Waiting time by adapter, ids ascending; 0 is the base model's."""
+    """Waiting time by tenant, ids ascending: by adapter, unless the trace says who asks for it."""
 
     ids: Integers
     requests: Integers
@@ -135,10 +168,10 @@ class Outcome:
         return float(np.percentile(self.wait_us, percent, method="inverted_cdf")) / 1e6
 
     def tenants(self) -> Tenants:
-        """The same for each adapter's requests by themselves, 50 and 99 percent."""
-        by_tenant = np.lexsort((self.wait_us, self.trace.adapter_ids))
+        """The same for each tenant's requests by themselves, 50 and 99 percent."""
+        by_tenant = np.lexsort((self.wait_us, self.trace.tenants))
         ids, start, requests = np.unique(
-            self.trace.adapter_ids[by_tenant], return_index=True, return_counts=True
+            self.trace.tenants[by_tenant], return_index=True, return_counts=True
         )
         waits = self.wait_us[by_tenant] / 1e6
         # The rank of the smallest value that this percentage does not exceed, in whole numbers.
@@ -189,29 +222,34 @@ def simulate(
         trace.n, trace.arrival_us.tolist(), trace.adapter_ids.tolist(), trace.tokens.tolist()
     )  # fmt: skip
     lora_requests = {i: LoRARequest(str(i), i, str(i)) for i in set(ids) - {BASE_MODEL}}
+    ranks = dict(zip(ids, trace.ranks.tolist(), strict=True))
     wait = [0] * n
     ending: list[int] = []  # a heap: (the step before which a request has ended) * n + request
-    load_us, read_us, waiting, holding, counters = (
-        costs.load_us, costs.read_us, scheduler.waiting, scheduler.holding, residency.counters
-    )  # fmt: skip
-    now = step = came = 0
+    rows_of: Counter[int] = Counter()  # of running requests, by the ranks of their adapters
+    waiting, holding = scheduler.waiting, scheduler.holding
+    now = step = came = loaded_bytes = read_bytes = 0
     while came < n or ending or waiting:
         while came < n and arrival[came] <= now:
             scheduler.add(came, lora_requests.get(ids[came]))
             came += 1
         admitted = scheduler.admit()
         if admitted:
-            loads, reads = counters.slot_misses, counters.host_misses
-            residency.bring(sorted({ids[i] for i in admitted} - {BASE_MODEL}), holding)
-            now += (counters.slot_misses - loads) * load_us
-            now += (counters.host_misses - reads) * read_us
+            asked = sorted({ids[i] for i in admitted} - {BASE_MODEL})
+            loaded = [ranks[i] for i in asked if i not in residency.slots]
+            read = [ranks[i] for i in asked if i not in residency.host]
+            residency.bring(asked, holding)
+            now += sum(map(costs.load_us_of, loaded)) + sum(map(costs.read_us_of, read))
+            loaded_bytes += sum(map(costs.bytes_of, loaded))
+            read_bytes += sum(map(costs.bytes_of, read))
             for i in admitted:
                 wait[i] = now - arrival[i]
                 heappush(ending, (step + tokens[i]) * n + i)
+                if ids[i] != BASE_MODEL:
+                    rows_of[ranks[ids[i]]] += 1
         if not ending:
             now = arrival[came]
             continue
-        step_us = costs.step_us + costs.row_us * len(ending)
+        step_us = costs.step(len(ending), len(holding) - 1, rows_of)
         steps = ending[0] // n - step
         if came < n and len(ending) < max_num_seqs:  # the next arrival may change something
             steps = min(steps, max(1, -(-(arrival[came] - now) // step_us)))
@@ -222,19 +260,27 @@ def simulate(
             i = heappop(ending) % n
             scheduler.finish(i)
             ended.add(ids[i])
+            if ids[i] != BASE_MODEL:
+                rows_of[ranks[ids[i]]] -= 1
+        rows_of = +rows_of  # those that are left
         # A server touches its adapters in each step; what counts is the last before they rest.
         residency.touch(sorted(ended - holding))
-    if now > MOST:
-        expected = "requests that end before 2**63 microseconds"
-        raise ValueRangeError("trace", expected, shown(now), "shorten it, or lower the costs")
+    check_end(now)
     return Outcome(
         trace=trace,
         max_loras=max_loras,
         policy=policy,
         wait_us=np.array(wait, np.int64),
         deferrals=scheduler.deferrals,
-        counters=counters,
-        loaded_bytes=counters.slot_misses * costs.adapter_bytes,
-        read_bytes=counters.host_misses * costs.adapter_bytes,
+        counters=residency.counters,
+        loaded_bytes=loaded_bytes,
+        read_bytes=read_bytes,
         end_us=now,
     )
+
+
+def check_end(end_us: int) -> None:
+    """Refuse a trace of more time than its microseconds can count."""
+    if end_us > MOST:
+        expected = "requests that end before 2**63 microseconds"
+        raise ValueRangeError("trace", expected, shown(end_us), "shorten it, or lower the costs")

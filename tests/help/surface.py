@@ -34,7 +34,7 @@ MODULES = (sgmv, experts, layouts, punica, vllm, serving, emulator, popularity, 
 # What calls return, and what tells of an error: made by the library, not by its users.
 RECORDS = {
     *("SgmvError", "AdapterNames", "Finding", "FlashInfer", "LoRABatchInfo", "LoRAKernelMeta"),
-    *("Lorax", "Punica", "RankSegments", "VllmV0", "Counters", "Outcome", "Step", "Deadlock"),
+    *("Lorax", "Punica", "RankSegments", "VllmV0", "Counters", "Outcome", "ReplicasOutcome", "Step", "Deadlock"),
     *("DeadlockError", "Histogram", "Launch", "Result", "Work", "Model", "LAYERS", "MODELS"),
     *("POLICIES", "POPULARITIES", "DEVICES", "A100", "H100", "H200", "L4", "RTX_4090"),
     "PeftAdapter",
@@ -590,11 +590,11 @@ CALLS: dict[str, Callable[[], Made]] = {
     "Scheduler.finish": method(scheduler, "finish", request_id=const("r0")),
     "Costs": plain(
         serving.Costs, step_us=const(100), row_us=const(100), adapter_bytes=const(100),
-        load_rate=const(2e9), read_rate=const(100.0),
+        load_rate=const(2e9), read_rate=const(100.0), adapter_us=const(100), rank_us=const(0.5),
     ),
     "Trace": plain(
         Trace, arrival_us=const([0, 100, 100]), adapter_ids=const([1, 0, 100]),
-        tokens=const([100, 1, 1]),
+        tokens=const([100, 1, 1]), ranks=const([8, 1, 100]), tenants=const([3, 0, 100]),
     ),
     "Trace, arrays": plain(
         Trace, arrival_us=lambda: np.array([0, 100, 100]), adapter_ids=lambda: np.array([1, 0, 9]),
@@ -602,7 +602,26 @@ CALLS: dict[str, Callable[[], Made]] = {
     ),
     "draw_trace": plain(
         serving.draw_trace, **SMALL_TRACE, alpha=const(1.0), burst=const(2.0),
-        mean_tokens=const(8.0), seed=const(100),
+        mean_tokens=const(8.0), arrivals=const("diurnal"), updates=const(1.0),
+        turnover=const(1.0), seed=const(100),
+    ),
+    "Trace.with_ranks": method(
+        lambda: Trace([0, 100], [1, 2], [1, 1]), "with_ranks", ranks=const([8, 100])
+    ),
+    "Placement": plain(
+        serving.Placement, rule=const("ray"), max_ongoing=const(100), spill=const(100),
+        plan_s=const(60.0), seed=const(100),
+    ),
+    "Failure": plain(serving.Failure, replica=const(1), from_s=const(1.0), until_s=const(2.0)),
+    "simulate_replicas": plain(
+        serving.simulate_replicas, trace=lambda: Trace([0, 100, 100], [1, 0, 100], [100, 1, 1]),
+        replicas=const(3), placement=const("ray"), max_loras=const(2), policy=const("lru"),
+        max_cpu_loras=const(100), max_num_seqs=const(100), max_overtakes=const(100),
+        costs=lambda: serving.Costs(), failures=lambda: [serving.Failure(1, 1.0, 2.0)],
+    ),
+    "fewest_replicas": plain(
+        serving.fewest_replicas, trace=lambda: Trace([0, 100], [1, 2], [1, 1]),
+        target_s=const(2.0), most=const(4), placement=const("ray"),
     ),
     "simulate": plain(
         serving.simulate, trace=lambda: Trace([0, 100, 100], [1, 0, 100], [100, 1, 1]),

@@ -27,7 +27,8 @@ ARROWS = {
     "layouts": {"core"},
     "compat": {"core", "experts", "layouts"},
     "experts": {"core"},
-    "serving": {"core"},
+    "replicas": {"kernels"},
+    "serving": {"core", "replicas"},
     "emulator": {"core", "layouts"},
     "explorer": {"core", "emulator", "layouts"},
     "explain": {"core", "emulator", "explorer", "kernels", "layouts"},
@@ -45,7 +46,7 @@ COMPILERS = {
 }
 COMPILERS |= {"kernels.amx", "kernels.amx_expand", "kernels.amx_instructions"}
 # Besides sgmv's own settings: what the terminal is, and whether there is a screen.
-ENVIRONMENT = {"settings", "kernels.cpu", "console", "terminal", "explorer.write"}
+ENVIRONMENT = {"settings", "kernels.cpu", "console", "terminal", "html"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
 
 
@@ -172,14 +173,18 @@ def test_packages_that_must_not_know_each_other(package: str, never: set[str]) -
         assert not used & never - allowed, f"{package}/{name}.py imports {used & never}"
 
 
-def test_compiled_code_is_in_one_folder_and_knows_no_other() -> None:
-    """The stamp on the cached kernels is made from this folder's files."""
+def test_compiled_code_is_in_two_folders_and_knows_no_other() -> None:
+    """The stamps on what is cached are made from the files of a folder, for each of the two."""
     for name, path in sources("sgmv").items():
         own = {m for m in imports(path) if m.startswith("sgmv.")}
         if name.startswith("kernels."):
             assert all(m.startswith("sgmv.kernels.") for m in own), name
+        elif name.startswith("replicas."):
+            others = {m for m in own if not m.startswith("sgmv.replicas.")}
+            assert all(m.startswith("sgmv.kernels.jit") for m in others), name
         else:
             assert "sgmv.kernels.jit.jit" not in own, name
+            assert "sgmv.replicas.records.compiled" not in own, name
 
 
 def test_numba_flags_stand_in_one_place() -> None:
@@ -237,7 +242,8 @@ def test_jitted_functions_are_short() -> None:
     for name, path in sources("sgmv").items():
         for node in functions(path):
             if node.name.endswith("_kernel") or any(
-                isinstance(d, ast.Call) and getattr(d.func, "id", "") == "jit"
+                (isinstance(d, ast.Call) and getattr(d.func, "id", "") == "jit")
+                or getattr(d, "id", "") == "compiled"
                 for d in node.decorator_list
             ):
                 assert lines(node) <= 45, f"{name}.{node.name} has {lines(node)} lines"

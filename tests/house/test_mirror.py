@@ -41,6 +41,10 @@ ELSEWHERE = {
     "layouts/exam.py": ("layouts/test_check.py", "the exam is what `check` runs"),
     "layouts/finding.py": ("layouts/test_check.py", "findings are what `check` returns"),
     "layouts/repairs.py": ("layouts/test_check.py", "repairs are told with the findings"),
+    "html.py": ("page/test_write.py", "a page is assembled by what writes one"),
+    "replicas/records.py": ("replicas/test_events.py", "records are seen through the loop"),
+    "replicas/replica.py": ("replicas/test_events.py", "one replica is held to the simulator"),
+    "replicas/scheduler.py": ("replicas/test_events.py", "so is what it admits"),
     "serving/residency.py": ("serving/test_planted_faults.py", "plain forms drive it with slots"),
 }
 MOST_LINES = 600

@@ -1,0 +1,106 @@
+"""Outcomes of replicas as an HTML page: which waits how long, over time, replica by replica."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sgmv.errors import ServingError
+from sgmv.html import assembled
+from sgmv.serving.replicas import ReplicasOutcome
+from sgmv.serving.report import OF_REPLICAS, figures
+
+PERCENTS = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
+PARTS = 80  # of the time in which requests arrive
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    outcomes: Sequence[ReplicasOutcome],
+    arguments: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one HTML file that shows these outcomes beside each other; returns its path.
+
+    Semantics: it asks nothing of the network. Its address keeps which outcome is shown in full.
+
+    path       the file, overwritten
+    outcomes   of `simulate_replicas`, at least one
+    arguments  what is told at its head: names and values
+
+    Raises ServingError for no outcomes, or a file that cannot be written.
+
+    >>> import tempfile
+    >>> from sgmv.serving import draw_trace, simulate_replicas
+    >>> outcome = simulate_replicas(draw_trace(200, 9), 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_page(Path(folder) / "replicas.html", [outcome]).name
+    'replicas.html'
+    """
+    if not outcomes:
+        raise ServingError("outcomes", "at least one", "none", "simulate some")
+    data = {
+        "arguments": {name: _told(value) for name, value in (arguments or {}).items()},
+        "columns": [[head.replace("\n", " "), key, scale] for head, key, scale in OF_REPLICAS],
+        "percents": PERCENTS,
+        "outcomes": [shown(outcome) for outcome in outcomes],
+    }
+    own, common = files("sgmv.serving"), files("sgmv.explorer")
+
+    def read(name: str) -> str:
+        if name == "page.html":
+            return (own / "replicas.html").read_text(encoding="utf-8")
+        folder, _, file = name.rpartition("/")
+        return ((common if folder else own) / file).read_text(encoding="utf-8")
+
+    target = Path(path)
+    try:
+        target.write_text(assembled(read, data), encoding="utf-8")
+    except OSError as error:
+        remedy = "name another place"
+        raise ServingError("page", "a file that can be written", str(error), remedy) from error
+    return target
+
+
+def shown(outcome: ReplicasOutcome) -> dict[str, Any]:
+    """All that the page knows of an outcome."""
+    trace, N = outcome.trace, outcome.replicas
+    span = int(trace.arrival_us[-1]) + 1 if trace.n else 1
+    part = trace.arrival_us * PARTS // span
+    waits = np.sort(outcome.wait_us) / 1e6
+    ranks = np.ceil(np.array(PERCENTS) * trace.n / 100).astype(int) - 1
+    served = np.zeros((N, PARTS), np.int64)
+    np.add.at(served, (outcome.replica_of, part), 1)
+    found = np.zeros((3, PARTS), np.int64)
+    np.add.at(found, (outcome.found, part), 1)
+    return {
+        "figures": figures(outcome),
+        "seconds": span / 1e6,
+        "waits": waits[np.maximum(ranks, 0)].tolist() if trace.n else [],
+        "over_time": _by_part(outcome.wait_us / 1e6, part),
+        "found": found.tolist(),
+        "served": served.tolist(),
+        "busy": [float(us) / max(outcome.end_us, 1) for us in outcome.busy_us],
+        "misses": [each.slot_misses for each in outcome.counters_of],
+    }
+
+
+def _by_part(waits: np.ndarray[Any, Any], part: np.ndarray[Any, Any]) -> list[list[float | None]]:
+    """The waiting time that half, and 99 %, of the requests of each part do not exceed."""
+    order = np.lexsort((waits, part))
+    counts = np.bincount(part, minlength=PARTS)
+    starts = np.cumsum(counts) - counts
+    rows = []
+    for percent in (50, 99):
+        at = starts - (-counts * percent // 100) - 1
+        known = zip(at.tolist(), counts.tolist(), strict=True)
+        rows.append([float(waits[order[i]]) if count else None for i, count in known])
+    return rows
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:,g}"

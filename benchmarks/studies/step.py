@@ -39,6 +39,7 @@ from benchmarks.study import Study
 from benchmarks.text import Console, Table
 from sgmv.models import MODELS
 from sgmv.serving import Costs
+from sgmv.serving.simulate import step_us
 from sgmv.serving.traces import RANK
 
 MODEL, LAYERS = "Llama-3-8B", 32
@@ -87,7 +88,8 @@ class Layer:
 
         def normal(rows: int, columns: int) -> NDArray[Any]:
             values = rng.standard_normal((rows, columns), np.float32)
-            return values / np.float32(columns**0.5)
+            found: NDArray[Any] = values / np.float32(columns**0.5)
+            return found
 
         self.W = {
             f"{name} {i}": normal(*widths(name)[::-1])
@@ -237,7 +239,7 @@ def residual(record: StepRecord) -> list[float]:
     """Of each batch, what the model of costs says over what was measured."""
     costs = Costs(**record.costs)  # type: ignore[arg-type]
     return [
-        costs.step(c.rows, c.adapters, {c.rank: c.rows}) / c.us
+        step_us(costs, c.rows, c.adapters, {c.rank: c.rows}) / c.us
         for c in record.cases
         if c.what == "step"
     ]
@@ -272,8 +274,8 @@ def page(record: StepRecord, name: str) -> str:
     """The table of docs/simulation.md, and where it comes from."""
     shares = residual(record)
     head = (
-        f"{record.model}, {record.layers} layers, float32, numpy's base products; {source(record)}; "
-        f"record: `benchmarks/records/{name}`."
+        f"{record.model}, {record.layers} layers, float32, numpy's base products; "
+        f"{source(record)}; record: `benchmarks/records/{name}`."
     )
     told = f"The model says {min(shares):.2f} to {max(shares):.2f} of what was measured."
     return f"{head}\n\n{tables(record)[0].markdown()}\n\n{told}"
@@ -300,4 +302,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-STUDY = Study("step", __doc__, StepRecord, run, tables, pages={("docs/simulation.md", "step"): page})
+STUDY = Study(
+    "step", __doc__, StepRecord, run, tables, pages={("docs/simulation.md", "step"): page}
+)

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from sgmv import emulator
 from sgmv.checks import check_count

@@ -1,7 +1,7 @@
 """Adapters in the order in which a replica evicts them, and heaps of integers.
 
-`links` is (adapters, N) LINK, `ends` (N,) ENDS: one list for each replica r. All takes the same time
-however long the list is, but for `first_idle`, which passes those that running requests hold.
+`links` is (adapters, N) LINK, `ends` (N,) ENDS: one list for each replica r. A change takes the
+same time however long the list is.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def _touch(fleet: Any, server: Any, r: int, adapter: int) -> None:
 
 @compiled
 def _step_us(fleet: Any, requests: Any, server: Any, r: int) -> int:
-    """How long a step of these requests takes: `Costs.step`."""
+    """How long a step of these requests takes: `sgmv.serving.simulate.step_us`."""
     replica = fleet.replicas[r]
     ranks = replica.ranks
     if server.padded:

@@ -39,7 +39,7 @@ def place(fleet: Any, requests: Any, router: Any, i: int, waited: bool) -> int:
     elif up and router.placement == RANK_AWARE:
         chosen = _by_rank(fleet, router, adapter, chance)
     elif up and router.placement == RAY:
-        return _as_ray(fleet, router, adapter, chance, waited)
+        chosen = _as_ray(fleet, router, adapter, chance, waited)
     if chosen != NONE and load(fleet, chosen) >= router.most:
         return NONE
     return int(chosen)
@@ -117,7 +117,7 @@ def _as_ray(fleet: Any, router: Any, adapter: int, chance: float, waited: bool) 
             router.candidates[having] = r
             having += 1
     if having and adapter and not waited:
-        return _of_two(fleet, router, having, chance)
+        return int(_of_two(fleet, router, having, chance))
     count = 0
     for k in range(up):
         r = fleet.up[k]
@@ -125,7 +125,7 @@ def _as_ray(fleet: Any, router: Any, adapter: int, chance: float, waited: bool) 
         if chosen and load(fleet, r) < router.most:
             router.candidates[count] = r
             count += 1
-    return _of_two(fleet, router, count, chance)
+    return int(_of_two(fleet, router, count, chance))
 
 
 @compiled

@@ -14,6 +14,7 @@ from sgmv.ids import MOST, Integers
 ARRIVALS = ("poisson", "diurnal", "flash-crowd", "bursty")
 WAVES, SWING = 3, 0.8  # of "diurnal": in the whole time; of the rate around its mean
 CROWD, CROWD_RATE = (0.4, 0.5), 4  # of "flash-crowd": its part of the time; of the rate before it
+MOST_CHANGES = 10**8
 DEVIATION = 4.0  # of the gaps of "bursty", in units of their mean
 
 
@@ -65,6 +66,10 @@ def changed(
     if (adapters + 1) * span > MOST:
         expected, got = "adapters times microseconds below 2**63", shown(adapters)
         raise ValueRangeError("adapters", expected, got, "draw a shorter trace")
+    for name, rate in (("updates", updates), ("turnover", turnover)):
+        if rate * span / 1e6 > MOST_CHANGES:
+            expected = f"at most {MOST_CHANGES:,} in the trace's time"
+            raise ValueRangeError(name, expected, f"{rate * span / 1e6:.3g}", "lower the rate")
     # An event and a request are one number each: adapter by adapter, and there by time.
     asked = ids * span + times
     renewed, replaced = (
@@ -94,4 +99,5 @@ def mixed(values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    found: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return found

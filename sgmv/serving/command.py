@@ -14,7 +14,14 @@ from sgmv.console import at_least, counts, number
 from sgmv.errors import SgmvError
 from sgmv.serving.arrivals import ARRIVALS
 from sgmv.serving.page import write_page
-from sgmv.serving.replicas import RULES, Failure, Placement, fewest_replicas, simulate_replicas
+from sgmv.serving.replicas import (
+    RULES,
+    Failure,
+    Placement,
+    ReplicasOutcome,
+    fewest_replicas,
+    simulate_replicas,
+)
 from sgmv.serving.report import figure, figures, table_of
 from sgmv.serving.residency import POLICIES
 from sgmv.serving.simulate import Costs, Outcome, simulate
@@ -96,12 +103,10 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
 def _add_replicas(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("several servers behind a router").add_argument
     add("--replicas", type=counts(1), help="how many, with commas")
-    add(
-        "--placement", choices=RULES, nargs="+", default=RULES, help="how requests are sent (all)"
-    )
+    add("--placement", choices=RULES, nargs="+", default=RULES, help="how requests are sent (all)")
     add("--max-ongoing", type=at_least(1), help="requests that make a replica full (no limit)")
     add("--spill", type=at_least(1), help="requests at which an adapter's home is passed over")
-    add("--plan-s", type=number, default=60.0, help="seconds of a plan by rank (%(default)g)")
+    add("--plan-s", type=number, help="seconds of a plan by rank (60)")
     add(
         "--fail",
         type=_failure,
@@ -148,7 +153,8 @@ def run(given: argparse.Namespace) -> str:
         if given.figure:
             figure(outcomes, given.figure)
         if given.page:
-            write_page(given.page, outcomes, arguments)
+            replicas = [each for each in outcomes if isinstance(each, ReplicasOutcome)]
+            write_page(given.page, replicas, arguments)
         found = [figures(outcome) for outcome in outcomes]
     else:
         work = campaign.Campaign("simulations", "sgmv.serving.command:point", asked)
@@ -186,14 +192,14 @@ def costs_of(path: Path) -> dict[str, Any]:
 def _routed(given: argparse.Namespace) -> list[dict[str, Any]]:
     """The numbers of replicas with their placements; nothing, where there is one server."""
     if given.replicas is None:
-        for name in ("fail", "target_p99", "page", "max_ongoing", "spill"):
-            if getattr(given, name):
+        for name in ("fail", "target_p99", "page", "max_ongoing", "spill", "plan_s"):
+            if getattr(given, name) not in (None, []):
                 raise SgmvError(name, "--replicas beside it", "none", "say how many")
         return [{}]
     shared = {
         "max_ongoing": given.max_ongoing,
         "spill": given.spill,
-        "plan_s": given.plan_s,
+        "plan_s": 60.0 if given.plan_s is None else given.plan_s,
         "fail": [list(each) for each in given.fail],
         "target_p99": given.target_p99,
     }
@@ -279,27 +285,36 @@ def _headline(arguments: dict[str, Any], swept: dict[str, list[Any]]) -> str:
         others = (f"{name} {_text(v)}" for name, v in arguments.items() if name not in swept)
         return f"Swept: {lists}. Else: {', '.join(others)}."
     trace = draw_trace(**{name: arguments[name] for name in _names(TRACE) if name != "ranks"})
-    told = {name: _text(value) for name, value in arguments.items()}
+    texts = {name: _text(value) for name, value in arguments.items()}
     step = f"{arguments['step_us'] / 1e3:g} ms and {arguments['row_us'] / 1e3:g} ms per request"
     for name, of in (("adapter_us", "adapter"), ("rank_us", "rank of a request's adapter")):
         if arguments[name]:
             step += f" and {arguments[name] / 1e3:g} ms per {of}"
     return (
-        f"{trace.n:,} requests for {trace.adapters:,} adapters, {told['rate']} per second, seed "
-        f"{told['seed']}; a step takes {step}; adapters of "
-        f"{arguments['adapter_bytes'] / 1e6:.3g} MB, {told['max_cpu_loras']} in host memory; at "
-        f"most {told['max_num_seqs']} requests run, each is overtaken at most "
-        f"{told['max_overtakes']} times."
+        f"{trace.n:,} requests for {trace.adapters:,} adapters, {texts['rate']} per second, seed "
+        f"{texts['seed']}; a step takes {step}; adapters of "
+        f"{arguments['adapter_bytes'] / 1e6:.3g} MB, {texts['max_cpu_loras']} in host memory; at "
+        f"most {texts['max_num_seqs']} requests run, each is overtaken at most "
+        f"{texts['max_overtakes']} times."
     )
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:,g}"
+    return (
+        value
+        if isinstance(value, str)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:,g}"
+    )
 
 
 def _ranks(text: str) -> str:
     """The type of --ranks: a text of numbers, checked."""
-    return ",".join(map(str, counts(1)(text)))
+    ranks = counts(1)(text)
+    if not ranks:
+        raise argparse.ArgumentTypeError("expected ranks, with commas, got none")
+    return ",".join(map(str, ranks))
 
 
 def _names(options: tuple[tuple[str, Any, str], ...]) -> list[str]:

@@ -44,7 +44,7 @@ def write_page(
     if not outcomes:
         raise ServingError("outcomes", "at least one", "none", "simulate some")
     data = {
-        "arguments": {name: _told(value) for name, value in (arguments or {}).items()},
+        "arguments": {name: _text(value) for name, value in (arguments or {}).items()},
         "columns": [[head.replace("\n", " "), key, scale] for head, key, scale in OF_REPLICAS],
         "percents": PERCENTS,
         "outcomes": [shown(outcome) for outcome in outcomes],
@@ -71,8 +71,7 @@ def shown(outcome: ReplicasOutcome) -> dict[str, Any]:
     trace, N = outcome.trace, outcome.replicas
     span = int(trace.arrival_us[-1]) + 1 if trace.n else 1
     part = trace.arrival_us * PARTS // span
-    waits = np.sort(outcome.wait_us) / 1e6
-    ranks = np.ceil(np.array(PERCENTS) * trace.n / 100).astype(int) - 1
+    waits = [outcome.wait_s(percent) for percent in PERCENTS] if trace.n else []
     served = np.zeros((N, PARTS), np.int64)
     np.add.at(served, (outcome.replica_of, part), 1)
     found = np.zeros((3, PARTS), np.int64)
@@ -80,7 +79,7 @@ def shown(outcome: ReplicasOutcome) -> dict[str, Any]:
     return {
         "figures": figures(outcome),
         "seconds": span / 1e6,
-        "waits": waits[np.maximum(ranks, 0)].tolist() if trace.n else [],
+        "waits": waits,
         "over_time": _by_part(outcome.wait_us / 1e6, part),
         "found": found.tolist(),
         "served": served.tolist(),
@@ -102,5 +101,5 @@ def _by_part(waits: np.ndarray[Any, Any], part: np.ndarray[Any, Any]) -> list[li
     return rows
 
 
-def _told(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:,g}"
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, str | bool) else f"{value:,.6g}"

@@ -14,6 +14,7 @@ const LOOKS = [
 const PLACEMENTS = [...new Set(DATA.outcomes.map(({ figures }) => figures.placement))];
 const look_of = (outcome) => LOOKS[PLACEMENTS.indexOf(outcome.figures.placement) % LOOKS.length];
 const MARGIN = { left: 64, right: 16, top: 10 };
+const parts_of = (figure) => (figure.clientWidth < 560 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]);
 
 let chosen = 0;
 
@@ -91,7 +92,7 @@ function show_waits() {
       line(MARGIN.left, y(tick), right, y(tick), "grid"),
       label(MARGIN.left - 6, y(tick) + 4, seconds(tick), "quiet", "end"),
     ]),
-    ...[0, 50, 90, 99, 99.9].flatMap((percent) => [
+    ...(figure.clientWidth < 560 ? [0, 90, 99, 99.9] : [0, 50, 90, 99, 99.9]).flatMap((percent) => [
       line(x(percent), MARGIN.top, x(percent), floor, "grid"),
       label(x(percent), floor + 16, `${percent} %`, "quiet", "middle"),
     ]),
@@ -149,7 +150,7 @@ function show_time(outcome) {
     shape("path", { class: "axis", d: `M${MARGIN.left} ${bars}H${right}` }),
     label(MARGIN.left - 6, bars - up(largest) + 8, number(largest), "quiet", "end"),
     label(MARGIN.left - 6, bars, "0", "quiet", "end"),
-    ...[0, 0.25, 0.5, 0.75, 1].map((part) =>
+    ...parts_of(figure).map((part) =>
       label(x(part * parts), bars + 16, seconds(part * outcome.seconds), "quiet", "middle"),
     ),
     label(right, bars + 33, "of arrival", "quiet", "end"),
@@ -201,7 +202,7 @@ function show_served(outcome) {
     `Requests of each of ${count(outcome.served.length, "replica")}; at most ${number(largest)} in a part`,
     ...cells,
     ...texts,
-    ...[0, 0.25, 0.5, 0.75, 1].map((part) =>
+    ...parts_of(figure).map((part) =>
       label(x(part * parts), height + 16, seconds(part * outcome.seconds), "quiet", "middle"),
     ),
   );

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,17 @@ from sgmv.errors import DtypeError, ServingError, ValueRangeError, shown
 from sgmv.ids import MOST, Integers
 from sgmv.replicas import events
 from sgmv.replicas.records import (
-    ABSENT, ENDS, LINE, LINK, NEVER, NONE, REPLICA, Fleet, Requests, Router, Server,
+    ABSENT,
+    ENDS,
+    LINE,
+    LINK,
+    NEVER,
+    NONE,
+    REPLICA,
+    Fleet,
+    Requests,
+    Router,
+    Server,
 )  # fmt: skip
 from sgmv.serving.arrivals import mixed
 from sgmv.serving.residency import Counters, Residency
@@ -79,12 +89,32 @@ class Placement:
         object.__setattr__(self, "seed", check_count("seed", self.seed, 0))
 
 
-class Failure(NamedTuple):
-    """A replica is down from one time on until another, in seconds; it returns empty."""
+@dataclass(frozen=True)
+class Failure:
+    """A time in which a replica is down.
+
+    Semantics: what it has at `from_s` is lost, and it returns at `until_s`, empty.
+
+    replica          its number, from 0
+    from_s, until_s  seconds of the simulated clock, the first below the second
+
+    Raises ServingError, DtypeError or ValueRangeError.
+
+    >>> Failure(2, 60, 90)
+    Failure(replica=2, from_s=60.0, until_s=90.0)
+    """
 
     replica: int
     from_s: float
     until_s: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replica", check_count("replica", self.replica, 0))
+        for name in ("from_s", "until_s"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name), 0, 1e12))
+        if not self.from_s < self.until_s:
+            expected = f"more than from_s = {self.from_s:g}"
+            raise ServingError("until_s", expected, f"{self.until_s:g}", "swap them")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +183,9 @@ def simulate_replicas(
     costs      of each; Costs(), if left out
     failures   what fails when
 
-    Raises as simulate does; ServingError for failures of a replica that is not there, that overlap,
-    or that leave requests with no replica to return. Time is linear in the requests and their
-    scans of the replicas, memory in adapters times replicas.
+    Raises as simulate does; ServingError for failures that overlap, DtypeError or ValueRangeError
+    for those of a replica that is not there. Time is linear in the requests, and in the replicas
+    that each looks through; memory in adapters times replicas.
     Source: as Placement and simulate.
 
     >>> trace = Trace([0, 0, 0], [1, 2, 1], [2, 3, 4])
@@ -167,10 +197,7 @@ def simulate_replicas(
         kind = type(trace).__name__
         raise DtypeError("trace", "a Trace", kind, "make one with Trace(...) or draw_trace()")
     N = check_count("replicas", replicas, 1, 1 << 16)
-    placement = Placement(placement) if isinstance(placement, str) else placement
-    if not isinstance(placement, Placement):
-        kind = type(placement).__name__
-        raise DtypeError("placement", "a Placement, or a rule", kind, "make one with Placement()")
+    placement = _checked(placement)
     costs = Costs() if costs is None else costs
     if not isinstance(costs, Costs):
         raise DtypeError("costs", "Costs, or None", type(costs).__name__, "make them with Costs()")
@@ -186,21 +213,23 @@ def simulate_replicas(
         costs.adapter_bytes / RANK / costs.load_rate * 1e6,
         costs.adapter_bytes / RANK / costs.read_rate * 1e6,
     )  # fmt: skip
-    ids, first, number = _adapters(trace)
+    first, number = _adapters(trace)
     requests = _requests(trace, number, placement.seed)
     with fits_memory("replicas", N):
         fleet = _fleet(N, server, _of_each(trace.ranks, first, 0))
         router = _router(placement, N, server, fleet.rank, _of_each(trace.tenants, first, 0))
     end_us = int(events.run(fleet, requests, server, router, changes))
     check_end(end_us)
-    if (requests.replica == NONE).any():
-        raise ServingError(
-            "failures",
-            "a replica that returns for those that wait",
-            f"{int((requests.replica == NONE).sum())} requests left",
-            "let one return, or end the trace before",
-        )
     return _outcome(trace, placement, fleet, requests, (max_loras, policy, end_us))
+
+
+def _checked(placement: object) -> Placement:
+    if isinstance(placement, str) and placement in RULES:
+        return Placement(placement)
+    if not isinstance(placement, Placement):
+        expected, got = f"a Placement, or one of {RULES}", shown(placement)
+        raise DtypeError("placement", expected, got, "make one with Placement()")
+    return placement
 
 
 def fewest_replicas(
@@ -227,6 +256,7 @@ def fewest_replicas(
     4
     """
     target_s = check_number("target_s", target_s, 0)
+    placement = _checked(placement)
     most = check_count("most", most, 1, 1 << 16)
 
     def tried(count: int) -> tuple[bool, ReplicasOutcome]:
@@ -261,12 +291,12 @@ def _changes(failures: Iterable[Failure], N: int) -> Integers:
     check_several("failures", failures, "Failures")
     changes = []
     for failure in failures:
-        r, start, end = failure
-        r = check_count("failures", r, 0, N - 1)
-        start, end = check_number("failures", start, 0), check_number("failures", end, 0, 1e12)
-        if not start < end:
-            raise ServingError("failures", "an end after its begin", repr(failure), "swap them")
-        changes += [(round(start * 1e6), r, 1), (round(end * 1e6), r, 0)]
+        if not isinstance(failure, Failure):
+            kind = type(failure).__name__
+            raise DtypeError("failures", "Failures", kind, "make each with Failure(...)")
+        check_count("failures", failure.replica, 0, N - 1)
+        for seconds, fails in ((failure.from_s, 1), (failure.until_s, 0)):
+            changes.append((round(seconds * 1e6), failure.replica, fails))
     for r in {r for _, r, _ in changes}:
         own = sorted(change for change in changes if change[1] == r)
         if any(fails != (k + 1) % 2 for k, (_, _, fails) in enumerate(own)):
@@ -275,12 +305,15 @@ def _changes(failures: Iterable[Failure], N: int) -> Integers:
     return np.array(sorted(changes), np.int64).reshape(-1, 3)
 
 
-def _adapters(trace: Trace) -> tuple[Integers, Integers, Integers]:
-    """Ids ascending from the base model's, where each is first (-1: nowhere), and the requests'."""
+def _adapters(trace: Trace) -> tuple[Integers, Integers]:
+    """Where each adapter is first, ids ascending from the base model's, and the requests' numbers.
+
+    The base model is number 0, and -1 is first if nobody asks for it.
+    """
     ids, first, number = np.unique(trace.adapter_ids, return_index=True, return_inverse=True)
     if not ids.size or ids[0] != 0:
-        ids, first, number = np.r_[0, ids], np.r_[NONE, first], number + 1
-    return ids, first, number
+        return np.r_[NONE, first], number + 1
+    return first, number
 
 
 def _of_each(values: Integers, first: Integers, base: int) -> Integers:

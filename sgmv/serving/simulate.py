@@ -34,7 +34,7 @@ from sgmv.serving.traces import RANK, Trace, check_number
 class Costs:
     """What a step and an adapter cost.
 
-    Semantics: a step takes `step(...)` microseconds, and before it each adapter that comes into a
+    Semantics: a step takes what the first four say, and before it each adapter that comes into a
     slot `load_us`, each that is read from disk `read_us` as well; one of another rank than 16 as
     much more or less. The defaults are round numbers for a 7B model on one large GPU, not
     measurements: a step that grows little with its rows, and rank-16 adapters of the q, k, v and o
@@ -70,41 +70,44 @@ class Costs:
         for name, least in whole.items():
             value = check_count(name, getattr(self, name), least)
             object.__setattr__(self, name, value)
-        for name, limit in (("load_rate", 1), ("read_rate", 1), ("rank_us", 0)):
-            value = check_number(name, getattr(self, name), least=limit)
-            object.__setattr__(self, name, value)
+        for name, least in (("load_rate", 1), ("read_rate", 1), ("rank_us", 0)):
+            object.__setattr__(self, name, check_number(name, getattr(self, name), least))
         object.__setattr__(self, "padded", bool(self.padded))
-
-    def step(self, rows: int, adapters: int, rows_of: Mapping[int, int]) -> int:
-        """Microseconds of a step of `rows` requests; `rows_of` a rank ask for such an adapter."""
-        if self.padded:
-            ranks = max(rows_of, default=0) * sum(rows_of.values())
-        else:
-            ranks = sum(rank * count for rank, count in rows_of.items())
-        fixed = self.step_us + self.row_us * rows + self.adapter_us * adapters
-        return fixed + round(self.rank_us * ranks)
-
-    def bytes_of(self, rank: int) -> int:
-        """Of an adapter of this rank."""
-        return round(self.adapter_bytes / RANK * rank)
-
-    def load_us_of(self, rank: int) -> int:
-        """From host memory into a slot."""
-        return round(self.adapter_bytes / RANK / self.load_rate * 1e6 * rank)
-
-    def read_us_of(self, rank: int) -> int:
-        """From disk into host memory."""
-        return round(self.adapter_bytes / RANK / self.read_rate * 1e6 * rank)
 
     @property
     def load_us(self) -> int:
         """One adapter of rank 16 from host memory into a slot."""
-        return self.load_us_of(RANK)
+        return load_us(self, RANK)
 
     @property
     def read_us(self) -> int:
         """One adapter of rank 16 from disk into host memory."""
-        return self.read_us_of(RANK)
+        return read_us(self, RANK)
+
+
+def step_us(costs: Costs, rows: int, adapters: int, rows_of: Mapping[int, int]) -> int:
+    """Microseconds of a step of `rows` requests; `rows_of` a rank ask for such an adapter."""
+    if costs.padded:
+        ranks = max(rows_of, default=0) * sum(rows_of.values())
+    else:
+        ranks = sum(rank * count for rank, count in rows_of.items())
+    fixed = costs.step_us + costs.row_us * rows + costs.adapter_us * adapters
+    return fixed + round(costs.rank_us * ranks)
+
+
+def bytes_of(costs: Costs, rank: int) -> int:
+    """Of an adapter of this rank."""
+    return round(costs.adapter_bytes / RANK * rank)
+
+
+def load_us(costs: Costs, rank: int) -> int:
+    """Of an adapter of this rank from host memory into a slot."""
+    return round(costs.adapter_bytes / RANK / costs.load_rate * 1e6 * rank)
+
+
+def read_us(costs: Costs, rank: int) -> int:
+    """Of an adapter of this rank from disk into host memory."""
+    return round(costs.adapter_bytes / RANK / costs.read_rate * 1e6 * rank)
 
 
 class Tenants(NamedTuple):
@@ -238,9 +241,9 @@ def simulate(
             loaded = [ranks[i] for i in asked if i not in residency.slots]
             read = [ranks[i] for i in asked if i not in residency.host]
             residency.bring(asked, holding)
-            now += sum(map(costs.load_us_of, loaded)) + sum(map(costs.read_us_of, read))
-            loaded_bytes += sum(map(costs.bytes_of, loaded))
-            read_bytes += sum(map(costs.bytes_of, read))
+            now += sum(load_us(costs, r) for r in loaded) + sum(read_us(costs, r) for r in read)
+            loaded_bytes += sum(bytes_of(costs, r) for r in loaded)
+            read_bytes += sum(bytes_of(costs, r) for r in read)
             for i in admitted:
                 wait[i] = now - arrival[i]
                 heappush(ending, (step + tokens[i]) * n + i)
@@ -249,12 +252,12 @@ def simulate(
         if not ending:
             now = arrival[came]
             continue
-        step_us = costs.step(len(ending), len(holding) - 1, rows_of)
+        each_us = step_us(costs, len(ending), len(holding) - 1, rows_of)
         steps = ending[0] // n - step
         if came < n and len(ending) < max_num_seqs:  # the next arrival may change something
-            steps = min(steps, max(1, -(-(arrival[came] - now) // step_us)))
+            steps = min(steps, max(1, -(-(arrival[came] - now) // each_us)))
         step += steps
-        now += steps * step_us
+        now += steps * each_us
         ended = set()
         while ending and ending[0] < (step + 1) * n:
             i = heappop(ending) % n

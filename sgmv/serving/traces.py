@@ -46,13 +46,13 @@ class Trace:
     tenants: Integers = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        given = [name for name in ("ranks", "tenants") if getattr(self, name) is not None]
-        if self.ranks is None:
-            object.__setattr__(self, "ranks", np.full(np.shape(self.arrival_us), RANK))
-        if self.tenants is None:
-            object.__setattr__(self, "tenants", self.adapter_ids)
         least_of = {"arrival_us": 0, "adapter_ids": BASE_MODEL, "tokens": 1, "ranks": 1}
+        given = [name for name in ("ranks", "tenants") if getattr(self, name) is not None]
         for name, least in (least_of | {"tenants": 0}).items():
+            if getattr(self, name) is None:
+                filled = np.full(self.n, RANK) if name == "ranks" else self.adapter_ids
+                object.__setattr__(self, name, filled)
+                continue
             array = as_integers(name, getattr(self, name))
             if array.shape != (self.n,):
                 expected = f"one for each of {self.n} requests"
@@ -177,7 +177,8 @@ def draw_trace(
         ids[crowd] = tenants[crowd] = ids.max(initial=adapters) + 1
     times, ids, tenants = (np.repeat(each, sizes)[:requests] for each in (times, ids, tenants))
     tokens = rng.geometric(1 / mean_tokens, requests)
-    return Trace(times, ids, tokens, tenants=tenants if any(changes) else None)
+    others = {"tenants": tenants} if any(changes) else {}
+    return Trace(times, ids, tokens, **others)
 
 
 def check_number(name: str, value: Any, least: float, limit: float = 1e300) -> float:

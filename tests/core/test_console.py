@@ -121,7 +121,7 @@ def test_no_error_of_a_command_names_an_internal(capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             main([name, "--help"])
         flags = re.findall(r"^  (--[a-z-]+) [A-Z_]+\b", capsys.readouterr().out, re.MULTILINE)
-        for flag in set(flags) - {"--html", "--figure", "--journal"}:
+        for flag in set(flags) - {"--html", "--figure", "--page", "--journal"}:
             with pytest.raises(SystemExit) as ended:
                 main([name, flag, "-9"])
             assert ended.value.code == 2
@@ -196,7 +196,11 @@ def test_submodules_are_imported_when_asked_for() -> None:
 
 def test_every_package_is_public_or_known_not_to_be() -> None:
     packages = {path.parent.name for path in (ROOT / "sgmv").glob("*/__init__.py")}
-    assert packages - set(sgmv.SUBMODULES) == {"explain", "kernels"}  # the command's, numba's
+    assert packages - set(sgmv.SUBMODULES) == {
+        "explain",
+        "kernels",
+        "replicas",
+    }  # the command's, numba's
     engines = {path.stem for path in (ROOT / "sgmv" / "compat").glob("[!_]*")}
     parts = ("batches", "dora", "experts", "graphs", "hooks", "layers", "weights")
     inner = {"operator", *(f"peft_{part}" for part in parts)}

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.once, pytest.mark.oracle]
 # Methods of what calls return that show what is there.
 SHOW = {
     "Outcome.tenants",
+    "ReplicasOutcome.tenants",
     *("Launch.program", "Launch.indices", "Launch.segment_rows", "Launch.figures"),
     *("Launch.own_figures", "Model.layer"),
 }

@@ -58,7 +58,10 @@ def check_as_several(serving: ModuleType, seed: int) -> Any:
     for r in range(N):
         its = np.flatnonzero(outcome.replica_of == r)
         own = serving.Trace(
-            *(getattr(trace, name)[its] for name in ("arrival_us", "adapter_ids", "tokens", "ranks"))
+            *(
+                getattr(trace, name)[its]
+                for name in ("arrival_us", "adapter_ids", "tokens", "ranks")
+            )
         )
         one = serving.simulate(own, **limits)
         np.testing.assert_array_equal(outcome.wait_us[its], one.wait_us)

@@ -34,7 +34,17 @@ MODULES = (sgmv, experts, layouts, punica, vllm, serving, emulator, popularity, 
 # What calls return, and what tells of an error: made by the library, not by its users.
 RECORDS = {
     *("SgmvError", "AdapterNames", "Finding", "FlashInfer", "LoRABatchInfo", "LoRAKernelMeta"),
-    *("Lorax", "Punica", "RankSegments", "VllmV0", "Counters", "Outcome", "ReplicasOutcome", "Step", "Deadlock"),
+    *(
+        "Lorax",
+        "Punica",
+        "RankSegments",
+        "VllmV0",
+        "Counters",
+        "Outcome",
+        "ReplicasOutcome",
+        "Step",
+        "Deadlock",
+    ),
     *("DeadlockError", "Histogram", "Launch", "Result", "Work", "Model", "LAYERS", "MODELS"),
     *("POLICIES", "POPULARITIES", "DEVICES", "A100", "H100", "H200", "L4", "RTX_4090"),
     "PeftAdapter",
@@ -639,6 +649,10 @@ CALLS: dict[str, Callable[[], Made]] = {
             Trace([0, 0], [1, 2], [9, 9]), costs=serving.Costs(**costs)
         ),
         {"step_us": 100, "row_us": 1, "adapter_bytes": 100, "load_rate": 1e9, "read_rate": 1e9},
+    ),
+    "ReplicasOutcome.wait_s": method(
+        lambda: serving.simulate_replicas(Trace([0, 0], [1, 2], [9, 9]), 2), "wait_s",
+        percent=const(50),
     ),
     "Outcome.wait_s": method(
         lambda: serving.simulate(Trace([0, 0], [1, 2], [9, 9])), "wait_s", percent=const(50)

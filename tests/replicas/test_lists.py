@@ -24,8 +24,9 @@ def in_order(links: np.ndarray, ends: np.ndarray, r: int) -> list[int]:
 
 def test_a_list_keeps_its_order() -> None:
     rng = np.random.default_rng(0)
-    links = np.full((9, 2), (ABSENT, ABSENT), LINK)
-    ends = np.full(2, (NONE, NONE, 0), ENDS)
+    links, ends = np.zeros((9, 2), LINK), np.zeros(2, ENDS)
+    links["before"] = links["after"] = ABSENT
+    ends["first"] = ends["last"] = NONE
     plain: OrderedDict[int, None] = OrderedDict()
     for adapter in rng.integers(0, 9, 400).tolist():
         assert has(links, adapter, 1) == (adapter in plain)

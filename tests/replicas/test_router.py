@@ -84,7 +84,7 @@ def test_a_plan_follows_the_demand() -> None:
     outcome = simulate_replicas(trace, N, Placement("rank-aware", plan_s=10.0), costs=QUICK)
     late = np.arange(n) > n // 2
     assert len(set(outcome.replica_of[late & (ids == 1)].tolist())) >= 6
-    assert len(set(outcome.replica_of[(np.arange(n) < 100) & (ids == 1)].tolist())) == 1
+    assert len(set(outcome.replica_of[(np.arange(n) < 100) & (ids == 1)].tolist())) <= 2
 
 
 def test_ray_sends_to_who_has_it() -> None:

@@ -27,7 +27,7 @@ TRACE = Trace([0, 1, 2], [1, 2, 1], [1, 1, 1])
         ({"trace": [1]}, "trace"),
         ({"replicas": 0}, "replicas"),
         ({"replicas": 2.5}, "replicas"),
-        ({"placement": "nearest"}, "rule"),
+        ({"placement": "nearest"}, "placement"),
         ({"placement": 3}, "placement"),
         ({"max_loras": 0}, "max_loras"),
         ({"max_cpu_loras": 2}, "max_cpu_loras"),
@@ -36,7 +36,7 @@ TRACE = Trace([0, 1, 2], [1, 2, 1], [1, 1, 1])
         ({"max_overtakes": -1}, "max_overtakes"),
         ({"costs": 7}, "costs"),
         ({"failures": [Failure(2, 0, 1)]}, "failures"),
-        ({"failures": [Failure(0, 1, 1)]}, "failures"),
+        ({"failures": [(0, 1, 2)]}, "failures"),
         ({"failures": [Failure(0, 1, 3), Failure(0, 2, 4)]}, "failures"),
         ({"failures": 3}, "failures"),
     ],
@@ -54,6 +54,15 @@ def test_what_is_refused(options: dict[str, Any], argument: str) -> None:
 def test_a_placement_that_is_refused(options: dict[str, Any], argument: str) -> None:
     with pytest.raises(SgmvError, match=rf"^{argument}: expected"):
         Placement("ray", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [((-1, 0, 1), "replica"), ((0, -1, 1), "from_s"), ((0, 1, 1), "until_s")],
+)
+def test_a_failure_that_is_refused(options: tuple[Any, ...], argument: str) -> None:
+    with pytest.raises(SgmvError, match=rf"^{argument}: expected"):
+        Failure(*options)
 
 
 def test_an_empty_trace() -> None:
@@ -94,4 +103,3 @@ def test_as_few_replicas_as_keep_the_waiting_time() -> None:
     fewer = simulate_replicas(trace, found.replicas - 1, "least-loaded")
     assert fewer.wait_s(99) > 2.0
     assert fewest_replicas(trace, 0.0, 4).replicas == 4  # never: that of the most
-

@@ -5,9 +5,11 @@
     sgmv simulate --costs bench-out/step.json --replicas 4
 
 A step is one layer of Llama-3-8B, times its 32 layers: the base products q, k, v, o, gate, up and
-down by numpy in float32, each followed by add_lora with adapters spread evenly over the rows. The
-fit is the best of the form step_us + row_us * rows + adapter_us * adapters + rank_us * (sum of the
-rows' ranks) with no coefficient below 0, by least squares of relative errors.
+down in float32, by torch where it is installed and else by numpy, whose products of few rows take
+several times as long; each followed by add_lora with adapters spread evenly over the rows. What
+adapters add is fitted by us + row_us * rows + adapter_us * adapters + rank_us * (sum of the rows'
+ranks), no coefficient below 0, least squares weighed by the whole step; the base products are as
+they are, at each number of rows, as they grow in no straight line.
 
 load is what brings an adapter from host memory into the slots of all layers, read what reads its
 files from disk, which are put out of the page cache before.
@@ -23,8 +25,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar
 
 import msgspec
@@ -39,7 +43,7 @@ from benchmarks.study import Study
 from benchmarks.text import Console, Table
 from sgmv.models import MODELS
 from sgmv.serving import Costs
-from sgmv.serving.simulate import step_us
+from sgmv.serving.simulate import added_us, base_us
 from sgmv.serving.traces import RANK
 
 MODEL, LAYERS = "Llama-3-8B", 32
@@ -64,20 +68,51 @@ class StepCase(msgspec.Struct, forbid_unknown_fields=True):
         return LAYERS * sum(times.q50 for times in self.times.values())
 
 
+class Fitted(msgspec.Struct, forbid_unknown_fields=True):
+    """Fields of `sgmv.serving.Costs`."""
+
+    base_us: list[tuple[int, int]]
+    step_us: int
+    row_us: int
+    adapter_us: int
+    rank_us: float
+    adapter_bytes: int
+    load_rate: float
+    read_rate: float
+
+
 class StepRecord(Head):
-    """One run of this file. `costs`: the fields of `sgmv.serving.Costs`."""
+    """One run of this file."""
 
     STUDY: ClassVar[str] = "step"
     threads: int
+    library: str  # of the base products
     model: str
     layers: int
-    costs: dict[str, float]
+    costs: Fitted
     cases: list[StepCase]
 
 
 def widths(name: str) -> tuple[int, int]:
     """(h_in, h_out); o's are those of q, turned."""
     return MODELS[MODEL].layer("q")[::-1] if name == "o" else MODELS[MODEL].layer(name)
+
+
+LIBRARY = "torch" if find_spec("torch") else "numpy"
+
+
+def product_of(library: str) -> Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]:
+    """X @ W.T by this library, over numpy's arrays."""
+    if library == "numpy":
+        return lambda x, W: x @ W.T
+    import torch
+
+    def product(x: NDArray[Any], W: NDArray[Any]) -> NDArray[Any]:
+        y = torch.nn.functional.linear(torch.from_numpy(x), torch.from_numpy(W))
+        found: NDArray[Any] = y.numpy()
+        return found
+
+    return product
 
 
 class Layer:
@@ -96,6 +131,7 @@ class Layer:
             for name, count in MODULES.items()
             for i in range(count)
         }
+        self.product = product_of(LIBRARY)
         self.x = {h_in: normal(max(ROWS), h_in) for h_in in {W.shape[1] for W in self.W.values()}}
         self.pairs = {
             rank: {
@@ -118,7 +154,7 @@ class Layer:
         for name, W in self.W.items():
             x = self.x[W.shape[1]][:rows]
             start = time.perf_counter_ns()
-            y = x @ W.T
+            y = self.product(x, W)
             middle = time.perf_counter_ns()
             sgmv.add_lora(y, x, self.stacks[rank][name], segments)
             base += middle - start
@@ -211,35 +247,43 @@ def _write_adapter(folder: Path, pairs: dict[str, tuple[NDArray[Any], NDArray[An
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def fitted(cases: list[StepCase]) -> dict[str, float]:
+def fitted(cases: list[StepCase]) -> Fitted:
     """The costs that come nearest to the cases."""
     steps = [case for case in cases if case.what == "step"]
     terms = np.array([[1, c.rows, c.adapters, c.rows * c.rank] for c in steps], np.float64)
-    us = np.array([case.us for case in steps])
-    names = ["step_us", "row_us", "adapter_us", "rank_us"]
-    found = dict.fromkeys(names, 0.0)
-    while names:
-        columns = [list(found).index(name) for name in names]
-        values = np.linalg.lstsq(terms[:, columns] / us[:, None], np.ones(len(us)))[0]
-        least = int(values.argmin())
-        if values[least] >= 0:
-            found.update(zip(names, values.tolist(), strict=True))
+    lora = np.array([LAYERS * case.times["lora"].q50 for case in steps])
+    whole = np.array([case.us for case in steps])
+    used, found = list(range(4)), np.zeros(4)
+    while used:
+        values = np.linalg.lstsq(terms[:, used] / whole[:, None], lora / whole)[0]
+        if values.min() >= 0:
+            found[used] = values
             break
-        del names[least]
-    per_rank = sum(4 * sum(widths(name)) * count for name, count in MODULES.items()) * LAYERS
-    rates = {
-        name: float(np.median([per_rank * c.rank / c.us * 1e6 for c in cases if c.what == what]))
-        for what, name in (("load", "load_rate"), ("read", "read_rate"))
+        del used[int(values.argmin())]
+    fixed, row_us, adapter_us, rank_us = found.tolist()
+    base = {
+        rows: LAYERS * median(c.times["base"].q50 for c in steps if c.rows == rows) for rows in ROWS
     }
-    whole = {name: round(value) for name, value in found.items() if name != "rank_us"}
-    return {**whole, "rank_us": found["rank_us"], "adapter_bytes": per_rank * RANK, **rates}
+    us = np.maximum.accumulate([base[rows] + fixed + row_us * rows for rows in ROWS])
+    points = [(rows, round(each)) for rows, each in zip(ROWS, us.tolist(), strict=True)]
+    line = np.polyfit(np.array(ROWS, np.float64), us, 1)
+    per_rank = sum(4 * sum(widths(name)) * count for name, count in MODULES.items()) * LAYERS
+    load_rate, read_rate = (
+        median(per_rank * c.rank / c.us * 1e6 for c in cases if c.what == what)
+        for what in ("load", "read")
+    )
+    return Fitted(
+        points, round(line[1]), round(line[0]), round(adapter_us), rank_us, per_rank * RANK,
+        load_rate, read_rate,
+    )  # fmt: skip
 
 
 def residual(record: StepRecord) -> list[float]:
     """Of each batch, what the model of costs says over what was measured."""
-    costs = Costs(**record.costs)  # type: ignore[arg-type]
+    costs = Costs(**msgspec.structs.asdict(record.costs))
+    base = base_us(costs, max(ROWS))
     return [
-        step_us(costs, c.rows, c.adapters, {c.rank: c.rows}) / c.us
+        float(base[c.rows] + added_us(costs, c.adapters, {c.rank: c.rows})) / c.us
         for c in record.cases
         if c.what == "step"
     ]
@@ -249,13 +293,12 @@ def tables(record: StepRecord) -> list[Table]:
     """The costs; and a line per batch, beside what they say of it."""
     costs = record.costs
     sums = [
-        ["a step", f"{costs['step_us'] / 1e3:.1f} ms"],
-        ["each row", f"{costs['row_us'] / 1e3:.3g} ms"],
-        ["each adapter", f"{costs['adapter_us'] / 1e3:.3g} ms"],
-        ["each rank of a row", f"{costs['rank_us']:.3g} us"],
-        ["an adapter of rank 16", f"{costs['adapter_bytes'] / 1e6:.0f} MB"],
-        ["into slots", f"{costs['load_rate'] / 1e9:.2f} GB/s"],
-        ["from disk", f"{costs['read_rate'] / 1e9:.2f} GB/s"],
+        *([f"a step of {rows} rows", f"{us / 1e3:,.0f} ms"] for rows, us in costs.base_us),
+        ["each adapter", f"{costs.adapter_us / 1e3:.3g} ms"],
+        ["each rank of a row", f"{costs.rank_us:.3g} us"],
+        ["an adapter of rank 16", f"{costs.adapter_bytes / 1e6:.0f} MB"],
+        ["into slots", f"{costs.load_rate / 1e9:.2f} GB/s"],
+        ["from disk", f"{costs.read_rate / 1e9:.2f} GB/s"],
     ]
     steps = [case for case in record.cases if case.what == "step"]
     lines = [
@@ -274,7 +317,7 @@ def page(record: StepRecord, name: str) -> str:
     """The table of docs/simulation.md, and where it comes from."""
     shares = residual(record)
     head = (
-        f"{record.model}, {record.layers} layers, float32, numpy's base products; "
+        f"{record.model}, {record.layers} layers, float32, base products by {record.library}; "
         f"{source(record)}; record: `benchmarks/records/{name}`."
     )
     told = f"The model says {min(shares):.2f} to {max(shares):.2f} of what was measured."
@@ -284,6 +327,10 @@ def page(record: StepRecord, name: str) -> str:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure every batch, and every way of bringing an adapter."""
     sgmv.set_num_threads(args.threads)
+    if LIBRARY == "torch":
+        import torch
+
+        torch.set_num_threads(args.threads)
     layer = Layer()
     cases = []
     for rows, adapters, rank in product(ROWS, ADAPTERS, RANKS):
@@ -295,6 +342,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             cases += bring(layer, rank, Path(folder))
     return {
         "threads": args.threads,
+        "library": LIBRARY,
         "model": MODEL,
         "layers": LAYERS,
         "costs": fitted(cases),

@@ -106,8 +106,8 @@ class Server(NamedTuple):
     max_num_seqs: int
     max_overtakes: int
     lru: bool
-    step_us: int
-    row_us: int
+    base_us: Integers  # (max_num_seqs + 1,) of a step, by its requests
+    row_us: float  # what one more request costs, about: what a plan by rank weighs
     adapter_us: int
     rank_us: float
     padded: bool

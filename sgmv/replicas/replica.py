@@ -177,7 +177,7 @@ def _touch(fleet: Any, server: Any, r: int, adapter: int) -> None:
 
 @compiled
 def _step_us(fleet: Any, requests: Any, server: Any, r: int) -> int:
-    """How long a step of these requests takes: `sgmv.serving.simulate.step_us`."""
+    """How long a step of these requests takes: as in `sgmv.serving.simulate`."""
     replica = fleet.replicas[r]
     ranks = replica.ranks
     if server.padded:
@@ -185,5 +185,5 @@ def _step_us(fleet: Any, requests: Any, server: Any, r: int) -> int:
         for place in range(1, replica.held + 1):
             highest = max(highest, fleet.rank[fleet.held[r, place]])
         ranks = highest * (replica.running - fleet.lines[0, r].running)
-    step_us = server.step_us + server.row_us * replica.running + server.adapter_us * replica.held
+    step_us = server.base_us[replica.running] + server.adapter_us * replica.held
     return int(step_us + int(np.rint(server.rank_us * ranks)))

@@ -154,7 +154,8 @@ def run(given: argparse.Namespace) -> str:
             figure(outcomes, given.figure)
         if given.page:
             replicas = [each for each in outcomes if isinstance(each, ReplicasOutcome)]
-            write_page(given.page, replicas, arguments)
+            options = {name: arguments[name] for name in arguments if name != "base_us"}
+            write_page(given.page, replicas, options)
         found = [figures(outcome) for outcome in outcomes]
     else:
         work = campaign.Campaign("simulations", "sgmv.serving.command:point", asked)
@@ -176,7 +177,8 @@ def _arguments(given: argparse.Namespace) -> dict[str, Any]:
         key = name.replace("-", "_")
         if found[key] is None:
             found[key] = read.get(key, default)
-    return {**found, "padded": given.padded}
+    own = given.step_us is None and given.row_us is None
+    return {**found, "padded": given.padded, "base_us": read.get("base_us", ()) if own else ()}
 
 
 def costs_of(path: Path) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def costs_of(path: Path) -> dict[str, Any]:
     remedy = "write one: python -m benchmarks step"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["costs"]
-        return {name: found[name] for name in _names(PRICES)}
+        return {name: found[name] for name in (*_names(PRICES), "base_us")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SgmvError("costs", "a record of a step's costs", str(error), remedy) from error
 
@@ -227,7 +229,7 @@ def outcome_of(asked: dict[str, Any]) -> Outcome:
     server |= {
         "max_loras": asked["slots"],
         "policy": asked["policy"],
-        "costs": Costs(**costs, padded=asked["padded"]),
+        "costs": Costs(**costs, padded=asked["padded"], base_us=asked["base_us"]),
     }
     if "replicas" not in asked:
         return simulate(drawn, **server)
@@ -282,11 +284,14 @@ def _headline(arguments: dict[str, Any], swept: dict[str, list[Any]]) -> str:
     """What was simulated, without which no figure means anything."""
     if swept:
         lists = "; ".join(f"{name} {', '.join(map(_text, of))}" for name, of in swept.items())
-        others = (f"{name} {_text(v)}" for name, v in arguments.items() if name not in swept)
+        hidden = {*swept, "base_us", "padded"}
+        others = (f"{name} {_text(v)}" for name, v in arguments.items() if name not in hidden)
         return f"Swept: {lists}. Else: {', '.join(others)}."
     trace = draw_trace(**{name: arguments[name] for name in _names(TRACE) if name != "ranks"})
-    texts = {name: _text(value) for name, value in arguments.items()}
+    texts = {name: _text(value) for name, value in arguments.items() if name != "base_us"}
     step = f"{arguments['step_us'] / 1e3:g} ms and {arguments['row_us'] / 1e3:g} ms per request"
+    if arguments["base_us"]:
+        step = ", ".join(f"{us / 1e3:,.0f} ms for {rows}" for rows, us in arguments["base_us"])
     for name, of in (("adapter_us", "adapter"), ("rank_us", "rank of a request's adapter")):
         if arguments[name]:
             step += f" and {arguments[name] / 1e3:g} ms per {of}"

@@ -45,7 +45,10 @@ function log_scale_of(values, floor, top) {
 }
 
 function show_outcomes() {
-  const heads = DATA.columns.map(([head]) => node("th", { scope: "col" }, head));
+  const heads = DATA.columns.map(([head, key]) => {
+    const kind = typeof DATA.outcomes[0].figures[key] === "string" ? {} : { class: "number" };
+    return node("th", { scope: "col", ...kind }, head);
+  });
   const lines = DATA.outcomes.map((outcome, i) => {
     const choose = () => {
       chosen = i;

@@ -34,7 +34,7 @@ from sgmv.replicas.records import (
 from sgmv.serving.arrivals import mixed
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.scheduler import Scheduler
-from sgmv.serving.simulate import Costs, Outcome, check_end
+from sgmv.serving.simulate import Costs, Outcome, base_us, check_end
 from sgmv.serving.traces import RANK, Trace, check_number
 
 RULES = ("random", "least-loaded", "rendezvous", "rank-aware", "ray")  # as sgmv.replicas.router
@@ -205,10 +205,13 @@ def simulate_replicas(
     Scheduler[int](max_loras, max_num_seqs, max_overtakes)
     Residency(max_loras, max_cpu_loras, policy)
     _check_span(trace)
+    with fits_memory("max_num_seqs", max_num_seqs):
+        base = base_us(costs, max_num_seqs)
     changes = _changes(failures, N)
     server = Server(
         max_loras, max_cpu_loras, max_num_seqs, max_overtakes, policy == "lru",
-        costs.step_us, costs.row_us, costs.adapter_us, costs.rank_us, costs.padded,
+        base, float(base[-1] - base[0]) / max_num_seqs, costs.adapter_us, costs.rank_us,
+        costs.padded,
         costs.adapter_bytes / RANK,
         costs.adapter_bytes / RANK / costs.load_rate * 1e6,
         costs.adapter_bytes / RANK / costs.read_rate * 1e6,

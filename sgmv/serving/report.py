@@ -110,6 +110,8 @@ def table_of(
     """
     terminal = terminal or Terminal()
     columns = OF_REPLICAS if any("replicas" in each for each in found) else COLUMNS
+    if not any(each.get("retries") for each in found):
+        columns = tuple(column for column in columns if column[1] != "retries")
     rows = [[_short(each[key], scale) for _, key, scale in columns] for each in found]
     names = list(points[0]) if points else []
     for row, point in zip(rows, points, strict=False):

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.checks import check_count
-from sgmv.errors import DtypeError, ValueRangeError, shown
+from sgmv.checks import check_count, check_several
+from sgmv.errors import DtypeError, ServingError, ValueRangeError, shown
 from sgmv.ids import MOST, Integers
 from sgmv.serving.requests import BASE_MODEL, LoRARequest
 from sgmv.serving.residency import Counters, Residency
@@ -34,17 +35,20 @@ from sgmv.serving.traces import RANK, Trace, check_number
 class Costs:
     """What a step and an adapter cost.
 
-    Semantics: a step takes what the first four say, and before it each adapter that comes into a
-    slot `load_us`, each that is read from disk `read_us` as well; one of another rank than 16 as
-    much more or less. The defaults are round numbers for a 7B model on one large GPU, not
-    measurements: a step that grows little with its rows, and rank-16 adapters of the q, k, v and o
-    projections in half precision.
+    Semantics: a step takes what the first four say, or base_us, and before it each adapter that
+    comes into a slot `load_us`, each that is read from disk `read_us` as well; one of another rank
+    than 16 as much more or less. The defaults are round numbers for a 7B model on one large GPU,
+    not measurements: a step that grows little with its rows, and rank-16 adapters of the q, k, v
+    and o projections in half precision.
 
     step_us        microseconds of a step
     row_us         and of each request in it
     adapter_us     and of each adapter in it
     rank_us        and of each rank of each request's adapter
     padded         whether kernels take as long for each request's rank as for the highest of all
+    base_us        pairs (requests, microseconds), ascending: what stands for step_us and row_us
+                   where a step is no straight line over its requests; between two pairs it is,
+                   beyond the last it goes on, below the first it is that of the first
     adapter_bytes  of an adapter of rank 16
     load_rate      bytes a second from host memory into slots
     read_rate      bytes a second from disk into host memory
@@ -64,6 +68,7 @@ class Costs:
     adapter_us: int = 0
     rank_us: float = 0.0
     padded: bool = False
+    base_us: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         whole = {"step_us": 1, "row_us": 0, "adapter_us": 0, "adapter_bytes": 0}
@@ -73,6 +78,7 @@ class Costs:
         for name, least in (("load_rate", 1), ("read_rate", 1), ("rank_us", 0)):
             object.__setattr__(self, name, check_number(name, getattr(self, name), least))
         object.__setattr__(self, "padded", bool(self.padded))
+        object.__setattr__(self, "base_us", _checked_pairs(self.base_us))
 
     @property
     def load_us(self) -> int:
@@ -85,14 +91,41 @@ class Costs:
         return read_us(self, RANK)
 
 
-def step_us(costs: Costs, rows: int, adapters: int, rows_of: Mapping[int, int]) -> int:
-    """Microseconds of a step of `rows` requests; `rows_of` a rank ask for such an adapter."""
+def _checked_pairs(pairs: object) -> tuple[tuple[int, int], ...]:
+    check_several("base_us", pairs, "pairs (requests, microseconds)")
+    found: list[tuple[int, int]] = []
+    for pair in pairs:  # type: ignore[attr-defined]  # it is several
+        check_several("base_us", pair, "pairs (requests, microseconds)")
+        if len(pair) != 2:
+            got = repr(pair)
+            raise DtypeError("base_us", "pairs (requests, microseconds)", got, "pair them")
+        found.append((check_count("base_us", pair[0], 1), check_count("base_us", pair[1], 1)))
+    if any(one[0] >= other[0] or one[1] > other[1] for one, other in pairwise(found)):
+        expected = "requests that ascend, with times that do not fall"
+        raise ServingError("base_us", expected, repr(found), "sort the pairs")
+    return tuple(found)
+
+
+def base_us(costs: Costs, most: int) -> Integers:
+    """Microseconds of a step of 0 to `most` requests, without what adapters add."""
+    rows = np.arange(most + 1)
+    if not costs.base_us:
+        line: Integers = costs.step_us + costs.row_us * rows
+        return line
+    at, us = (np.array(each, np.float64) for each in zip(*costs.base_us, strict=True))
+    slope = (us[-1] - us[-2]) / (at[-1] - at[-2]) if len(at) > 1 else 0.0
+    found = np.interp(rows, at, us) + slope * np.maximum(rows - at[-1], 0)
+    whole: Integers = np.rint(found).astype(np.int64)
+    return whole
+
+
+def added_us(costs: Costs, adapters: int, rows_of: Mapping[int, int]) -> int:
+    """Microseconds that adapters add to a step; `rows_of` a rank requests ask for such a one."""
     if costs.padded:
         ranks = max(rows_of, default=0) * sum(rows_of.values())
     else:
         ranks = sum(rank * count for rank, count in rows_of.items())
-    fixed = costs.step_us + costs.row_us * rows + costs.adapter_us * adapters
-    return fixed + round(costs.rank_us * ranks)
+    return costs.adapter_us * adapters + round(costs.rank_us * ranks)
 
 
 def bytes_of(costs: Costs, rank: int) -> int:
@@ -229,6 +262,7 @@ def simulate(
     wait = [0] * n
     ending: list[int] = []  # a heap: (the step before which a request has ended) * n + request
     rows_of: Counter[int] = Counter()  # of running requests, by the ranks of their adapters
+    base = base_us(costs, min(max_num_seqs, n)).tolist()
     waiting, holding = scheduler.waiting, scheduler.holding
     now = step = came = loaded_bytes = read_bytes = 0
     while came < n or ending or waiting:
@@ -252,7 +286,7 @@ def simulate(
         if not ending:
             now = arrival[came]
             continue
-        each_us = step_us(costs, len(ending), len(holding) - 1, rows_of)
+        each_us = base[len(ending)] + added_us(costs, len(holding) - 1, rows_of)
         steps = ending[0] // n - step
         if came < n and len(ending) < max_num_seqs:  # the next arrival may change something
             steps = min(steps, max(1, -(-(arrival[came] - now) // each_us)))

@@ -32,7 +32,9 @@ def drawn(serving: ModuleType, seed: int, most: int = 60) -> tuple[Any, dict[str
         "max_cpu_loras": max_loras + int(rng.integers(0, 3)),
         "max_num_seqs": int(rng.integers(1, 6)),
         "max_overtakes": int(rng.choice([0, 1, 3, 100])),
-        "costs": serving.Costs(**COSTS, padded=bool(seed % 5 == 0)),
+        "costs": serving.Costs(
+            **COSTS, padded=seed % 5 == 0, base_us=[(1, 40), (3, 90)] if seed % 4 == 0 else ()
+        ),
     }
     return trace, limits
 

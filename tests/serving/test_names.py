@@ -11,7 +11,15 @@ from sgmv.serving import AdapterSlots, Scheduler
 @pytest.mark.once
 def test_public_names_have_contracts() -> None:
     """One line, `Semantics:`, an example; a source, where somebody else defined the thing."""
-    ours = {"Counters", "Failure", "Outcome", "ReplicasOutcome", "fewest_replicas", "Trace", "Scheduler.admit"}
+    ours = {
+        "Counters",
+        "Failure",
+        "Outcome",
+        "ReplicasOutcome",
+        "fewest_replicas",
+        "Trace",
+        "Scheduler.admit",
+    }
     public = {name: getattr(serving, name) for name in serving.__all__ if name != "POLICIES"}
     for owner in (AdapterSlots, Scheduler, serving.Step):
         for name, value in vars(owner).items():

@@ -39,7 +39,7 @@ import sgmv
 from benchmarks.clock import quietly, summary
 from benchmarks.gate import check_rows
 from benchmarks.record import Head, Times, source
-from benchmarks.study import Study
+from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table
 from sgmv.models import MODELS
 from sgmv.serving import Costs
@@ -169,9 +169,12 @@ class Layer:
 
 
 def measure(layer: Layer, rows: int, adapters: int, rank: int) -> StepCase:
-    """Check and time one batch."""
+    """Check and time one batch. Raises Red if a result is wrong."""
     ids = np.arange(rows, dtype=np.int64) % adapters
-    layer.check(rows, ids, rank)
+    try:
+        layer.check(rows, ids, rank)
+    except AssertionError as error:
+        raise Red("gate: RED, nothing was timed", error) from error
     segments = sgmv.segment(ids)
 
     def turns() -> list[list[tuple[int, int]]]:

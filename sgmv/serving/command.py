@@ -83,7 +83,7 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
         "--padded", action="store_true", help="every row pays for the highest rank of its step"
     )
     parser.add_argument(
-        "--costs", type=Path, metavar="FILE", help="what `python -m benchmarks step` wrote"
+        "--costs", type=Path, metavar="FILE", help="what a step costs: a record of the study `step`"
     )
     _add_replicas(parser)
     parser.add_argument(
@@ -183,7 +183,7 @@ def _arguments(given: argparse.Namespace) -> dict[str, Any]:
 
 def costs_of(path: Path) -> dict[str, Any]:
     """The fields of Costs that a record of the study `step` has."""
-    remedy = "write one: python -m benchmarks step"
+    remedy = "write one with the study `step` of sgmv's benchmarks"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["costs"]
         return {name: found[name] for name in (*_names(PRICES), "base_us")}

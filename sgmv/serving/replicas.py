@@ -255,7 +255,7 @@ def fewest_replicas(
     Raises as simulate_replicas does.
 
     >>> trace = Trace([0] * 8, range(1, 9), [100] * 8)
-    >>> fewest_replicas(trace, 1.0, max_loras=2).replicas
+    >>> fewest_replicas(trace, 1.0, placement="least-loaded", max_loras=2).replicas
     4
     """
     target_s = check_number("target_s", target_s, 0)

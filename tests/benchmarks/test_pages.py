@@ -76,7 +76,8 @@ def test_a_stale_page_or_figure_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And written anew, but for the words around its tables."""
-    for name in ("README.md", "docs/kernels.md", "docs/engines.md", "docs/group-by-id.md"):
+    names = ("engines.md", "group-by-id.md", "kernels.md", "simulation.md")
+    for name in ("README.md", *(f"docs/{name}" for name in names)):
         page = tmp_path / name
         page.parent.mkdir(exist_ok=True)
         page.write_text((records.ROOT / name).read_text().replace("| numpy per", "| mumpy per"))

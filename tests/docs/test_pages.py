@@ -142,7 +142,7 @@ def test_commands_are_right(page: Path) -> None:
 
 def test_what_commands_print_is_held_by_a_test() -> None:
     """A page with ```console blocks needs one: these have theirs."""
-    held = {"examples.md", "punica.md", "serving.md"}
+    held = {"examples.md", "punica.md", "serving.md", "simulation.md"}
     assert {p.name for p in PAGES if pages.commands(p, "console")} == held
 
 
@@ -192,7 +192,7 @@ def test_the_page_of_the_api_has_every_public_call() -> None:
     page = api_page.PAGE.read_text()
     packages = {p.parent.name for p in ROOT.glob("sgmv/*/__init__.py")}
     listed = {name.split(".")[1] for name in api_page.MODULES if name.startswith("sgmv.")}
-    assert packages - listed == {"kernels", "explain"}  # compiled code; a command
+    assert packages - listed == {"kernels", "replicas", "explain"}  # compiled code; a command
     for name in (*sgmv.__all__, "AdapterStack.load", "Segments.stats", "serving.next_step"):
         assert f"\n### sgmv.{name}\n" in page
 

@@ -1,4 +1,4 @@
-"""docs/serving.md: its commands and its Python print what it says."""
+"""docs/serving.md and docs/simulation.md: their commands and Python print what they say."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import pytest
 
 from sgmv.__main__ import main
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "serving.md"
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(("name", "count"), [("serving.md", 2), ("simulation.md", 7)])
 def test_the_page_tells_what_the_commands_print(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, count: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`SGMV_WRITE_PAGE=1 pytest -k the_page` writes it anew."""
     monkeypatch.setenv("COLUMNS", "80")
-    page = PAGE.read_text()
+    page = (DOCS / name).read_text()
 
     def shown(block: re.Match[str]) -> str:
         text = ""
@@ -30,9 +32,9 @@ def test_the_page_tells_what_the_commands_print(
         return f"```console\n{text}```\n"
 
     expected, blocks = re.subn(r"```console\n\$ .*?```\n", shown, page, flags=re.DOTALL)
-    assert blocks == 2
+    assert blocks == count
     if os.environ.get("SGMV_WRITE_PAGE"):
-        PAGE.write_text(expected)
+        (DOCS / name).write_text(expected)
     assert page == expected
 
 

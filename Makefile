@@ -7,7 +7,7 @@ TESTS = $(RUN) -m pytest -n 2 --dist loadfile
 
 # vLLM's own environment: it pins numba and torch, and is large.
 VLLM = .venv-vllm
-# Ray's: it is large.
+# Ray's, with vLLM: it is larger.
 CLUSTER = .venv-cluster
 
 .PHONY: help bench test test-all test-vllm test-cluster pages explorer report check format readme clean
@@ -28,7 +28,7 @@ test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
 test-vllm: $(VLLM)/vllm.installed  ## vLLM's real engine on sgmv: minutes, 3 GB, Python 3.11+ (SGMV_TRAFFIC_SECONDS=600: long)
 	$(VLLM)/bin/python -m pytest -q -s tests/vllm tests/compat/vllm/test_packed.py $(ARGS)
 
-test-cluster: $(CLUSTER)/ray.installed  ## campaigns on two Ray nodes of this machine: a minute or two, 1 GB
+test-cluster: $(CLUSTER)/ray.installed  ## Ray: campaigns on two nodes, vLLM in two replicas: minutes, 4 GB, Python 3.11+ for vLLM
 	$(CLUSTER)/bin/python -m pytest -q tests/cluster $(ARGS)
 
 pages: $(VENV)/test.installed  ## each block and command of README and docs/, in fresh environments
@@ -64,16 +64,13 @@ $(VENV)/%.installed: pyproject.toml
 	touch $@
 
 # torchvision and its kin come with vLLM as builds for GPUs; text models need none of them.
-$(VLLM)/vllm.installed: pyproject.toml
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm,test]'
-	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null || $(VLLM)/bin/python -m pip uninstall \
+$(VLLM)/vllm.installed: EXTRAS = vllm,test
+$(CLUSTER)/ray.installed: EXTRAS = ray,vllm,test
+$(VLLM)/vllm.installed $(CLUSTER)/ray.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(@D)/bin/python -c 'import torchvision' 2>/dev/null || $(@D)/bin/python -m pip uninstall \
 	  --quiet --yes torchvision torchaudio torchcodec
-	touch $@
-
-$(CLUSTER)/ray.installed: pyproject.toml
-	test -x $(CLUSTER)/bin/python || $(PYTHON) -m venv $(CLUSTER)
-	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,test]'
 	touch $@
 
 clean:  ## remove .venv, bench-out and what was built

@@ -26,6 +26,7 @@ ORDER = (
     "compare_timings",
 )
 TIMED = {"compare_timings"}  # prints other figures at each run
+ELSEWHERE = {"ray_serve"}  # on a page of its own; tests/cluster/test_serve.py runs it
 COMMAND = re.compile(r"^python (?:-m )?(?:examples|reference)\S*.*$", re.MULTILINE)
 
 HEAD = """\
@@ -37,6 +38,9 @@ Seven scripts, each read in a minute, to be run in a clone with its environment 
 And a notebook, [`examples/student.ipynb`](../examples/student.ipynb), from the textbook form in
 numpy to segments, to sgmv, and to the picture: `pip install -e '.[notebook]'`, then
 `jupyter lab examples/student.ipynb`.
+
+Another script, [`examples/ray_serve.py`](../examples/ray_serve.py), serves vLLM on a cluster and is
+explained [there](cluster.md#replicas-of-vllm).
 """
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sgmv.__main__ import COMMANDS, main
-from sgmv.serving import draw_trace, simulate
-from sgmv.serving.report import table
+from sgmv.serving import Costs, Failure, draw_trace, simulate, simulate_replicas
+from sgmv.serving.replicas import RULES
+from sgmv.serving.report import figures, table
 from sgmv.serving.residency import POLICIES
 from tests.help.planting import run_python
 
@@ -52,6 +55,11 @@ def test_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         (["--load-rate", "0"], "--load-rate: expected a finite number of at least 1, got 0.0"),
         (["--policy", "mru"], "--policy: expected one of lru, fifo, got 'mru'\n"),
         (["--figure", "a.xyz", "--requests", "9"], "--figure: expected a name that ends in .png"),
+        (["--fail", "0:1:2"], "--fail: expected --replicas beside it"),
+        (["--replicas", "2", "--fail", "x"], "--fail: expected REPLICA:FROM:UNTIL, got 'x'"),
+        (["--arrivals", "x"], "--arrivals: expected one of"),
+        (["--ranks", ""], "--ranks: expected ranks, with commas, got none"),
+        (["--costs", "none.json"], "--costs: expected a record of a step's costs"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["simulate", *arguments])
@@ -59,6 +67,66 @@ def test_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         said = capsys.readouterr().err
         assert said.startswith(f"sgmv: error: {message}")
         assert len(said.splitlines()) == 1
+
+
+FLEET = ["--requests", "400", "--rate", "60", "--slots", "4", "--policy", "lru", "--json"]
+
+
+def fleet(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    main(["simulate", *FLEET, *arguments])
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["outcomes"]
+    return found
+
+
+@pytest.mark.once
+def test_replicas_by_placement(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "replicas.html"
+    found = fleet(capsys, "--replicas", "1,3", "--page", str(page), "--fail", "0:1:2")
+    assert [(each["replicas"], each["placement"]) for each in found] == [
+        (count, rule) for count in (1, 3) for rule in RULES
+    ]
+    trace, failures = draw_trace(400, 10_000, 60.0), [Failure(0, 1, 2)]
+    for each in found:
+        rule, count = each["placement"], each["replicas"]
+        outcome = simulate_replicas(trace, count, rule, 4, failures=failures)
+        assert each == figures(outcome)
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.once
+def test_as_few_replicas_as_a_target_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--adapters", "50", "--placement", "ray", "--target-p99", "1"]
+    [found] = fleet(capsys, "--replicas", "32", *few)
+    assert 1 < found["replicas"] < 32
+    assert found["wait_p99_s"] <= 1
+
+
+@pytest.mark.once
+def test_options_reach_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of them changes what is found."""
+    plain = fleet(capsys, "--replicas", "3")
+    for options in (
+        ["--arrivals", "bursty"], ["--updates", "5"], ["--turnover", "5"], ["--ranks", "8,64"],
+        ["--adapter-us", "900"], ["--rank-us", "9"], ["--max-ongoing", "5"], ["--spill", "2"],
+        ["--plan-s", "0.5"], ["--fail", "1:0.5:3"],
+    ):  # fmt: skip
+        assert fleet(capsys, "--replicas", "3", *options) != plain, options
+    ranks = ["--replicas", "3", "--ranks", "8,64", "--rank-us", "9"]
+    assert fleet(capsys, *ranks, "--padded") != fleet(capsys, *ranks)
+
+
+@pytest.mark.once
+def test_costs_are_read_and_flags_are_stronger(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    costs = {**asdict(Costs()), "base_us": [[1, 50_000], [8, 90_000]], "rank_us": 3.0}
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps({"costs": costs}))
+    read = fleet(capsys, "--costs", str(path))
+    expected = simulate(draw_trace(400, 10_000, 60.0), 4, costs=Costs(**costs))
+    assert read == [figures(expected)]
+    stronger = fleet(capsys, "--costs", str(path), "--row-us", "7", "--rank-us", "0")
+    assert stronger == fleet(capsys, "--row-us", "7")
 
 
 @pytest.mark.once

@@ -16,6 +16,7 @@ from benchmarks.studies import (
     paper,
     peft,
     step,
+    store,
     vllm,
 )
 from benchmarks.studies.grid import command as grid
@@ -37,6 +38,7 @@ STUDIES: dict[str, Study[Any]] = {
         experts.STUDY,
         step.STUDY,
         vllm.STUDY,
+        store.STUDY,
         against.STUDY,
     )
 }

@@ -45,7 +45,7 @@ _SHARD = (
 )
 _EXPECTED = "a PEFT adapter directory"
 _LOCAL = "pass a local directory that save_pretrained wrote (nothing is downloaded)"
-_FILES = (forms.CONFIG_FILE, forms.WEIGHTS_FILE, forms.PICKLE, forms.MLX, forms.DIFFUSERS)
+FILES = (forms.CONFIG_FILE, forms.WEIGHTS_FILE, forms.PICKLE, forms.MLX, forms.DIFFUSERS)
 Parts = tuple[Array, Array, float]  # A (r, h_in), B (h_out, r), scaling; or each for E experts
 Layer = tuple[Array, Array, float, Array | None]  # the same of one, and DoRA's magnitude (h_out,)
 PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -100,7 +100,7 @@ def read_module(directory: PathLike, module: str) -> Read:
 def read_open(directory: object, read: Callable[[OpenAdapter], T]) -> T:
     """What `read` makes of the adapter: one version of its files, which are open meanwhile."""
     path = _path(directory)
-    if path.suffix == ".safetensors" and path.name not in _FILES and os.path.isfile(path):
+    if path.suffix == ".safetensors" and path.name not in FILES and os.path.isfile(path):
         names: tuple[str, ...] = (path.name,)
 
         def open_one(file: Opened) -> T:
@@ -111,7 +111,7 @@ def read_open(directory: object, read: Callable[[OpenAdapter], T]) -> T:
     def open_all(*files: Opened) -> T:
         return read(_open(path, *files))
 
-    return one_version(path, _FILES, open_all)
+    return one_version(path, FILES, open_all)
 
 
 def _open(

@@ -259,10 +259,21 @@ unload an adapter first, or make the stack with more slots
             )
         return self._table.slot_of[adapter_id]
 
+    def _packed(self, adapter: Adapter) -> Stored:
+        """A copy of a fitted adapter in storage order, which `_load_all` takes as it is."""
+        parts = adapter.A, adapter.B, adapter.scaling, adapter.magnitude, adapter._gains
+        return Stored.pack(*parts)
+
     def _load_all(
-        self, adapters: Mapping[int, Adapter | None], W: Any = None, bias: Array | None = None
+        self,
+        adapters: Mapping[int, Adapter | Stored | None],
+        W: Any = None,
+        bias: Array | None = None,
     ) -> None:
-        fitted = {i: adapter and self.fitted(adapter, W, bias) for i, adapter in adapters.items()}
+        fitted = {
+            i: self.fitted(adapter, W, bias) if isinstance(adapter, Adapter) else adapter
+            for i, adapter in adapters.items()
+        }
         with self._changing:
             slot_of = dict(self._table.slot_of)
             changes: dict[int, Stored | None] = {}
@@ -275,8 +286,8 @@ unload an adapter first, or make the stack with more slots
             for adapter_id, adapter in fitted.items():
                 slot_of[adapter_id] = NO_SLOT if adapter is None else self._take(free)
                 if adapter is not None:
-                    changes[slot_of[adapter_id]] = Stored.pack(
-                        adapter.A, adapter.B, adapter.scaling, adapter.magnitude, adapter._gains
+                    changes[slot_of[adapter_id]] = (
+                        adapter if isinstance(adapter, Stored) else self._packed(adapter)
                     )
             self._table = self._table.with_changes(slot_of, changes)
         _move_weights_together()

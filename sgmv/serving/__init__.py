@@ -3,7 +3,10 @@
     requests ──Scheduler──> running ──────AdapterSlots──────> slots ──────Step──────> y, per layer
     waiting, oldest first   at most       disk -> host memory         rows -> segments,
     FIFO, never overtaken   max_loras     -> slots, evicted           then one add_lora
-    too often               adapters      by LRU or FIFO              for every layer
+    too often               adapters      by LRU or FIFO,             for every layer
+                                          or read ahead by a thread
+                                            ^
+                                       AdapterStore: very many adapters, one directory or address
 
 Start reading at sgmv/serving/step.py. The simulator drives the same Scheduler and the same rules of
 eviction with requests that are only numbers: `python -m sgmv simulate`; one of many servers behind
@@ -23,11 +26,13 @@ from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.simulate import Costs, Outcome, simulate
 from sgmv.serving.slots import AdapterSlots
 from sgmv.serving.step import Step, make_step, next_step
+from sgmv.serving.store import AdapterStore
 from sgmv.serving.traces import Trace, draw_trace
 
 __all__ = [
     "POLICIES",
     "AdapterSlots",
+    "AdapterStore",
     "Costs",
     "Counters",
     "Failure",

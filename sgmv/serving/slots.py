@@ -1,7 +1,8 @@
 """The adapters of a model, as requests need them in slots: `AdapterSlots`.
 
 Which adapters are in host memory and in slots is decided in residency.py; their weights are read
-and moved in weights.py. Here are the calls: their checks, their pins, and the lock that they share.
+and moved in weights.py, ahead of a step in a thread: loading.py. Here are the calls: their checks,
+their pins, and the lock that they share.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import numpy.typing as npt
 
 from sgmv.adapter import Adapter, load_peft
-from sgmv.checks import check_count, check_dtype, check_several
-from sgmv.errors import DtypeError, ServingError, some
-from sgmv.ids import is_integer
+from sgmv.checks import check_count, check_dtype
+from sgmv.errors import ServingError, some
 from sgmv.peft_names import near_names
+from sgmv.serving.loading import Loader
 from sgmv.serving.requests import Asked, LoRARequest, by_id
 from sgmv.serving.residency import Counters, Residency
-from sgmv.serving.weights import Active, Hosted, Weights, check_unpinned
+from sgmv.serving.weights import Active, Hosted, Weights, check_known, check_unpinned
 from sgmv.stack import AdapterStack
 from sgmv.warm_up import warm_up
 
@@ -53,7 +54,7 @@ class AdapterSlots:
     saved          parameters that an adapter may replace (PEFT's modules_to_save), such as a head's
                    "score.weight": `Step.saved` has them. Adapters that replace others are refused
 
-    Any thread may call any method; calls wait for each other, also while one reads from disk.
+    Any thread may call any method; calls wait for each other's reading, but not for `prefetch`'s.
     Raises ServingError, DtypeError, ValueRangeError, ShapeError.
     Source: vLLM, vllm/lora/model_manager.py, LRUCacheLoRAModelManager, and worker_manager.py.
 
@@ -88,30 +89,16 @@ class AdapterSlots:
         saved: Collection[str] = (),
     ) -> None:
         self._residency = Residency(max_loras, max_cpu_loras, policy)
-        if modules is not None and not isinstance(modules, Mapping):
-            kind = type(modules).__name__
-            raise DtypeError("modules", "name -> (h_in, h_out)", kind, "pass a dict")
-        base = {} if base is None else base
-        if not isinstance(base, Mapping) or any(
-            not isinstance(one, tuple) or len(one) != 2 for one in base.values()
-        ):
-            got = type(base).__name__
-            raise DtypeError("base", "module -> (W, bias)", got, "pass a dict of pairs")
-        if not callable(read):
-            kind = type(read).__name__
-            raise DtypeError("read", "a function of lora_path", kind, "pass load_peft")
         self.max_lora_rank = check_count("max_lora_rank", max_lora_rank, 1)
         self.dtype = check_dtype("dtype", dtype)
         warm_up([self.dtype])
         self.policy = policy
         limits = self._residency, self.max_lora_rank, self.dtype
-        check_several("saved", saved, "names of parameters")
-        names = frozenset(saved)
-        if not all(isinstance(name, str) for name in names):
-            raise DtypeError("saved", "names of parameters", some(map(repr, names)), "pass texts")
-        self._weights = Weights(*limits, read, modules, base, names)
+        self._weights = Weights(*limits, read, modules, base, saved)
         self._pinned: frozenset[int] = frozenset()
         self._changing = threading.RLock()
+        self._needed: Mapping[int, LoRARequest] = {}  # by the latest step, or the next
+        self._loader = Loader(self._changing)
         _all.add(self)
 
     @property
@@ -184,8 +171,31 @@ LoRARequest(lora_name='french', lora_int_id=7, lora_path='a/fr') without any; ch
             wanted = by_id([lora_request])
             self._check_room(wanted, "max_cpu_loras", self.max_cpu_loras)
             is_new = self._weights.host(wanted, self._pinned)
+            self._loader.forget(wanted.values())
             residency.bring_to_host(sorted(wanted), self._pinned | wanted.keys())
         return is_new
+
+    def prefetch(self, lora_requests: Iterable[Asked]) -> None:
+        """Have adapters read into host memory by a thread of their own, while steps run.
+
+        Semantics: as `load` of each, some time later: `read` is called in that thread. None of the
+        latest step's is evicted for them. One that cannot be read changes nothing;
+        `next_step(wait=False)` has the reason for those that ask for it.
+
+        Raises ServingError when these and the pinned ones are more than max_cpu_loras, or when two
+        of them share an id; RuntimeError where the system has no thread. Source: SGLang,
+        lora_overlap_loader.py; vLLM, pull request 31941.
+
+        >>> slots = AdapterSlots(max_loras=1, max_cpu_loras=1, max_lora_rank=8)
+        >>> slots.prefetch([LoRARequest("french", 7, "a/fr"), LoRARequest("greek", 9, "a/el")])
+        Traceback (most recent call last):
+        sgmv.errors.ServingError: lora_requests: expected at most max_cpu_loras = 1 adapters, with \
+the pinned ones, got [7, 9]; schedule fewer adapters, or unpin some
+        """
+        with self._changing:
+            wanted = by_id(lora_requests)
+            self._check_room(wanted, "max_cpu_loras", self.max_cpu_loras)
+            self._loader.ask(self._weights.missing(wanted).values(), self._load_ahead)
 
     def activate(self, lora_requests: Iterable[Asked]) -> dict[int, Active]:
         """Have all these adapters in slots at once: what a step does before it runs.
@@ -245,7 +255,7 @@ there is nothing to deactivate
         """
         with self._settled() as residency:
             remedy = "there is nothing to deactivate"
-            self._check_known(lora_int_id, residency.slots, "in a slot", remedy)
+            check_known(lora_int_id, residency.slots, "in a slot", remedy)
             check_unpinned([lora_int_id], self._pinned)
             residency.leave_slot(lora_int_id)
 
@@ -264,7 +274,7 @@ there is nothing to deactivate
         """
         with self._settled() as residency:
             remedy = "there is nothing to unload"
-            self._check_known(lora_int_id, residency.host, "in host memory", remedy)
+            check_known(lora_int_id, residency.host, "in host memory", remedy)
             check_unpinned([lora_int_id], self._pinned)
             residency.leave(lora_int_id)
 
@@ -283,8 +293,10 @@ there is nothing to deactivate
 7; load it first
         """
         with self._settled() as residency:
-            self._check_known(lora_int_id, residency.host, "in host memory", "load it first")
+            check_known(lora_int_id, residency.host, "in host memory", "load it first")
+            needed = self._needed
             self.activate([self._weights.hosted[lora_int_id].lora_request])
+            self._needed = needed
             self._pinned |= {int(lora_int_id)}
 
     def unpin(self, lora_int_id: int) -> None:
@@ -300,7 +312,7 @@ there is nothing to deactivate
 there is nothing to unpin
         """
         with self._changing:
-            self._check_known(lora_int_id, self._pinned, "pinned", "there is nothing to unpin")
+            check_known(lora_int_id, self._pinned, "pinned", "there is nothing to unpin")
             self._pinned -= {lora_int_id}
 
     def stack(self, module: str) -> AdapterStack:
@@ -350,13 +362,9 @@ there is nothing to unpin
                 name, layers = hosted.lora_request.lora_name, str(len(hosted.layers))
                 lines.append((str(i), name, slot, pinned, layers, str(hosted.nbytes)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column == 1 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+        pads = [str.rjust, str.ljust, *[str.rjust] * 4]
+        rows = [map(lambda pad, text, w: pad(text, w), pads, line, widths) for line in lines]
+        return "\n".join(map("  ".join, rows))
 
     def _check_room(self, wanted: Mapping[int, LoRARequest], name: str, room: int) -> None:
         keep = self._pinned | wanted.keys()
@@ -368,20 +376,27 @@ there is nothing to unpin
                 "schedule fewer adapters, or unpin some",
             )
 
-    def _check_known(self, i: int, known: Collection[int], state: str, remedy: str) -> None:
-        if not is_integer(i) or i not in known:
-            expected = f"an adapter {state}, one of {some(sorted(known))}"
-            raise ServingError("lora_int_id", expected, repr(i), remedy)
-
     def _activate(
-        self, lora_requests: Iterable[Asked], failed: dict[int, Exception] | None
+        self,
+        lora_requests: Iterable[Asked],
+        failed: dict[int, Exception] | None,
+        loading: dict[int, LoRARequest] | None = None,
     ) -> dict[int, Active]:
-        """What `activate` does; adapters that fail are added to `failed`, or raise without it."""
+        """What `activate` does; adapters that fail are added to `failed`, or raise without it.
+
+        With `loading` nothing is read or packed here: what has to be is added to it.
+        """
         with self._settled() as residency:
             wanted = by_id(lora_requests)
             self._check_room(wanted, "max_loras", self.max_loras)
+            self._needed = wanted
+            if loading is not None and failed is not None:
+                unready = self._weights.unready(wanted)
+                loading.update(self._loader.ask_first(unready, self._load_ahead, failed))
+                wanted = {i: one for i, one in wanted.items() if i not in unready}
             self._weights.host(wanted, self._pinned, failed)
             ids = [i for i in wanted if i not in (failed or ())]
+            self._loader.forget(wanted[i] for i in ids)
             residency.bring(sorted(ids), self._pinned.union(ids))
             self._weights.settle(failed)
             return {
@@ -389,6 +404,28 @@ there is nothing to unpin
                 for i in ids
                 if i not in (failed or ())
             }
+
+    def _load_ahead(self, lora_request: LoRARequest) -> None:
+        """In the loading thread: read an adapter, and pack it if a step needs it by then."""
+        i, weights = lora_request.lora_int_id, self._weights
+        with self._changing:
+            before = weights.stacks.keys()
+            hosted = None if weights.missing({i: lora_request}) else weights.hosted[i]
+            stacks = dict(weights.stacks)
+        found = hosted or weights.fitted(lora_request, stacks)
+        is_needed = self._needed.get(i) == lora_request
+        packed = weights.packed_layers(found, stacks) if is_needed else None
+        with self._settled() as residency:
+            keep = self._pinned | self._needed.keys() | {i}
+            is_in_use = self._needed.get(i, lora_request) != lora_request  # another of that id
+            if is_in_use or len(keep) > self.max_cpu_loras or weights.stacks.keys() != before:
+                return  # no room, or others have taught layers: a step that needs it asks again
+            if weights.missing({i: lora_request}):
+                check_unpinned([i], self._pinned)
+                weights.adopt({i: found}, stacks)
+                residency.bring_to_host([i], keep)
+            if packed is not None and weights.hosted[i] is found and i not in residency.slots:
+                weights.keep_packed(i, packed)
 
     @contextmanager
     def _settled(self) -> Iterator[Residency]:
@@ -406,6 +443,7 @@ def _renew_locks() -> None:
     """In a forked child: another thread of the parent may have held one."""
     for slots in _all:
         slots._changing = threading.RLock()
+        slots._loader = slots._loader.renewed(slots._changing)
 
 
 if hasattr(os, "register_at_fork"):

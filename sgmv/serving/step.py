@@ -1,14 +1,15 @@
 """START HERE. One step of a served model: schedule, activate, map rows to slots, then every layer.
 
 scheduler.schedule(pinned)  ──>  requests of this step, at most max_loras adapters
-slots.try_activate(...)     ──>  each adapter's slot and generation; those that fail drop out
+slots.try_activate(...)     ──>  each adapter's slot and generation; those that fail drop out, and
+                                 with wait=False those that are still being read sit out
 tokens of each request      ──>  rows of x, and Segments, made once for all layers
 step.add_lora(module, y, x)      one SGMV for each layer
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Hashable, Mapping
+from collections.abc import Collection, Container, Hashable, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -24,7 +25,7 @@ from sgmv.ids import BASE_ONLY, Integers
 from sgmv.lora import add_lora
 from sgmv.peft_names import near_names
 from sgmv.segment import Segments, segment, weighted
-from sgmv.serving.requests import Asked, LoRARequest, members_of
+from sgmv.serving.requests import Asked, LoRARequest, ids_of, members_of
 from sgmv.serving.scheduler import Scheduler
 from sgmv.serving.slots import AdapterSlots
 from sgmv.serving.weights import Active
@@ -46,6 +47,7 @@ class Step(Generic[R]):
     adapters     generation -> LoRARequest, of this step
     failed       (request_id, LoRARequest, error) of each request that `next_step` dropped, as this
                  adapter of its could not be loaded
+    loading      ids of the requests that sit out, as `next_step` was not to wait for their adapters
 
     Made by `next_step` or `make_step`. Source: vLLM, gpu_input_batch.py, and
     lora/punica_wrapper, `update_metadata`.
@@ -60,6 +62,7 @@ class Step(Generic[R]):
     adapters: Mapping[int, LoRARequest]
     adapter_slots: AdapterSlots
     failed: tuple[tuple[R, LoRARequest, Exception], ...] = ()
+    loading: tuple[R, ...] = ()
 
     @property
     def n(self) -> int:
@@ -161,7 +164,10 @@ class Step(Generic[R]):
 
 
 def next_step(
-    scheduler: Scheduler[R], slots: AdapterSlots, tokens: Mapping[R, int] | None = None
+    scheduler: Scheduler[R],
+    slots: AdapterSlots,
+    tokens: Mapping[R, int] | None = None,
+    wait: bool = True,
 ) -> Step[R]:
     """Schedule the next step, bring its adapters into slots, and map its rows to them.
 
@@ -174,6 +180,10 @@ def next_step(
 
     tokens  request_id -> its rows in this step, of requests that wait or run: a prompt's length, or
             1, as for those left out
+    wait    False: requests whose adapters are still to be read or packed sit out the step, and a
+            thread brings these meanwhile, as `AdapterSlots.prefetch` does. So no step waits for an
+            adapter that none of its rows names. They run, hold their place in the scheduler, and
+            are in `Step.loading`. Where nothing else runs, the step waits for the first of them
 
     Raises ServingError when the scheduler has more max_loras than there are slots, or for tokens of
     a request that neither waits nor runs, with near names; DtypeError or ValueRangeError for a
@@ -216,19 +226,37 @@ def next_step(
     tokens = {} if tokens is None else tokens
     _check_tokens(tokens, "requests that wait or run", scheduler.running, scheduler.waiting)
     scheduled = scheduler.schedule(slots.pinned)
-    active, errors = slots.try_activate(scheduled.values())
-    failed, requests = [], {}
+    active, errors, loading = _activated(slots, list(scheduled.values()), wait)
+    failed, requests, absent = [], {}, []
     for request_id, lora in scheduled.items():
         bad = [member for member, _ in members_of(lora) if member.lora_int_id in errors]
         if bad:
             scheduler.finish(request_id)
             failed.append((request_id, bad[0], errors[bad[0].lora_int_id]))
+        elif not loading.isdisjoint(ids_of(lora)):
+            absent.append(request_id)
         elif found := _unmixable(slots, lora):
             scheduler.finish(request_id)
             failed.append((request_id, *found))
         else:
             requests[request_id] = lora
-    return _step(slots, requests, tokens, active, tuple(failed))
+    return _step(slots, requests, tokens, active, tuple(failed), tuple(absent))
+
+
+def _activated(
+    slots: AdapterSlots, asked: list[Asked], wait: bool
+) -> tuple[dict[int, Active], dict[int, Exception], Set[int]]:
+    """What is in slots for these requests, what failed, and the ids that are not there yet."""
+    if wait:
+        return *slots.try_activate(asked), frozenset()
+    failed: dict[int, Exception] = {}
+    while True:
+        loading: dict[int, LoRARequest] = {}
+        active = slots._activate(asked, failed, loading)
+        runs = any(loading.keys().isdisjoint(ids_of(one)) for one in asked)
+        if runs or failed or not loading:
+            return active, failed, loading.keys()
+        slots._loader.wait(loading.values())
 
 
 def make_step(
@@ -307,6 +335,7 @@ def _step(
     tokens: Mapping[R, int],
     active: Mapping[int, Active],
     failed: tuple[tuple[R, LoRARequest, Exception], ...] = (),
+    loading: tuple[R, ...] = (),
 ) -> Step[R]:
     """The step of these requests; their adapters are active, their tokens checked."""
     lengths = [int(tokens.get(request_id, 1)) for request_id in requests]
@@ -326,4 +355,4 @@ def _step(
     loras = {active[lora.lora_int_id].generation: lora for each in members for lora, _ in each}
     slot = slot.copy()
     slot.flags.writeable = False
-    return Step(rows, slot, segments, loras, slots, failed)
+    return Step(rows, slot, segments, loras, slots, failed, loading)

@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sgmv.adapter import Adapter
-from sgmv.checks import check_count
+from sgmv.checks import check_count, check_several
 from sgmv.dtypes import Array
 from sgmv.errors import DtypeError, ServingError, SgmvError, StackError, some
+from sgmv.ids import is_integer
 from sgmv.peft_names import near_names
 from sgmv.serving.requests import LoRARequest
 from sgmv.serving.residency import Residency
 from sgmv.stack import AdapterStack
+from sgmv.table import Stored
 
 
 class Active(NamedTuple):
@@ -64,9 +66,12 @@ class Weights:
     """The weights of the ids that a residency has in host memory and in slots.
 
     Semantics: `host` reads adapters; `settle` moves weights after the residency has changed.
-    Nothing here is thread-safe.
+    Nothing here is thread-safe but `fitted` and `packed_layers`, which take time and change
+    nothing here: a loading thread calls them, and `adopt` afterwards.
 
     hosted        lora_int_id -> its adapter in host memory
+    packed        lora_int_id -> its layers as slots have them, of adapters on the way to a slot;
+                  no more of them than slots
     generation    lora_int_id -> its generation, of those in slots
     stacks        module -> its adapters in slots, by generation
     saved         the parameters that adapters may replace
@@ -81,17 +86,20 @@ class Weights:
         dtype: np.dtype[Any],
         read: Callable[[str], Mapping[str, Adapter]],
         modules: Mapping[str, tuple[int, int]] | None,
-        base: Mapping[str, tuple[Any, Any]],
-        saved: frozenset[str],
+        base: Mapping[str, tuple[Any, Any]] | None,
+        saved: Collection[str],
     ) -> None:
+        base = {} if base is None else base
+        _check_settings(read, modules, base)
         self.hosted: dict[int, Hosted] = {}
+        self.packed: dict[int, Mapping[str, Stored]] = {}
         self.generation: dict[int, int] = {}
         self.bytes_read = 0
         self.bytes_loaded = 0
         self._residency = residency
         self._max_lora_rank = max_lora_rank
         self._dtype = dtype
-        self._read, self._base, self.saved = read, base, saved
+        self._read, self._base, self.saved = read, base, _names(saved)
         self._learns_modules = modules is None
         self._generations = count(1)
         self.stacks = {name: self._stack(widths, name) for name, widths in (modules or {}).items()}
@@ -107,11 +115,7 @@ class Weights:
         An adapter replaces another of its id, unless that one is pinned. Adapters that fail are
         added to `failed`; if it is None, the first failure is raised and nothing has changed.
         """
-        missing = {
-            i: lora_request
-            for i, lora_request in wanted.items()
-            if i not in self.hosted or self.hosted[i].lora_request != lora_request
-        }
+        missing = self.missing(wanted)
         if failed is None:  # before any is read
             check_unpinned(missing, pinned)
         stacks, new = dict(self.stacks), {}
@@ -119,13 +123,18 @@ class Weights:
             with_new_layers = dict(stacks)
             try:
                 check_unpinned([i], pinned)
-                new[i] = self._fitted(lora_request, with_new_layers)
+                new[i] = self.fitted(lora_request, with_new_layers)
             except Exception as error:
                 if failed is None:
                     raise
                 failed[i] = error
             else:
                 stacks = with_new_layers
+        self.adopt(new, stacks)
+        return bool(new)
+
+    def adopt(self, new: Mapping[int, Hosted], stacks: dict[str, AdapterStack]) -> None:
+        """Have these in host memory, and the layers that they name; the residency has them next."""
         for name in stacks.keys() - self.stacks.keys():
             for generation in self.generation.values():
                 stacks[name].load(generation, None)
@@ -135,7 +144,35 @@ class Weights:
         self.settle()
         self.hosted.update(new)
         self.bytes_read += sum(hosted.nbytes for hosted in new.values())
-        return bool(new)
+
+    def missing(self, wanted: Mapping[int, LoRARequest]) -> dict[int, LoRARequest]:
+        """Those of these that host memory lacks, or has another adapter of that id for."""
+        return {
+            i: lora_request
+            for i, lora_request in wanted.items()
+            if i not in self.hosted or self.hosted[i].lora_request != lora_request
+        }
+
+    def unready(self, wanted: Mapping[int, LoRARequest]) -> dict[int, LoRARequest]:
+        """Those of these that have to be read or packed before a slot can have them."""
+        missing = self.missing(wanted)
+        return {
+            i: lora_request
+            for i, lora_request in wanted.items()
+            if i in missing or (i not in self.generation and i not in self.packed)
+        }
+
+    def packed_layers(
+        self, hosted: Hosted, stacks: Mapping[str, AdapterStack]
+    ) -> dict[str, Stored]:
+        """Copies of an adapter's layers as slots have them."""
+        return {module: stacks[module]._packed(one) for module, one in hosted.layers.items()}
+
+    def keep_packed(self, i: int, layers: Mapping[str, Stored]) -> None:
+        """Have these for when the adapter, which is in host memory, enters a slot."""
+        self.packed[i] = layers
+        for old in list(self.packed)[: -self._residency.max_loras]:
+            del self.packed[old]
 
     def settle(self, failed: dict[int, Exception] | None = None) -> None:
         """Move weights to where the residency has their ids.
@@ -148,6 +185,7 @@ class Weights:
         if len(self.hosted) > len(host):  # adapters are hosted before the residency has their ids
             for i in [i for i in self.hosted if i not in host]:
                 del self.hosted[i]
+                self.packed.pop(i, None)
         new = [i for i in slots if i not in self.generation]
         try:
             for i in new:
@@ -164,8 +202,8 @@ class Weights:
                     self._residency.leave_slot(i)
             raise
 
-    def _fitted(self, lora_request: LoRARequest, stacks: dict[str, AdapterStack]) -> Hosted:
-        """The adapter as host memory will hold it; adds stacks for modules not seen yet."""
+    def fitted(self, lora_request: LoRARequest, stacks: dict[str, AdapterStack]) -> Hosted:
+        """Read the adapter as host memory will hold it; adds stacks for modules not seen yet."""
         layers = {}
         try:
             found = self._read(lora_request.lora_path)
@@ -235,12 +273,17 @@ class Weights:
     def _fill(self, i: int) -> None:
         """Load an adapter into every stack, under a generation of its own."""
         generation, hosted = next(self._generations), self.hosted[i]
+        packed = self.packed.get(i, {})
         try:
             for module, stack in self.stacks.items():
-                stack.load(generation, hosted.layers.get(module))
+                if module in packed:
+                    stack._load_all({generation: packed[module]})
+                else:
+                    stack.load(generation, hosted.layers.get(module))
         except BaseException:
             self._take_out(generation)
             raise
+        self.packed.pop(i, None)
         self.generation[i] = generation
         self.bytes_loaded += hosted.nbytes
 
@@ -253,6 +296,36 @@ class Weights:
         for stack in self.stacks.values():
             if generation in stack:
                 stack.unload(generation)
+
+
+def _check_settings(read: object, modules: object, base: object) -> None:
+    """Refuse what AdapterSlots cannot be made with."""
+    if modules is not None and not isinstance(modules, Mapping):
+        kind = type(modules).__name__
+        raise DtypeError("modules", "name -> (h_in, h_out)", kind, "pass a dict")
+    if not isinstance(base, Mapping) or any(
+        not isinstance(one, tuple) or len(one) != 2 for one in base.values()
+    ):
+        got = type(base).__name__
+        raise DtypeError("base", "module -> (W, bias)", got, "pass a dict of pairs")
+    if not callable(read):
+        kind = type(read).__name__
+        raise DtypeError("read", "a function of lora_path", kind, "pass load_peft")
+
+
+def _names(saved: Collection[str]) -> frozenset[str]:
+    check_several("saved", saved, "names of parameters")
+    names = frozenset(saved)
+    if not all(isinstance(name, str) for name in names):
+        raise DtypeError("saved", "names of parameters", some(map(repr, names)), "pass texts")
+    return names
+
+
+def check_known(i: object, known: Collection[int], state: str, remedy: str) -> None:
+    """Refuse an id that is not one of these."""
+    if not is_integer(i) or i not in known:
+        expected = f"an adapter {state}, one of {some(sorted(known))}"
+        raise ServingError("lora_int_id", expected, repr(i), remedy)
 
 
 def check_unpinned(ids: Iterable[int], pinned: frozenset[int]) -> None:

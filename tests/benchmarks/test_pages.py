@@ -10,7 +10,7 @@ from benchmarks import pages
 from benchmarks import record as records
 from benchmarks.figures import draw
 from benchmarks.record import save
-from benchmarks.registry import DEFAULT
+from benchmarks.registry import DEFAULT, STUDIES
 from benchmarks.studies.grid import readme
 from benchmarks.studies.grid.records import Record
 from tests.help.benched import MARKED, synthetic_record
@@ -76,8 +76,7 @@ def test_a_stale_page_or_figure_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And written anew, but for the words around its tables."""
-    names = ("engines.md", "group-by-id.md", "kernels.md", "simulation.md")
-    for name in ("README.md", *(f"docs/{name}" for name in names)):
+    for name in sorted({page for study in STUDIES.values() for page, _ in study.pages}):
         page = tmp_path / name
         page.parent.mkdir(exist_ok=True)
         page.write_text((records.ROOT / name).read_text().replace("| numpy per", "| mumpy per"))

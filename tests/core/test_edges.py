@@ -32,7 +32,7 @@ SHOW = {
 # What refusals name that is no argument of the call itself, but of what the call makes of them.
 ALSO_NAMED = {
     *("adapter", "adapter_id", "adapter_ids", "h_in", "h_out", "A", "B"),
-    *("lora_request", "lora_int_id", "trace", "scaling", "slots", "index_mapping"),
+    *("lora_request", "lora_int_id", "trace", "scaling", "slots", "index_mapping", "directory"),
     *("expert_ids", "weights", "sorted_token_ids", "token_lora_mapping", "topk_weights"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -81,6 +82,18 @@ def peft_directory() -> str:
     name = "base_model.model.up.lora"
     save_file({f"{name}_A.weight": A, f"{name}_B.weight": B}, folder / "adapter_model.safetensors")
     return str(folder)
+
+
+@cache
+def store_directory() -> str:
+    """One adapter, in a store."""
+    folder = Path(tempfile.mkdtemp(prefix="sgmv-edges-"))
+    shutil.copytree(peft_directory(), folder / "up")
+    return str(folder)
+
+
+def adapter_store() -> serving.AdapterStore:
+    return serving.AdapterStore(store_directory())
 
 
 def read(path: str) -> dict[str, sgmv.Adapter]:
@@ -248,7 +261,9 @@ def ran() -> Any:
     return emulator.punica_bgmv_shrink([3, -1, 3], 768, 8)
 
 
-def method(of: Callable[[], Any], name: str, **arguments: Callable[[], Any]) -> Callable[[], Made]:
+def method(
+    of: Callable[[], Any], name: str, /, **arguments: Callable[[], Any]
+) -> Callable[[], Made]:
     return lambda: (getattr(of(), name), {k: v() for k, v in arguments.items()})
 
 
@@ -586,6 +601,9 @@ CALLS: dict[str, Callable[[], Made]] = {
     "AdapterSlots.try_activate": method(
         adapter_slots, "try_activate", lora_requests=lambda: [FRENCH, None, GREEK]
     ),
+    "AdapterSlots.prefetch": method(
+        adapter_slots, "prefetch", lora_requests=lambda: [FRENCH, None, GREEK]
+    ),
     "AdapterSlots.deactivate": method(adapter_slots, "deactivate", lora_int_id=const(7)),
     "AdapterSlots.unload": method(adapter_slots, "unload", lora_int_id=const(7)),
     "AdapterSlots.pin": method(adapter_slots, "pin", lora_int_id=const(7)),
@@ -662,7 +680,14 @@ CALLS: dict[str, Callable[[], Made]] = {
         tokens=lambda: {"r0": 100},
     ),
     "next_step": plain(
-        serving.next_step, scheduler=scheduler, slots=adapter_slots, tokens=lambda: {"r0": 100}
+        serving.next_step, scheduler=scheduler, slots=adapter_slots, tokens=lambda: {"r0": 100},
+        wait=const(True),
+    ),
+    "AdapterStore": plain(serving.AdapterStore, directory=store_directory, cache_bytes=const(100)),
+    "AdapterStore.refresh": method(adapter_store, "refresh"),
+    "AdapterStore.request": method(adapter_store, "request", name=const("up")),
+    "AdapterStore.read": method(
+        adapter_store, "read", lora_path=lambda: f"{store_directory()}/up"
     ),
     "Step.add_lora_embedding": method(
         step, "add_lora_embedding", module=const("up"), y=y, tokens=const([0, 2, 1, 0, 2]),

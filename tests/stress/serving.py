@@ -1,10 +1,11 @@
 """Random load on a server for as long as you like: `python -m tests.stress.serving --minutes 10`.
 
 Several servers, each with a scheduler of its own, share one AdapterSlots whose adapters are real
-PEFT directories, more than there is room for; another thread loads, unloads, pins and replaces them
-meanwhile. Some directories are damaged: their requests are dropped, and no others. Every layer of
-every step, also of steps made long ago, must give what its own requests' adapters give by the
-reference, or be refused as stale with y untouched. The first failure ends it.
+PEFT directories, more than there is room for; another thread loads, unloads, pins, prefetches and
+replaces them meanwhile, and half of the steps do not wait for what is not there. Some directories
+are damaged: their requests are dropped, and no others. Every layer of every step, also of steps
+made long ago, must give what its own requests' adapters give by the reference, or be refused as
+stale with y untouched. The first failure ends it.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ def serve(load: Load, seed: int) -> None:
             scheduler.finish(given_up)
             del left[given_up]
         try:
-            step = next_step(scheduler, load.slots, {i: int(rng.integers(0, 5)) for i in left})
+            tokens = {i: int(rng.integers(0, 5)) for i in left}
+            step = next_step(scheduler, load.slots, tokens, wait=rng.random() < 0.5)
         except ServingError:  # pinned meanwhile: no room for all
             load.counts["refused for pins"] += 1
             for request_id in list(scheduler.running)[:1]:
@@ -170,6 +172,7 @@ def serve(load: Load, seed: int) -> None:
             assert known, f"{lora} failed: {error}"
             load.counts["requests dropped"] += 1
             del left[request_id]
+        load.counts["requests that sat out"] += len(step.loading)
         loras = {i: scheduler.running[i] for i in step.rows}
         old = [*old[-20:], (step, loras)]
         try:
@@ -195,7 +198,7 @@ def change(load: Load, seed: int) -> None:
         adapter_id = int(rng.integers(1, ADAPTERS + 1))
         slots = load.slots
         try:
-            match rng.integers(0, 7):
+            match rng.integers(0, 8):
                 case 0:
                     slots.load(load.lora(rng))
                 case 1:
@@ -206,6 +209,8 @@ def change(load: Load, seed: int) -> None:
                     slots.pin(adapter_id)
                 case 4 | 5 if slots.pinned:
                     slots.unpin(int(rng.choice(sorted(slots.pinned))))
+                case 7:
+                    slots.prefetch([load.lora(rng)])
                 case _:
                     load.version[adapter_id] += 1
                     continue

@@ -61,7 +61,7 @@ def as_pairs(
             for row in adapter_ids
             if isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim == 1)
         ]
-        lengths = {np.size(row) for row in rows}
+        lengths = {len(row) for row in rows}
         if rows and len(rows) == len(adapter_ids) and len(lengths) == 1:
             shape = len(rows), lengths.pop()
     if shape is None or len(shape) == 1:
@@ -69,7 +69,14 @@ def as_pairs(
     if len(shape) != 2 or shape[1] < 1:
         expected = "shape (n,) or (n, k), k of 1 or more"
         raise ShapeError(argument, expected, str(tuple(shape)), "give one id per row, or several")
-    flat = np.asarray(adapter_ids).reshape(-1)
+    try:
+        array = np.asarray(adapter_ids)
+    except ValueError:  # lists among the ids
+        array = np.empty(0)
+    if array.ndim != 2:
+        remedy = "give one id per row, or several"
+        raise ShapeError(argument, "an integer at each place", "lists", remedy)
+    flat = array.reshape(-1)
     return as_ids(flat.tolist() if flat.dtype == object else flat, argument), shape[1]
 
 

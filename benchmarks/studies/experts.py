@@ -34,7 +34,7 @@ from benchmarks.batch import dtype_of, in_library, uniform
 from benchmarks.clock import Budget, Variant, interval, time_quietly
 from benchmarks.gate import CHECKED_ROWS, spread
 from benchmarks.peers import rests
-from benchmarks.record import Head, Times
+from benchmarks.record import Head, Times, source
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table, ratio_text
 from reference import bounds, by_row, compare
@@ -282,4 +282,39 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"threads": args.threads, "cases": cases}
 
 
-STUDY = Study("experts", __doc__, ExpertsRecord, run, tables)
+def summary(record: ExpertsRecord) -> Table:
+    """A line per layer, product and type: of all batches the mean ratio, and the least."""
+    alike: dict[tuple[str, str, str], list[ExpertsCase]] = {}
+    for case in record.cases:
+        alike.setdefault((case.layer, case.what, case.dtype), []).append(case)
+    rows = []
+    for key, cases in alike.items():
+        cells = []
+        for name in PEERS:
+            timed = [(case.times["sgmv"], case.times[name]) for case in cases if name in case.times]
+            if not timed:
+                cells.append("-")
+                continue
+            mean = geometric_mean(its.q50 / ours.q50 for ours, its in timed)
+            ours, its = min(timed, key=lambda both: both[1].q50 / both[0].q50)
+            least = ratio_text(its.q50 / ours.q50, interval((ours, its)))
+            cells.append(f"{ratio_text(mean)} ({least})")
+        rows.append([*key, *cells])
+    return Table(["layer", "what", "type", *(f"{name} / sgmv" for name in PEERS)], rows, 3)
+
+
+def page(record: ExpertsRecord, name: str) -> str:
+    """The summary of docs/group-by-id.md, and where it comes from."""
+    [table] = tables(record)
+    rows = sorted({case.rows for case in record.cases})
+    head = (
+        f"{source(record)}; record: `benchmarks/records/{name}`. Geometric mean of "
+        f"{', '.join(map(str, rows))} rows, and in brackets the least; ! marks a loss, ~ a draw."
+    )
+    return f"{head}\n\n{summary(record).markdown()}\n\n{'; '.join(table.notes[:-1])}."
+
+
+STUDY = Study(
+    "experts", __doc__, ExpertsRecord, run, tables,
+    pages={("docs/group-by-id.md", "experts"): page},
+)  # fmt: skip

@@ -26,7 +26,7 @@ import sgmv
 from benchmarks.clock import Budget, Variant, interval, time_quietly
 from benchmarks.gate import check_rows
 from benchmarks.peers import rests
-from benchmarks.record import Head, Times
+from benchmarks.record import Head, Times, source
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table, ratio_text
 
@@ -128,4 +128,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"threads": args.threads, "cases": cases}
 
 
-STUDY = Study("mixtures", __doc__, MixtureRecord, run, tables)
+def page(record: MixtureRecord, name: str) -> str:
+    """The table of docs/group-by-id.md, and where it comes from."""
+    [table] = tables(record)
+    head = f"{source(record)}; record: `benchmarks/records/{name}`. ! marks a loss, ~ a draw."
+    return f"{head}\n\n{table.markdown()}\n\n{table.notes[0]}"
+
+
+STUDY = Study(
+    "mixtures", __doc__, MixtureRecord, run, tables,
+    pages={("docs/group-by-id.md", "mixtures"): page},
+)  # fmt: skip

@@ -185,7 +185,8 @@ def _launch(
         row_tiles = ceil_div(padded, rows)
         active = np.unique(adapters).tolist()
         entries = [*active, *[BASE_ONLY] * (max_loras + 1 - len(active))]
-        tiles = tuple(_blocks(parts, entry, experts, rows) for entry in entries)
+        by_adapter = _blocks(parts, experts, rows)
+        tiles = tuple(tuple(by_adapter.get(entry, ())) for entry in entries)
     else:
         row_tiles = pairs
         tiles = (tuple((i, np.array([p])) for p, i in enumerate(pair_ids.tolist())),)
@@ -240,15 +241,14 @@ def _pairs(
 
 
 def _blocks(
-    parts: list[tuple[int, Integers]], adapter: int, experts: int, rows: int
-) -> tuple[tuple[int, Integers], ...]:
-    """The blocks of rows of one adapter: of each of its experts, as many as it needs."""
-    return tuple(
-        (i, of[first : first + rows])
-        for i, of in parts
-        if i // experts == adapter
-        for first in range(0, len(of), rows)
-    )
+    parts: list[tuple[int, Integers]], experts: int, rows: int
+) -> dict[int, list[tuple[int, Integers]]]:
+    """The blocks of rows of each adapter: of each of its experts, as many as it needs."""
+    found: dict[int, list[tuple[int, Integers]]] = {}
+    for i, of in parts:
+        blocks = ((i, of[first : first + rows]) for first in range(0, len(of), rows))
+        found.setdefault(i // experts, []).extend(blocks)
+    return found
 
 
 def _power_of_2(value: int) -> int:

@@ -8,6 +8,7 @@
     expand      its expand: tiles of 32 rows x 128 columns
     launches    every engine's kernels on one GPU, in figures
     popularity  the same number of rows as Punica's paper mixes them, on the roofline
+    experts     adapters on experts, as vLLM pads and launches them: mostly zeros
 
 Without a VIEW: group and launches, which fit one screen.
 """

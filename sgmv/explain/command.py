@@ -15,7 +15,7 @@ from sgmv.checks import fits_memory
 from sgmv.console import at_least, counts
 from sgmv.emulator import DEVICES, Device
 from sgmv.errors import SgmvError
-from sgmv.explain import cpu, engines, launches, mixes, punica
+from sgmv.explain import cpu, engines, experts, launches, mixes, punica
 from sgmv.explain.question import Facts, Question
 from sgmv.ids import Integers, as_integers
 from sgmv.models import LAYERS, MODELS
@@ -41,6 +41,7 @@ VIEWS = {
     "expand": View(punica.expand, punica.draw_expand),
     "launches": View(launches.launches, launches.draw_launches),
     "popularity": View(mixes.mixes, mixes.draw_mixes),
+    "experts": View(experts.experts, experts.draw_experts),
 }
 SHOWN = ("group", "launches")
 VIEW_COLUMN = " " * 16
@@ -90,6 +91,12 @@ def command(parser: ArgumentParser) -> Callable[[Namespace], str]:
         type=at_least(1),
         help="slots of the server (one for each adapter)",
     )
+    parser.add_argument(
+        "--experts", type=at_least(1), default=8, help="of a layer of experts (%(default)s)"
+    )
+    parser.add_argument(
+        "--top-k", type=at_least(1), default=2, help="of which each row has (%(default)s)"
+    )
     parser.add_argument("--threads", type=at_least(1), help="of this machine (sgmv's own)")
     parser.add_argument(
         "--engines",
@@ -117,6 +124,8 @@ def run(given: Namespace) -> str:
         device=given.device,
         max_loras=max(adapters, 1) if given.max_loras is None else given.max_loras,
         threads=get_num_threads() if given.threads is None else given.threads,
+        experts=given.experts,
+        top_k=given.top_k,
     )
     if given.html:
         return _write_html(given.html, question)
@@ -166,6 +175,8 @@ def _write_html(path: str, question: Question) -> str:
             r=question.rank,
             h_out=question.h_out,
             device=question.device,
+            experts=question.experts,
+            top_k=question.top_k,
         )
     except OSError as error:
         raise SgmvError(

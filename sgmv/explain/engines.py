@@ -55,6 +55,12 @@ ENGINES = {
         lambda layout: layout.adapter_segments[:-1],
         "neighbours merged, nothing sorted; a launch per padded rank; 0 = base model",
     ),
+    "llamacpp": Engine(
+        lambda question: layouts.llamacpp(question.segments, slots=question.slots),
+        lambda layout: [row for batch in layout.batches for row in batch.rows.tolist()],
+        lambda layout: np.cumsum([0, *(len(batch.rows) for batch in layout.batches)])[:-1],
+        "a list of (id, scale) per request, one list per decode: its rows, then those of the next",
+    ),
     "vllm_v0": Engine(
         lambda question: layouts.vllm_v0(question.segments, question.stack),
         lambda layout: None,
@@ -145,7 +151,7 @@ def _plain(value: Any) -> Any:
         return _fields(value)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _wrapped(line: str, width: int) -> list[str]:

@@ -18,6 +18,7 @@ from sgmv.stack import AdapterStack
 from sgmv.terminal import plural
 
 MOST_WIDTH = 2**31 - 1  # what engines keep in int32
+MOST_EXPERTS = 1024
 Facts: TypeAlias = dict[str, Any]  # what a view tells: numbers, texts, lists, fit for JSON
 
 
@@ -32,9 +33,10 @@ class Question:
     device             the GPU that the emulator lays launches out for
     max_loras          slots of the server
     threads            of this machine
+    experts, top_k     of a layer of experts, and how many of them a row goes through
 
-    Raises DtypeError and ValueRangeError for counts that are no whole numbers >= 1, and for fewer
-    slots than the batch has adapters.
+    Raises DtypeError and ValueRangeError for counts that are no whole numbers >= 1, for fewer
+    slots than the batch has adapters, and for fewer experts than each row has.
     """
 
     segments: Segments
@@ -44,16 +46,24 @@ class Question:
     device: Device
     max_loras: int
     threads: int
+    experts: int = 8
+    top_k: int = 2
 
     def __post_init__(self) -> None:
         for name in ("h_in", "h_out", "rank", "max_loras", "threads"):
             check_count(name, getattr(self, name), 1, MOST_WIDTH)
+        for name in ("experts", "top_k"):
+            check_count(name, getattr(self, name), 1, MOST_EXPERTS)
         if self.max_loras < len(self.slots):
             raise ValueRangeError(
                 "max_loras",
                 f"at least the batch's {len(self.slots)} adapters",
                 str(self.max_loras),
                 "give the server more slots; vLLM would put off some of the requests",
+            )
+        if self.top_k > self.experts:
+            raise ValueRangeError(
+                "top_k", f"at most the {self.experts} experts", str(self.top_k), "name more experts"
             )
 
     @property

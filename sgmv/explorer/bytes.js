@@ -5,7 +5,7 @@ function draw_bytes() {
   const { segments, values, launch, figures: f } = shown;
   const alike = Object.values(KERNELS)
     .map((kernel) => kernel(segments, values))
-    .filter((each) => each.shrinks === launch.shrinks);
+    .filter((each) => each.shrinks === launch.shrinks && !each.experts === !launch.experts);
   now(
     "bytes-now",
     ({ figures: of }) =>

@@ -4,7 +4,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const DEVICES = Object.fromEntries(DATA.devices.map((device) => [device.name, device]));
 const MOST_ROWS = DATA.most.n;
-const COUNTS = ["n", "h_in", "r", "h_out", "max_loras", "max_lora_chunk_size"];
+const COUNTS = ["n", "h_in", "r", "h_out", "max_loras", "max_lora_chunk_size", "experts", "top_k"];
 const CHOICES = ["popularity", "kernel", "release", "device", "versus"];
 
 // Ids as runs: "7, 0*132".

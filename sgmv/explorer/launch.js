@@ -96,6 +96,13 @@ function figures(launch) {
 }
 
 function own_figures(launch) {
+  if (launch.experts) {
+    return {
+      experts: launch.experts,
+      block_rows: launch.block_rows,
+      sorted: Number(launch.is_sorted),
+    };
+  }
   if (launch.chunk_ids) return { chunk: launch.chunk };
   if (launch.kernel !== "punica_sgmv_shrink") return {};
   return {
@@ -125,6 +132,9 @@ function faults(launch, capacity) {
   }
   return found;
 }
+
+// What the colours of a launch are: its adapters, which with experts have several entries of work.
+const adapters_of = (launch) => launch.adapters ?? launch.work;
 
 // Launches differ from this only in what they name.
 const LAUNCH = {

@@ -26,9 +26,13 @@ function draw_roof(moving) {
     y: (value) => floor - between(value, POWERS.y) * (floor - top),
     roof: (intensity) => Math.min(device.fp16_peak, intensity * device.bandwidth),
   }; // prettier-ignore
+  const as_many = launch.experts ? shown.segments.n : f.rows || 1; // rows, of which pairs are made
   const intensity = (kind, rows) => {
-    const segments = popularity(kind, rows).length;
-    return traffic(rows, segments, launch.x_width, launch.k, launch.width).intensity;
+    const parts = launch.experts
+      ? laid_out(pair_segments(segment(mixed(kind, rows)), shown.values))
+      : popularity(kind, rows);
+    const n = launch.experts ? sum(parts.map((part) => part.rows)) : rows;
+    return traffic(n, parts.length, launch.x_width, launch.k, launch.width).intensity;
   };
   legend("roof-legend", [
     ["this batch", shape("circle", { cx: 9, cy: 6, r: 5, class: "here" })],
@@ -38,7 +42,7 @@ function draw_roof(moving) {
     ],
     ["1, 2, 4 … 64 rows", shape("circle", { cx: 9, cy: 6, r: 3, class: "dot" })],
   ]);
-  const alike = (kind) => `${kind} with as many rows: ${significant(intensity(kind, f.rows || 1))}`;
+  const alike = (kind) => `${kind} with as many rows: ${significant(intensity(kind, as_many))}`;
   picture(
     figure,
     plot.low + 40,
@@ -46,7 +50,7 @@ function draw_roof(moving) {
       `This batch: ${significant(f.intensity)}. ${POPULARITIES.map(alike).join(", ")}.`,
     ...roof_axes(plot),
     ...roof_itself(plot, device, ridge),
-    ...POPULARITIES.flatMap((kind, i) => popularity_drawn(plot, kind, i, intensity, f.rows || 1)),
+    ...POPULARITIES.flatMap((kind, i) => popularity_drawn(plot, kind, i, intensity, as_many)),
     ...(f.rows ? batch_drawn(plot, f.intensity, moving) : []),
   );
 }

@@ -12,7 +12,7 @@ const STRIP = { top: 20, tall: 26, low: 98 }; // the rows as they came, and wher
 function draw_segments(moving) {
   const { segments, launch } = shown;
   const { n, S, seq_start, adapter_ids } = segments;
-  const bases = S - launch.work.length; // segments without an adapter: none, or the first
+  const bases = S - adapters_of(launch).length; // segments without an adapter: none, or the first
   now(
     "segments-now",
     ({ segments: at }) => `${count(at.n, "row")} in ${count(at.S, "segment")}`,

@@ -11,6 +11,7 @@ function launched(values, { segments = segment(values.ids), whole = false } = {}
   const adapters = laid_out(segments).length;
   const known = { ...values, whole, device: DEVICES[values.device] };
   known.max_loras = Math.max(values.max_loras, adapters); // a server has a slot for each it serves
+  known.top_k = Math.min(values.top_k, values.experts);
   const launch = KERNELS[values.kernel](segments, known);
   return { values: known, segments, launch, figures: figures(launch), timeline: timeline(launch) };
 }
@@ -63,6 +64,7 @@ function draw(moving) {
   draw_verdict();
   draw_segments(moving);
   draw_time();
+  draw_experts();
   draw_tiles();
   draw_roof(moving);
   draw_bytes();

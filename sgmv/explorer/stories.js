@@ -12,6 +12,8 @@ const FIVE_ROWS = {
   h_out: 4096,
   max_loras: 8,
   max_lora_chunk_size: 16,
+  experts: 8,
+  top_k: 2,
   ids: "2, 0, -1, 2, 0",
 };
 
@@ -151,6 +153,34 @@ const STORIES = [
       "vLLM lays out its *grid*, the blocks of a launch, for the worst case, as if each slot might hold " +
         `all rows: ${number(f.early_exits)} of ${number(f.blocks)} blocks leave at once. Of those that work, with K = ${number(f.h_in)}, 48 of the 64 splits of K ` +
         "multiply zeros.",
+    ],
+  },
+  {
+    title: "Mostly zeros",
+    question: "Why do few rows of many experts waste nearly everything?",
+    values: {
+      ...FIVE_ROWS,
+      popularity: "uniform",
+      n: 64,
+      kernel: "vllm_moe_shrink",
+      h_in: 2048,
+      experts: 128,
+      top_k: 8,
+      versus: "identical",
+    },
+    see: "experts",
+    answer: ({ figures: f, launch, segments }, { figures: one }) => [
+      `In some layers each row goes through a few of many feed-forward networks, its *experts*: here ` +
+        `through ${launch.top_k} of ${launch.experts}. An adapter has an A and a B for each of them. So two ` +
+        "*pairs* of a row and an expert share weights only where adapter and expert are both the same: " +
+        `${count(segments.n, "row")} make ${count(f.rows, "pair")}, and these fall into ` +
+        `${count(f.S, "group")}, ${significant(f.rows / f.S)} each.`,
+      `A block multiplies ${count(f.block_rows, "row")}, whatever it finds, so each group is filled up with ` +
+        `zeros: ${share(f.wasted_rows, f.row_slots)} of all rows. And the grid is laid out before the groups ` +
+        "are known, for each slot of the server as if it had all pairs: " +
+        `${number(f.early_exits)} of ${count(f.blocks, "block")} leave at once. One adapter for all rows ` +
+        `makes ${count(one.S, "group")}, and still ${share(one.wasted_rows, one.row_slots)} zeros: few ` +
+        "pairs cannot fill many groups.",
     ],
   },
 ];

@@ -4,6 +4,7 @@
 function draw_tiles() {
   const { launch, figures: f } = shown;
   const { tile } = launch;
+  const filled = launch.is_sorted === false ? 1 : tile.rows; // rows of a tile, where all are there
   now(
     "tiles-now",
     ({ figures: at }) => `${share(at.useful_lanes, at.lanes)} of the lanes are useful`,
@@ -14,11 +15,11 @@ function draw_tiles() {
   );
   const figure = $("tiles");
   const width = figure.clientWidth;
-  const tiles = launch.work.flatMap(({ rows, row_slots, adapter_id }, s) =>
+  const tiles = launch.work.flatMap(({ rows, row_slots, adapter_id, place, expert }, s) =>
     range(row_slots / tile.rows).map((i) => ({
-      s,
-      adapter_id,
-      used: Math.min(tile.rows, rows - i * tile.rows),
+      s: place ?? s,
+      name: place === undefined ? short_id(adapter_id) : `e ${expert}`,
+      used: Math.min(filled, rows - i * filled),
     })),
   );
   const cut = `Rows: ${count(tiles.length, "tile")} of ${count(tile.rows, "row")}`;
@@ -47,7 +48,7 @@ function draw_tiles() {
     y += 24;
   }
   legend("tiles-legend", [
-    ...adapters_meant(launch.work),
+    ...adapters_meant(adapters_of(launch)),
     ["used", sample_of({ class: "used" })],
     ["zeros", sample_of({ class: "room" }), sample_of({ class: "waste" })],
   ]);
@@ -71,7 +72,7 @@ function row_tiles(tiles, rows, width, top, drawn) {
   const [wide, tall, pitch, step, lines] = small ? [12, 12, 15, 16, 10] : [46, 52, 54, 88, 4];
   const per_line = Math.max(1, Math.floor((width + 4) / pitch));
   const first = tiles.slice(0, per_line * lines);
-  first.forEach(({ s, adapter_id, used }, i) => {
+  first.forEach(({ s, name, used }, i) => {
     const x = (i % per_line) * pitch;
     const y = top + Math.floor(i / per_line) * step;
     drawn.push(
@@ -80,7 +81,7 @@ function row_tiles(tiles, rows, width, top, drawn) {
     );
     if (small) return;
     drawn.push(
-      label(x + wide / 2, y + tall + 14, short_id(adapter_id), "strong", "middle"),
+      label(x + wide / 2, y + tall + 14, name, "strong", "middle"),
       label(x + wide / 2, y + tall + 28, `${used}/${rows}`, "quiet", "middle"),
     );
   });

@@ -47,9 +47,7 @@ function draw_time() {
   if (!at.bars.length) {
     $("time").replaceChildren();
     $("time-legend").replaceChildren();
-    $("moment-text").textContent = f.blocks
-      ? "No block fits an SM, so nothing is drawn."
-      : "No blocks, nothing to draw.";
+    $("moment-text").textContent = why_no_bars(f);
     return;
   }
   const plot = lines ? lines_plot(shown) : areas_plot(shown);
@@ -70,9 +68,16 @@ function draw_time() {
     shape("line", { class: "cursor", id: "cursor", y1: top - 6, y2: low + 2 }),
   );
   const kinds = KINDS_IN_ORDER.filter((kind) => at.bars.some((bar) => bar.kind === kind));
-  const colours = plot.by_segment ? adapters_meant(launch.work) : [];
+  const colours = plot.by_segment ? adapters_meant(adapters_of(launch)) : [];
   legend("time-legend", [...kinds.map(kind_meant), ...colours]);
   draw_moment();
+}
+
+function why_no_bars({ blocks, capacity }) {
+  if (!blocks) return "No blocks, nothing to draw.";
+  return capacity
+    ? `More than ${number(MOST_BLOCKS)} blocks: too many to draw.`
+    : "No block fits an SM, so nothing is drawn.";
 }
 
 function fate({ figures: f, timeline: { stuck } }) {
@@ -157,7 +162,7 @@ function areas_plot({ launch, figures: { blocks, capacity }, timeline }) {
   const [left, top, right, low] = [52, 22, $("time").clientWidth - 8, 222];
   const tallest = Math.min(blocks, capacity);
   const x = of_time(left, right, timeline.end);
-  const by_segment = launch.work.length <= MOST_COLOURS;
+  const by_segment = adapters_of(launch).length <= MOST_COLOURS;
   const room_for = (blocks_at) => ((low - top) * blocks_at) / tallest;
   const colourful = ({ kind, s }) => by_segment && (kind === "work" || kind === "add");
   const layers = occupancy(timeline, (bar) => [bar.kind, colourful(bar) ? bar.s : undefined]);

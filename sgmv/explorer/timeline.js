@@ -4,13 +4,14 @@
 // neighbouring places are on different SMs. Where the grid has barriers all blocks are resident.
 "use strict";
 
+const MOST_BLOCKS = 4e6; // that are laid out over time
 const EXIT = 0.25; // how long a block is drawn that finds nothing to do
 
 function timeline(launch) {
   const resident = resident_blocks(launch.device, threads_of(launch), launch.shared_memory);
   const places = launch.device.sms * resident;
   const blocks = blocks_of(launch);
-  if (!places || !blocks) {
+  if (!places || !blocks || blocks > MOST_BLOCKS) {
     return { bars: [], moments: [], end: 0, places, stuck: null, begun: [], ended: [] };
   }
   return launch.cooperative

@@ -84,6 +84,9 @@ function what_fits({ launch, figures: f, values }) {
   if (!f.deterministic && launch.atomics) {
     lines.push("Atomic additions come in any order: the last bits differ from run to run.");
   }
+  if (launch.experts && values.top_k < state.top_k) {
+    lines.push(`top_k is taken to be ${number(values.top_k)}, all experts.`);
+  }
   if (launch.kernel.startsWith("vllm") && values.max_loras > state.max_loras) {
     lines.push(`max_loras is taken to be ${number(values.max_loras)}, the adapters of the batch.`);
   }

@@ -28,6 +28,8 @@ const WORDS = {
   roofline:
     "the fastest that a GPU can be: the arithmetic’s time or the memory’s, the longer of the two.",
   FLOP: "a floating-point operation: one addition or one multiplication.",
+  expert: "one of a layer’s feed-forward networks, of which each row goes through a few.",
+  pair: "a row and one of its experts.",
 };
 
 function draw_words() {

@@ -18,14 +18,9 @@ from sgmv.errors import DtypeError, SgmvError, ValueRangeError
 from sgmv.html import assembled, presented
 from sgmv.layouts.rows import Batch, as_segments, row_ids
 
-# Those of layers of experts have no place in the page: its batches have no experts.
-KERNELS = tuple(
-    name
-    for name in emulator.__all__
-    if name.endswith(("_shrink", "_expand")) and "_moe_" not in name
-)
+KERNELS = tuple(name for name in emulator.__all__ if name.endswith(("_shrink", "_expand")))
 MOST_ROWS, MOST_ID = 2048, 10**9 - 1
-MOST = {"h_in": 65536, "r": 1024, "h_out": 65536}
+MOST = {"h_in": 65536, "r": 1024, "h_out": 65536, "experts": 256, "top_k": 16}
 FIVE_ROWS = [2, 0, -1, 2, 0]
 # What there is to read in a clone, beside the paper; an installed package does not have it.
 DOCS = {
@@ -45,6 +40,8 @@ def write_html(
     device: Device = A100,
     kernel: str = "punica_sgmv_shrink",
     release: str = "1.1.0",
+    experts: int = 8,
+    top_k: int = 2,
 ) -> Path:
     """Write the explorer to a file, set to this batch, layer and launch; returns the file's path.
 
@@ -57,6 +54,7 @@ def write_html(
     h_in, r, h_out   widths and rank
     device           the GPU; one of your own is in the page beside those of `emulator.DEVICES`
     kernel, release  a kernel's name in `sgmv.emulator`; Punica's release, for its shrink
+    experts, top_k   of a layer of experts, and how many a row goes through, for its kernels
 
     Raises ValueRangeError for more rows, wider layers, other kernels and releases; DtypeError and
     ValueRangeError for counts that are no whole numbers >= 1, and as `segment` does.
@@ -70,7 +68,7 @@ def write_html(
     """
     widths = {
         name: check_count(name, value, 1)
-        for name, value in (("h_in", h_in), ("r", r), ("h_out", h_out))
+        for name, value in zip(MOST, (h_in, r, h_out, experts, top_k), strict=True)
     }
     for name, value in widths.items():
         if value > MOST[name]:

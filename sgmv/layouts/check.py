@@ -10,17 +10,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import numpy as np
+import numpy.typing as npt
 
-from sgmv.errors import DtypeError, SgmvError, some
+from sgmv.errors import DtypeError, SgmvError, ShapeError, some
 from sgmv.ids import BASE_ONLY, Integers
 from sgmv.layouts.exam import Exam, Examiner
 from sgmv.layouts.finding import Finding
 from sgmv.layouts.flashinfer import EXAMINERS as FLASHINFER
+from sgmv.layouts.llamacpp import EXAMINERS as LLAMACPP
 from sgmv.layouts.lorax import EXAMINERS as LORAX
 from sgmv.layouts.peft import EXAMINERS as PEFT
 from sgmv.layouts.peft import checked_names
 from sgmv.layouts.punica import EXAMINERS as PUNICA
-from sgmv.layouts.rows import Batch, Slots, row_ids, slot_table, spread
+from sgmv.layouts.rows import Batch, Slots, as_segments, mixture, row_ids, slot_table, spread
 from sgmv.layouts.sglang import EXAMINERS as SGLANG
 from sgmv.layouts.vllm import EXAMINERS as VLLM
 
@@ -32,6 +34,7 @@ def check(
     n: int | None = None,
     slots: Slots = None,
     names: Mapping[int, str] | None = None,
+    weights: npt.ArrayLike | None = None,
 ) -> list[Finding]:
     """What is wrong with an engine's metadata; nothing is if the list is empty.
 
@@ -41,13 +44,16 @@ def check(
 
     metadata     a layout of this package, Segments, the engine's own object (of numpy arrays or
                  torch's CPU tensors), or a mapping of raw fields by the engine's names
-    adapter_ids  (n,) the ids of this batch, to find metadata of another one
+    adapter_ids  (n,) the ids of this batch, to find metadata of another one; (n, k) for llama.cpp
+                 and LoRAX
     n            its rows, where the ids are not at hand. Of Punica and FlashInfer without `rows`:
                  the rows that the call gets
     slots        which ids have weights: an AdapterStack or a mapping id -> slot
     names        PEFT's: a mapping id -> name
+    weights      (n, k) of adapter_ids, for llama.cpp and LoRAX; left out: 1
 
-    Raises DtypeError for what has no field of any layout; as `segment` does for adapter_ids.
+    Raises DtypeError for what has no field of any layout; ShapeError for several adapters per row,
+    or weights, and another engine; as `segment` and `add_lora` do for adapter_ids and weights.
     Source: the faults are those of the engines' own issue trackers.
 
     >>> for finding in check({"s": [0, 3, 2, 5]}, n=8):
@@ -57,9 +63,15 @@ slot, stably, before making the metadata
     s: end: expected the end at 8, the number of rows, got 5 (segment 2); end the last segment at \
 the number of rows
     """
-    exam = Exam(metadata, adapter_ids, n, slots, checked_names(names))
+    batch = None if adapter_ids is None else mixture(adapter_ids, weights)
+    exam = Exam(metadata, batch, n, slots, checked_names(names))
     for examiner in EXAMINERS:
         if all(exam.get(field) is not None for field in examiner.fields):
+            if not examiner.mixtures and batch is not None:
+                as_segments(batch[0], "adapter_ids")
+            if weights is not None and (batch is None or not examiner.mixtures):
+                expected = "adapter_ids beside them, and metadata of llama.cpp or LoRAX"
+                raise ShapeError("weights", expected, "other metadata", "leave the weights out")
             examiner.examine(exam)
             return _culprit_first(exam, examiner)
     known = (examiner.fields[0] for examiner in EXAMINERS)
@@ -142,6 +154,7 @@ EXAMINERS = (
         {field: ("stale", _of_batch(field)) for field in ("seq_start", "adapter_ids", "rows")},
     ),
     *PUNICA,
+    *LLAMACPP,
     *LORAX,
     *VLLM,
     *SGLANG,  # before FlashInfer, which has one of its two fields

@@ -17,7 +17,8 @@ from sgmv.checks import check_count
 from sgmv.errors import shown, some
 from sgmv.ids import BASE_ONLY, MOST, Integers, is_integer
 from sgmv.layouts.finding import REMEDY, Fault, Finding
-from sgmv.layouts.rows import INT32_MAX, Batch, Slots, as_segments, offsets, slot_table
+from sgmv.layouts.rows import INT32_MAX, Slots, as_segments, offsets, slot_table
+from sgmv.segment import Segments
 from sgmv.tensors import as_array
 
 
@@ -27,7 +28,7 @@ class Exam:
     def __init__(
         self,
         metadata: object,
-        adapter_ids: Batch | None,
+        mixture: tuple[Segments, Any] | None,
         n: int | None,
         slots: Slots,
         names: Mapping[int, str] | None,
@@ -37,15 +38,20 @@ class Exam:
         self.given_n = n
         self.wanted: Integers | None = None  # (n,) the slots, -1 on rows that are not handed over
         self.slot_of_segment: Integers | None = None
-        self.segments = None if adapter_ids is None else as_segments(adapter_ids)
+        self.mixture = mixture  # the batch, and the weights of its pairs
         self.n = None if n is None else check_count("n", n, 0)
-        if self.segments is not None:
-            self.n = self.segments.n
+        if mixture is not None:
+            self.n = mixture[0].n
         self.found: list[Finding] = []
+
+    @property
+    def segments(self) -> Segments | None:
+        """The batch, for engines that have one adapter per row. Raises ShapeError for several."""
+        return None if self.mixture is None else as_segments(self.mixture[0], "adapter_ids")
 
     def repaired(self, field: str, value: Any) -> Exam:
         """The same metadata with another value for one field."""
-        copy = Exam(self.metadata, self.segments, self.given_n, self.slots, self.names)
+        copy = Exam(self.metadata, self.mixture, self.given_n, self.slots, self.names)
         copy.repair = {field: value}
         return copy
 
@@ -308,15 +314,17 @@ Repair = tuple[Fault, Callable[[Exam], Any]]
 class Examiner(NamedTuple):
     """What examines one layout.
 
-    fields   the layout's own: metadata that has all of them is taken for it
-    examine  adds to `Exam.found`
-    repairs  by field: the fault of a wrong value, and the right one, derived from the other fields
-             or from the batch; ValueError where they do not tell
+    fields    the layout's own: metadata that has all of them is taken for it
+    examine   adds to `Exam.found`
+    repairs   by field: the fault of a wrong value, and the right one, derived from the other fields
+              or from the batch; ValueError where they do not tell
+    mixtures  whether the engine has several weighted adapters per row
     """
 
     fields: tuple[str, ...]
     examine: Callable[[Exam], object]
     repairs: Mapping[str, Repair]
+    mixtures: bool = False
 
 
 def shown_at(values: Any, at: Integers) -> str:

@@ -12,6 +12,7 @@ Fault = Literal[
     "gap",  # rows in no segment
     "end",  # the segments do not end at the number of rows
     "no weights",  # an index, an address or a name without an adapter
+    "mixed lists",  # rows of several lists of adapters in one batch of llama.cpp
     "stale",  # metadata of another batch
     "int32 wrap",  # a number that int32 does not hold, or what it became
     "base misplaced",  # -1 where the engine does not have it
@@ -25,6 +26,7 @@ REMEDY: Mapping[str, str] = {
     "gap": "start each segment where the one before it ends, and the first at 0",
     "end": "end the last segment at the number of rows",
     "no weights": "load the adapter first, or name base only",
+    "mixed lists": "decode rows of each list by themselves",
     "stale": "make the metadata anew for every batch",
     "int32 wrap": "name slots, not ids, and split batches of 2**31 rows",
     "base misplaced": "put base-only rows where `python -m sgmv explain layout` has them",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.checks import check_count, fits_memory
+from sgmv.checks import check_count, check_weights, fits_memory
 from sgmv.errors import DtypeError, ShapeError, UnknownAdapterError, ValueRangeError, some
 from sgmv.ids import BASE_ONLY, NO_SLOT, Integers
 from sgmv.segment import Segments, segment
@@ -38,15 +38,33 @@ class Layout:
         return str(value)
 
 
-def as_segments(batch: Batch) -> Segments:
+def as_segments(batch: Batch, argument: str = "batch") -> Segments:
     """The batch's segments, made if they are not there yet; of one adapter per row.
 
-    Raises ShapeError for several: no engine's metadata has them.
+    Raises ShapeError for several, which most engines' metadata does not have.
     """
     segments = batch if isinstance(batch, Segments) else segment(batch)
     if segments.k > 1:
-        raise ShapeError("batch", "one adapter per row", f"{segments.k}", "lay out one at a time")
+        remedy = "lay out one at a time; llama.cpp and LoRAX alone have several"
+        raise ShapeError(argument, "one adapter per row", f"{segments.k}", remedy)
     return segments
+
+
+def mixture(
+    batch: Batch, weights: npt.ArrayLike | None = None
+) -> tuple[Segments, npt.NDArray[np.float32]]:
+    """The batch's segments, of one adapter per row or several, and (n, k) the weight of each."""
+    segments = batch if isinstance(batch, Segments) else segment(batch)
+    if weights is None:
+        return segments, np.ones((segments.n, segments.k), np.float32)
+    return segments, check_weights(weights, segments.n, segments.k)
+
+
+def padded(lists: Sequence[Sequence[Any]], fill: int, dtype: type) -> npt.NDArray[Any]:
+    """The lists as (n, k), filled up; as (n,) where none has several entries."""
+    k = max(1, *map(len, lists)) if lists else 1
+    full = [[*one, *[fill] * (k - len(one))] for one in lists]
+    return np.array(full, dtype).reshape((len(lists), k) if k > 1 else -1)
 
 
 def row_ids(segments: Segments) -> Integers:
@@ -123,6 +141,20 @@ def look_up(keys: Integers, values: Integers, wanted: Integers) -> tuple[Integer
 
 def slots_of(segments: Segments, slots: Slots) -> Integers:
     """(n,) the slot of each row, -1 where it is base only."""
+    ids = _slots_of_segments(segments, slots)
+    return spread(ids, segments.lengths, segments.rows, segments.n)
+
+
+def slots_of_pairs(segments: Segments, slots: Slots) -> Integers:
+    """(n, k) the slot of each id of each row, -1 for none."""
+    ids = _slots_of_segments(segments, slots)
+    found = np.empty(len(segments.pairs), np.int64)
+    found[segments.pairs] = np.repeat(ids, segments.lengths)
+    return found.reshape(segments.n, segments.k)
+
+
+def _slots_of_segments(segments: Segments, slots: Slots) -> Integers:
+    """(S,) the slot of each segment."""
     ids = segments.adapter_ids
     if slots is not None:
         known, slot = slot_table(slots)
@@ -134,7 +166,7 @@ def slots_of(segments: Segments, slots: Slots) -> Integers:
                 some(segments.adapter_ids[unknown]),
                 "load those adapters first, or name -1 for base only",
             )
-    return spread(ids, segments.lengths, segments.rows, segments.n)
+    return ids
 
 
 def ids_of(slot: Integers, slots: Slots) -> Integers:

@@ -41,6 +41,10 @@ def test_every_mix_is_timed_in_every_form(
     ] * 2
     assert [case.S for case in cases[2:]] == [2, 4]
     assert "k calls / one call, geometric mean" in capsys.readouterr().out
+    text = mixtures.page(load(MixtureRecord, tmp_path / "mixtures.json"), "m.json").split("\n\n")
+    assert "record: `benchmarks/records/m.json`. ! marks a loss" in text[0]
+    assert len(text[1].splitlines()) == 2 + len(cases)
+    assert "geometric mean" in text[2]
 
 
 def test_no_adapter_is_in_a_row_twice() -> None:

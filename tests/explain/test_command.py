@@ -151,6 +151,8 @@ def test_engines_by_name(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "TPU"], "--device: expected one of A100, H100"),
         (["--engines", "punica,orca"], "--engines: expected one of punica, lorax"),
         (["--max-loras", "1"], "--max-loras: expected at least the batch's 2 adapters, got 1"),
+        (["--top-k", "9"], "--top-k: expected at most the 8 experts, got 9"),
+        (["--experts", "1025"], "--experts: expected at most 1024, got 1025"),
         (["--json", "--html", "x"], "--html: expected no --json beside it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -16,6 +16,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 IDS = [7, 7, -1, 3, 7, 9, 9, -1]
 RANKS = {3: 8, 7: 16, 9: 16}
 NAMES = {3: "fr", 7: "de", 9: "sql"}
+PAIRS = [[7, 9], [3, -1], [7, 9], [-1, -1], [9, 7]]
+WEIGHTS = [[0.7, 0.3], [1, 0], [0.7, 0.3], [0, 0], [0.3, 0.7]]
 
 
 def blocks() -> dict[str, str]:
@@ -32,6 +34,8 @@ def blocks() -> dict[str, str]:
         "punica": layouts.punica(IDS, stack, lora_rank=16),
         "lens": f"indptr  {lens.indptr}\ndoff    {lens.doff}",
         "lorax": layouts.lorax(IDS, stack),
+        "lorax_merged": layouts.lorax(PAIRS, RANKS | {3: 16}, WEIGHTS),
+        "llamacpp": layouts.llamacpp(PAIRS, WEIGHTS, stack),
         "vllm_v0": layouts.vllm_v0(IDS, stack),
         "vllm_v0_sorted": layouts.vllm_v0(IDS, stack, sort=True),
         "vllm_v1": layouts.vllm_v1(IDS, max_loras=4, slots=stack),

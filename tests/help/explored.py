@@ -29,12 +29,13 @@ SCRIPT = "".join(
         "bgmv",
         "vllm",
         "sglang",
+        "vllm_experts",
         "kernels",
         "timeline",
         "layouts",
     )
 )
-HANG, FIX, CLIFF, DISTINCT = 4, 5, 6, 2  # places of stories
+HANG, FIX, CLIFF, DISTINCT, EXPERTS = 4, 5, 6, 2, 9  # places of stories
 HUNG = [1] * 50 + [0] + [1] * 82  # segments of 1 and 132 rows
 NODE = shutil.which("node")
 CHECKS = (ROOT / "tests" / "page" / "page_checks.js").read_text()
@@ -58,10 +59,14 @@ class Case(NamedTuple):
     release: str
     max_loras: int
     max_lora_chunk_size: int
+    experts: int = 8
+    top_k: int = 2
 
     def launch(self) -> Launch:
         """The emulator's."""
         slots = slots_of(self.ids)
+        if "_moe_" in self.kernel:
+            return self.launch_of(routed(len(self.ids), self.experts, self.top_k))
         own: dict[str, dict[str, Any]] = {
             "punica_sgmv_shrink": {"release": self.release},
             "vllm_v1": {"slots": slots, "max_loras": max(self.max_loras, len(slots))},
@@ -74,6 +79,28 @@ class Case(NamedTuple):
             self.ids, **widths, device=DEVICES[self.device], **named
         )
         return made
+
+    def launch_of(self, expert_ids: list[list[int]]) -> Launch:
+        """The same on experts, with these for each row."""
+        slots = slots_of(self.ids)
+        widths = (self.h_in, self.r) if self.kernel.endswith("shrink") else (self.r, self.h_out)
+        made: Launch = getattr(emulator, self.kernel)(
+            [slots.get(i, -1) for i in self.ids], expert_ids, *widths, self.experts,
+            max(self.max_loras, len(slots)), DEVICES[self.device],
+        )  # fmt: skip
+        return made
+
+
+def routed(rows: int, experts: int, top_k: int) -> list[list[int]]:
+    """The page's router."""
+    seed, found = 20231106, []
+    for _ in range(rows):
+        left, chosen = list(range(experts)), []
+        for _ in range(top_k):
+            seed = (seed * 1664525 + 1013904223) % 2**32
+            chosen.append(left.pop(seed * len(left) >> 32))
+        found.append(chosen)
+    return found
 
 
 def slots_of(ids: list[int]) -> dict[int, int]:
@@ -96,6 +123,7 @@ def cases() -> list[Case]:
             ids, kernel, int(rng.choice(widths)), int(rng.choice(ranks)), int(rng.choice(widths)),
             str(rng.choice(list(DEVICES))), str(rng.choice(RELEASES)),
             int(rng.choice((1, 8, 64))), int(rng.choice((16, 32, 128))),
+            *((8, 2), (128, 8), (4, 4), (60, 3))[rng.integers(4)],
         )
         for ids in batches
         for kernel in KERNELS

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.help.layouts import Planted, launch, put, swap, to
 
+PLACE_0 = [{"id": 0, "scale": 1.0}]
+
 FLASHINFER: Planted = {
     "flashinfer": [
         ("seg_indptr", "unsorted", swap(1, 2)),
@@ -20,6 +22,35 @@ FLASHINFER: Planted = {
     ],
     "flashinfer raw": [
         ("seg_lens", "stale", put(2, 1)),
+    ],
+}
+
+
+LLAMACPP: Planted = {
+    "llamacpp": [
+        ("lora", "shape", put(0, 3)),
+        ("lora", "shape", put(0, [{"id": 0}])),
+        ("lora", "shape", put(0, [{"id": 0, "scale": float("nan")}])),
+        ("lora", "base misplaced", put(2, [])),
+        ("lora", "no weights", put(0, [{"id": 6, "scale": 1.0}])),
+        ("lora", "no weights", put(0, [{"id": -1, "scale": 1.0}])),
+        ("lora", "stale", lambda lists: lists[1:]),
+        ("batches", "shape", to(3)),
+        ("batches[0].rows", "shape", {"batches": put(0, {"lora": [{"id": 0, "scale": 1.0}]})}),
+        ("batches[0].lora", "shape", {"batches": put(0, {"rows": [0, 1, 4]})}),
+        (
+            "batches[0].lora",
+            "mixed lists",
+            {"batches": put(0, {"rows": [0, 1, 4, 3], "lora": PLACE_0})},
+        ),
+        ("batches[1].lora", "mixed lists", {"batches": put(1, {"rows": [2, 7], "lora": PLACE_0})}),
+        ("batches", "overlap", put(0, {"rows": [0, 1, 4, 4], "lora": PLACE_0})),
+        ("batches", "gap", put(0, {"rows": [0, 1], "lora": PLACE_0})),
+        ("batches", "stale", put(0, {"rows": [0, 1, 4, 8], "lora": PLACE_0})),
+    ],
+    "llamacpp raw": [
+        ("lora", "stale", swap(0, 3)),
+        ("lora", "stale", put(0, [{"id": 0, "scale": 0.5}])),
     ],
 }
 
@@ -43,6 +74,8 @@ LORAX: Planted = {
         ("rank_data[16].s_start", "base misplaced", launch(s_start=put(0, 2), s_end=put(0, 3))),
         ("rank_data[16].s_end", "shape", launch(s_end=lambda s: s[1:])),
         ("rank_data[16].s_start", "int32 wrap", launch(s_start=put(0, -(2**31)))),
+        ("merged", "shape", to({1: {"ids": [3], "weights": [1]}})),
+        ("merged", "no weights", to({1: {"ids": [3, 77], "weights": [1, 1]}})),
     ],
     "lorax raw": [
         ("s_start", "overlap", {"s_end": put(0, 4)}),

@@ -85,6 +85,7 @@ def dtypes(layout: object) -> dict[str, str]:
 MAKERS: dict[str, Callable[[list[int]], Layout]] = {
     "punica": lambda ids: layouts.punica(ids, STACK, 8),
     "lorax": lambda ids: layouts.lorax(ids, STACK),
+    "llamacpp": lambda ids: layouts.llamacpp(ids, slots=STACK),
     "vllm_v0": lambda ids: layouts.vllm_v0(ids, STACK),
     "vllm_v0 sorted": lambda ids: layouts.vllm_v0(ids, STACK, sort=True),
     "vllm_v1": lambda ids: layouts.vllm_v1(ids, 7, STACK),
@@ -103,6 +104,8 @@ def raw(layout: Layout) -> dict[str, Any]:
         value = getattr(layout, field.name)
         if field.name == "rank_data":
             value = {rank: raw(launch) for rank, launch in value.items()}
+        if field.name == "batches" and isinstance(value, tuple):
+            value = [raw(batch) for batch in value]
         if field.repr:
             found[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
     return found
@@ -136,6 +139,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     **{maker: raw(make(IDS)) for maker, make in MAKERS.items()},
     "punica raw": {"s": [0, 2, 3, 6]},
     "lorax raw": {"s_start": [0, 3], "s_end": [2, 7]},
+    "llamacpp raw": {"lora": [[{"id": max(s, 0), "scale": int(s >= 0)}] for s in of_slots(IDS)]},
     "flashinfer raw": {"seg_lens": [3, 1, 2], "weight_indices": [0, 1, 5]},
     "lens": {"prefills": [3, 2], "decode": 3, "indptr": [0, 3, 5], "doff": 5},
     "segments": {

@@ -288,6 +288,16 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[errors.SgmvError], list[str]]]
         errors.ShapeError,
         ["adapter_ids: ", "one dimension", "unequal lengths", "per row"],
     ),
+    "lists among the ids of a row": (
+        add(ids=[[0, []], [0, 1]]),
+        errors.ShapeError,
+        ["adapter_ids: ", "an integer at each place", "lists", "per row"],
+    ),
+    "a list of lists of lists as ids": (
+        add(ids=[[[0, 1]], [[0, 1]]]),
+        errors.ShapeError,
+        ["adapter_ids: ", "an integer at each place", "lists"],
+    ),
     "ids of one number": (
         add(ids=3),
         errors.ShapeError,

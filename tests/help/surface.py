@@ -31,11 +31,16 @@ from tests.help.api_page import methods_of
 F = np.float32
 N, H_IN, R, H_OUT = 5, 6, 2, 7
 IDS = [3, -1, 3, 100, 3]
+MIXED = [[3, 100], [-1, -1], [3, -1], [100, 3], [3, 100]]
+WEIGHTS = [[0.5, 1.0], [1.0, 1.0], [1.0, 0.0], [0.5, 1.0], [0.5, 1.0]]
 MODULES = (sgmv, experts, layouts, punica, vllm, serving, emulator, popularity, models)
 # What calls return, and what tells of an error: made by the library, not by its users.
 RECORDS = {
     *("SgmvError", "AdapterNames", "Finding", "FlashInfer", "LoRABatchInfo", "LoRAKernelMeta"),
     *(
+        "LlamaBatch",
+        "LlamaCpp",
+        "MergedAdapters",
         "Lorax",
         "Punica",
         "RankSegments",
@@ -212,6 +217,8 @@ def expand_of_vllm(name: str) -> Callable[[], Made]:
 LAYOUTS: dict[str, Callable[[], Any]] = {
     "punica": lambda: layouts.punica([3, -1, 3], stack()),
     "lorax": lambda: layouts.lorax(IDS, 16),
+    "lorax merged": lambda: layouts.lorax(MIXED, 16, WEIGHTS),
+    "llamacpp": lambda: layouts.llamacpp(MIXED, WEIGHTS, {3: 0, 100: 1}),
     "vllm_v0": lambda: layouts.vllm_v0([0, -1, 1]),
     "vllm_v0 sorted": lambda: layouts.vllm_v0([0, -1, 1, 0], sort=True),
     "vllm_v1": lambda: layouts.vllm_v1([0, -1, 1], 3),
@@ -419,6 +426,14 @@ CALLS: dict[str, Callable[[], Made]] = {
     "flashinfer": plain(layouts.flashinfer, batch=ids, slots=lambda: {3: 0, 100: 100}),
     "lorax": plain(layouts.lorax, batch=ids, ranks=lambda: {3: 100, 100: 16}),
     "lorax, one rank": plain(layouts.lorax, batch=ids, ranks=const(100)),
+    "lorax, merged": plain(
+        layouts.lorax, batch=lambda: [*map(list, MIXED)], ranks=const(16),
+        weights=lambda: np.array(WEIGHTS, F),
+    ),
+    "llamacpp": plain(
+        layouts.llamacpp, batch=lambda: [*map(list, MIXED)], weights=lambda: np.array(WEIGHTS, F),
+        slots=lambda: {3: 0, 100: 1},
+    ),
     "peft": plain(layouts.peft, batch=ids, names=lambda: {3: "fr", 100: "el"}),
     "punica": plain(layouts.punica, batch=ids, stack=stack, lora_rank=const(R)),
     "sglang": plain(
@@ -452,11 +467,18 @@ CALLS: dict[str, Callable[[], Made]] = {
         layouts.check, metadata=LAYOUTS["peft"], adapter_ids=ids,
         names=lambda: {3: "3", 100: "100"},
     ),
+    "check, mixtures": plain(
+        layouts.check, metadata=LAYOUTS["llamacpp"], adapter_ids=lambda: [*map(list, MIXED)],
+        slots=lambda: {3: 0, 100: 1}, weights=lambda: np.array(WEIGHTS, F),
+    ),
     "AdapterNames.adapter_ids": back("peft", names=lambda: {3: "3", 100: "100"}),
     "FlashInfer.adapter_ids": back("flashinfer", n=const(5), slots=lambda: {3: 3, 100: 100}),
     "LoRABatchInfo.adapter_ids": back("sglang", stack=stack),
     "LoRAKernelMeta.adapter_ids": back("vllm_v1", slots=lambda: {3: 0, 100: 1}),
+    "LlamaCpp.adapter_ids": back("llamacpp", slots=lambda: {3: 0, 100: 1}),
+    "LlamaCpp.weights": lambda: (LAYOUTS["llamacpp"]().weights, {}),
     "Lorax.adapter_ids": back("lorax"),
+    "Lorax.weights": lambda: (LAYOUTS["lorax merged"]().weights, {}),
     "Punica.adapter_ids": lambda: (
         lambda n: layouts.punica([3, -1, 3], _stack).adapter_ids(n, _stack), {"n": 3}
     ),
@@ -879,7 +901,7 @@ def variants(argument: str, value: Any) -> Iterator[Variant]:
         for key, same in scalars(next(iter(value), 0)):
             if key.__hash__ is not None:
                 others = {key: next(iter(value.values()), 0), **dict(list(value.items())[1:])}
-                yield Variant(argument, f"key {shown(key)}", others, same)
+                yield Variant(argument, f"key {shown(key)}", others, same and len(value) > 0)
             if key.__hash__ is not None and not same:
                 yield Variant(argument, f"one more key {shown(key)}", {**value, key: 0})
         yield Variant(argument, "nothing in it", {})

@@ -14,7 +14,7 @@ import sgmv
 from sgmv import errors, layouts
 from sgmv.layouts.check import EXAMINERS
 from sgmv.layouts.finding import REMEDY, Fault
-from tests.help.layout_faults import FLASHINFER, LORAX, PEFT, PUNICA, SGLANG, VLLM
+from tests.help.layout_faults import FLASHINFER, LLAMACPP, LORAX, PEFT, PUNICA, SGLANG, VLLM
 from tests.help.layouts import (
     IDS,
     MAKERS,
@@ -128,7 +128,7 @@ def test_a_field_that_alone_is_wrong_is_named_first(layout: str) -> None:
                 found = check(metadata, IDS)
                 assert not found or found[0].field == field, [metadata, *map(str, found)]
                 tried += bool(found)
-    assert tried or layout == "peft"
+    assert tried or layout in {"peft", "llamacpp", "llamacpp raw"}
 
 
 def test_without_the_batch_the_field_that_fewer_others_bear_out_is_named_first() -> None:
@@ -155,6 +155,21 @@ def test_segments_and_lengths_themselves_are_right() -> None:
 
 
 REFUSALS: Refusals = {
+    "several adapters per row of an engine that has none": (
+        lambda: layouts.check(RIGHT["vllm_v1"], [[9, 3]] * 8),
+        errors.ShapeError,
+        ["adapter_ids: ", "one adapter per row", "2", "one at a time"],
+    ),
+    "weights of an engine that has none": (
+        lambda: layouts.check(RIGHT["vllm_v1"], IDS, weights=np.ones(8)),
+        errors.ShapeError,
+        ["weights: ", "llama.cpp or LoRAX", "leave the weights out"],
+    ),
+    "weights without ids": (
+        lambda: layouts.check(RIGHT["lorax"], weights=np.ones(8)),
+        errors.ShapeError,
+        ["weights: ", "adapter_ids beside them"],
+    ),
     "metadata of no engine": (
         lambda: layouts.check({"segments": [0, 3]}),
         errors.DtypeError,
@@ -192,7 +207,7 @@ def test_a_finding_says_what_was_expected_and_what_came(planted: PlantedFault) -
     expected_and_got(*planted)
 
 
-EVERY_PLANTED = PLANTED | FLASHINFER | LORAX | PEFT | PUNICA | SGLANG | VLLM
+EVERY_PLANTED = PLANTED | FLASHINFER | LLAMACPP | LORAX | PEFT | PUNICA | SGLANG | VLLM
 
 
 def test_every_fault_has_a_remedy_and_is_planted() -> None:

@@ -72,6 +72,8 @@ def test_every_control_comes_back_from_the_address(explorer: Page) -> None:
         "h_out": 1024,
         "max_loras": 5,
         "max_lora_chunk_size": 32,
+        "experts": 16,
+        "top_k": 4,
     }
     controls = explorer.evaluate(
         "[...document.querySelectorAll('#controls :is(select, input, textarea)')]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.help.explored import (
     Javascript,
     emulators,
     of_each,
+    routed,
     slots_of,
 )
 from tests.help.planting import replaced
@@ -61,11 +63,57 @@ def test_the_cases_hold_what_they_hunt() -> None:
         ("segments.n < FEW_ROWS", "segments.n <= FEW_ROWS"),
         ("n >= 256 ? 128", "n > 256 ? 128"),
         ("(split_k > 1 ? added : 0)", "0"),
+        ("pairs.n + experts * (rows - 1)", "pairs.n + experts * rows"),
+        ("const SPARSE = 8;", "const SPARSE = 64;"),
+        ("if (rows <= 96) return 32;", "if (rows < 64) return 32;"),
+        ("(s - bases) * experts + chosen[pair]", "chosen[pair]"),
     ],
 )
 def test_a_fault_in_the_page_is_found(javascript: Javascript, text: str, instead: str) -> None:
     got = javascript(replaced(SCRIPT, text, instead), of_each("figures(launch)", CASES))
     assert got != emulators()
+
+
+def test_random_experts_are_the_emulators(javascript: Javascript) -> None:
+    """Whatever a router chose: experts that no row has, and rows that have fewer."""
+    rng = np.random.default_rng(7)
+    chosen, ids_of_all = [], []
+    for kernel in ("vllm_moe_shrink", "vllm_moe_expand"):
+        for _ in range(60):
+            rows, k, experts = (int(rng.integers(1, most)) for most in (300, 9, 130))
+            ids = rng.integers(-1, int(rng.integers(1, 12)), rows).tolist()
+            wide, deep = (int(rng.choice((64, 768, 3584))) for _ in range(2))
+            r, max_loras = int(rng.choice((8, 17, 64))), int(rng.choice((1, 8, 64)))
+            device = str(rng.choice(list(DEVICES)))
+            case = Case(ids, kernel, wide, r, deep, device, "1.1.0", max_loras, 16, experts, k)
+            chosen.append(case)
+            ids_of_all.append(rng.integers(-1, experts, (rows, k)).tolist())
+    script = f"{SCRIPT}\nconst chosen = {json.dumps([flat(ids) for ids in ids_of_all])};"
+    expression = (
+        "figures(KERNELS[c.kernel](segment(c.ids), {...values, expert_ids: chosen.shift()}))"
+    )
+    for case, ids, got in zip(
+        chosen, ids_of_all, javascript(script, of_each(expression, chosen)), strict=True
+    ):
+        assert got == json.loads(json.dumps(case.launch_of(ids).figures())), case
+    assert {
+        case.launch_of(ids).figures()["sorted"]
+        for case, ids in zip(chosen, ids_of_all, strict=True)
+    } == {0, 1}
+
+
+def test_the_router_gives_each_row_different_experts(javascript: Javascript) -> None:
+    for rows, experts, k in ((1, 1, 1), (70, 8, 2), (33, 128, 8), (9, 256, 16), (5, 4, 4)):
+        got = javascript(SCRIPT, f"routed({rows}, {experts}, {k})")
+        assert got == flat(routed(rows, experts, k))
+        assert all(len(set(of)) == k for of in routed(rows, experts, k))
+    often = np.bincount(flat(routed(2048, 8, 2)))
+    assert all(450 < rows < 575 for rows in often)  # of 512
+
+
+def flat(ids: list[list[int]]) -> list[int]:
+    """The experts of all rows, one after another."""
+    return list(chain.from_iterable(ids))
 
 
 def test_tiles_make_up_the_lanes(javascript: Javascript) -> None:
@@ -91,7 +139,7 @@ TIMELINE = """(() => { const t = timeline(launch); const placed = new Map(); let
 
 
 def test_timelines_hold_every_block_once(javascript: Javascript) -> None:
-    chosen = CASES[::11]  # 11 and 8 kernels have no common factor
+    chosen = CASES[::11]  # 11 and 10 kernels have no common factor
     for case, line in zip(chosen, javascript(SCRIPT, of_each(TIMELINE, chosen)), strict=True):
         launch = case.launch()
         if not launch.capacity:

@@ -35,6 +35,10 @@ UNUSUAL: list[dict[str, object]] = [  # beside the stories
     {"ids": "0*300", "kernel": "sglang_csgmv_shrink", "max_lora_chunk_size": 128, "device": "L4"},
     {"ids": "-1*9", "r": 17},
     {"ids": "0, 1*65, 2*129", "release": "1.0.0", "versus": "release"},
+    {"ids": "0", "kernel": "vllm_moe_shrink", "experts": 1, "top_k": 1},
+    {"popularity": "distinct", "n": 300, "kernel": "vllm_moe_expand", "experts": 256, "top_k": 16},
+    {"ids": "-1*9, 999999999", "kernel": "vllm_moe_shrink", "experts": 128, "top_k": 8},
+    {"ids": "-1*3", "kernel": "vllm_moe_expand"},
 ]
 
 

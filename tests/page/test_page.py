@@ -13,6 +13,7 @@ from tests.help.chromium import Page
 from tests.help.explored import (
     CLIFF,
     DISTINCT,
+    EXPERTS,
     FIX,
     HANG,
     HUNG,
@@ -87,6 +88,7 @@ def test_every_story_runs_and_says_what_it_promises(explorer: Page) -> None:
         "This launch runs, but K is no longer split.",
         "This launch runs, with a race.",
         "This launch runs.",
+        "This launch runs, but takes at least 2.81 times as long as identical.",
     ]
 
 
@@ -180,9 +182,52 @@ def test_rows_move_unless_the_reader_wants_no_motion(explorer: Page, still: bool
 @needs_chromium
 def test_every_panel_tells_what_changed(explorer: Page) -> None:
     choose(explorer, "popularity", "distinct")
-    panels = explorer.evaluate("[...document.querySelectorAll('.now')].map((p) => p.innerText)")
+    seen = "[...document.querySelectorAll('section:not([hidden]) > .now')]"
+    panels = explorer.evaluate(f"{seen}.map((p) => p.innerText)")
     assert len(panels) == 5
     assert all("Before: " in panel for panel in panels)
+
+
+@needs_chromium
+def test_the_panel_of_experts_shows_the_emulators_groups(explorer: Page) -> None:
+    """There for kernels on experts alone: a box for each group, its zeros in words."""
+    assert explorer.evaluate("document.getElementById('experts-panel').hidden")
+    follow(explorer, EXPERTS)
+    figures = explorer.evaluate("shown.figures")
+    case = Case(
+        explorer.evaluate("state.ids"), "vllm_moe_shrink", 2048, 16, 4096, "A100", "1.1.0",
+        8, 16, 128, 8,
+    )  # fmt: skip
+    assert figures == json.loads(json.dumps(case.launch().figures()))
+    told = text(explorer, "experts-now")
+    assert told.startswith(f"512 pairs in {figures['S']} groups, each padded to 32 rows")
+    zeros = round(100 * figures["wasted_rows"] / figures["row_slots"])
+    assert f"{figures['row_slots']:,} rows, {zeros} % of them zeros" in told
+    assert f"{zeros} % of all rows" in text(explorer, "story-body")
+    boxes = "document.querySelector('#experts-map .waste').getAttribute('d').match(/M/g).length"
+    assert explorer.evaluate(boxes) == figures["S"]
+    rows = explorer.evaluate(
+        "[...document.querySelectorAll('#experts-table tbody tr')].map((tr) =>"
+        " [...tr.children].map((cell) => cell.textContent))"
+    )
+    assert [row[0] for row in rows] == ["1", "4", "16", "64", "256", "1,024"]
+    assert rows[3][3] == f"{zeros} %"  # this batch's own: 64 rows, uniform
+    choose(explorer, "top_k", 16)
+    choose(explorer, "experts", 4)
+    assert "top_k is taken to be 4, all experts." in text(explorer, "verdict")
+    choose(explorer, "kernel", "vllm_v1_shrink")
+    assert explorer.evaluate("document.getElementById('experts-panel').hidden")
+
+
+@needs_chromium
+def test_too_many_blocks_are_told(explorer: Page) -> None:
+    choose(explorer, "kernel", "vllm_moe_expand")
+    choose(explorer, "experts", 256)
+    choose(explorer, "top_k", 8)
+    choose(explorer, "n", 2048)
+    choose(explorer, "max_loras", 2048)
+    assert explorer.evaluate("shown.figures.blocks") > 4e6
+    assert "too many to draw" in text(explorer, "moment-text")
 
 
 @needs_chromium

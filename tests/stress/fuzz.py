@@ -246,6 +246,7 @@ class World:
             (layouts.vllm_v1(ids, 6, slots), (slots,)),
             (layouts.flashinfer(ids, slots), (n, slots)),
             (layouts.lorax(ids, 16), ()),
+            (layouts.llamacpp(ids, slots=slots), (slots,)),
             (layouts.peft(ids), ()),
             (layouts.punica(ids, stack), (n, stack)),
             (layouts.sglang(ids, stack), (stack,)),

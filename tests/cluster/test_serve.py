@@ -127,9 +127,11 @@ def gateway(folder: Path, port: int, logs: list[Path]) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
         environment.setenv("RAY_process_group_cleanup_enabled", "1")
-        # A replica that has no core to answer from is not taken for a full one.
+        # On a busy machine a replica is not taken for a full one, nor a proxy for a dead one.
         environment.setenv("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "10")
         environment.setenv("RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "10")
+        environment.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+        environment.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "120")
         environment.setenv("PYTHONPATH", str(ROOT))
         for variable in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
             environment.setenv(variable, "1")

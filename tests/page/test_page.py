@@ -225,7 +225,7 @@ def test_too_many_blocks_are_told(explorer: Page) -> None:
     choose(explorer, "experts", 256)
     choose(explorer, "top_k", 8)
     choose(explorer, "n", 2048)
-    choose(explorer, "max_loras", 2048)
+    choose(explorer, "max_loras", 400)
     assert explorer.evaluate("shown.figures.blocks") > 4e6
     assert "too many to draw" in text(explorer, "moment-text")
 

@@ -34,7 +34,7 @@ from sgmv.replicas.records import (
 from sgmv.serving.arrivals import mixed
 from sgmv.serving.residency import Counters, Residency
 from sgmv.serving.scheduler import Scheduler
-from sgmv.serving.simulate import Costs, Outcome, base_us, check_end
+from sgmv.serving.simulate import Costs, Outcome, base_us, check_end, check_trace_and_costs
 from sgmv.serving.traces import RANK, Trace, check_number
 
 RULES = ("random", "least-loaded", "rendezvous", "rank-aware", "ray")  # as sgmv.replicas.router
@@ -193,14 +193,9 @@ def simulate_replicas(
     >>> sorted(np.bincount(outcome.replica_of).tolist()), outcome.counters.slot_misses
     ([1, 2], 3)
     """
-    if not isinstance(trace, Trace):
-        kind = type(trace).__name__
-        raise DtypeError("trace", "a Trace", kind, "make one with Trace(...) or draw_trace()")
+    costs = check_trace_and_costs(trace, costs)
     N = check_count("replicas", replicas, 1, 1 << 16)
     placement = _checked(placement)
-    costs = Costs() if costs is None else costs
-    if not isinstance(costs, Costs):
-        raise DtypeError("costs", "Costs, or None", type(costs).__name__, "make them with Costs()")
     # What these two refuse is refused here, too.
     Scheduler[int](max_loras, max_num_seqs, max_overtakes)
     Residency(max_loras, max_cpu_loras, policy)

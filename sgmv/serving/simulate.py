@@ -246,12 +246,7 @@ def simulate(
     >>> outcome.wait_us - outcome.wait_us[0]
     array([     0, 131055,      0])
     """
-    if not isinstance(trace, Trace):
-        kind = type(trace).__name__
-        raise DtypeError("trace", "a Trace", kind, "make one with Trace(...) or draw_trace()")
-    costs = Costs() if costs is None else costs
-    if not isinstance(costs, Costs):
-        raise DtypeError("costs", "Costs, or None", type(costs).__name__, "make them with Costs()")
+    costs = check_trace_and_costs(trace, costs)
     scheduler: Scheduler[int] = Scheduler(max_loras, max_num_seqs, max_overtakes)
     residency = Residency(max_loras, max_cpu_loras, policy)
     n, arrival, ids, tokens = (
@@ -314,6 +309,17 @@ def simulate(
         read_bytes=read_bytes,
         end_us=now,
     )
+
+
+def check_trace_and_costs(trace: object, costs: object) -> Costs:
+    """Refuse what is neither; returns the costs, Costs() in place of None."""
+    if not isinstance(trace, Trace):
+        kind = type(trace).__name__
+        raise DtypeError("trace", "a Trace", kind, "make one with Trace(...) or draw_trace()")
+    costs = Costs() if costs is None else costs
+    if not isinstance(costs, Costs):
+        raise DtypeError("costs", "Costs, or None", type(costs).__name__, "make them with Costs()")
+    return costs
 
 
 def check_end(end_us: int) -> None:

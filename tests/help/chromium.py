@@ -134,6 +134,18 @@ class Page:
         ]
 
 
+def opened(page: Page, address: str) -> Iterator[Page]:
+    """The page at this address. Whatever is done with it, nothing goes wrong or is asked outside."""
+    page.errors.clear()
+    page.requests.clear()
+    page.view(1280)
+    page.open(address)
+    yield page
+    assert page.errors == []
+    outside = [url for url in page.requests if not url.startswith(("file:", "about:", "data:"))]
+    assert outside == []
+
+
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:
     """A browser of its own in an empty profile, ended with the block."""

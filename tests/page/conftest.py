@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sgmv.explorer.write import write_html
-from tests.help.chromium import FOUND, Page, chromium
+from tests.help.chromium import FOUND, Page, chromium, opened
 from tests.help.explored import NO_CHROMIUM, NODE, Javascript
 
 
@@ -47,11 +47,4 @@ def javascript(request: pytest.FixtureRequest) -> Javascript:
 @pytest.fixture
 def explorer(page: Page, tmp_path: Path) -> Iterator[Page]:
     """The page as `make explorer` writes it; whatever a test does, nothing may go wrong in it."""
-    page.errors.clear()
-    page.requests.clear()
-    page.view(1280)
-    page.open(write_html(tmp_path / "explorer.html").as_uri())
-    yield page
-    assert page.errors == []
-    outside = [url for url in page.requests if not url.startswith(("file:", "about:", "data:"))]
-    assert outside == []
+    yield from opened(page, write_html(tmp_path / "explorer.html").as_uri())

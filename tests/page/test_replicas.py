@@ -10,7 +10,7 @@ import pytest
 
 from sgmv.serving import Failure, Placement, ReplicasOutcome, draw_trace, simulate_replicas
 from sgmv.serving.page import shown, write_page
-from tests.help.chromium import Page
+from tests.help.chromium import Page, opened
 from tests.help.explored import BEYOND, examined, needs_chromium, text
 
 pytestmark = [pytest.mark.once, needs_chromium]
@@ -34,14 +34,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def replicas(page: Page, address: str) -> Iterator[Page]:
-    page.errors.clear()
-    page.requests.clear()
-    page.view(1280)
-    page.open(address)
-    yield page
-    assert page.errors == []
-    outside = [url for url in page.requests if not url.startswith(("file:", "about:", "data:"))]
-    assert outside == []
+    yield from opened(page, address)
 
 
 def show(page: Page, which: int) -> None:

@@ -16,7 +16,7 @@ from benchmarks.report.write import write
 from benchmarks.studies.grid.records import Record, by_dtype, case_label, summarise
 from benchmarks.studies.instructions import InstructionsRecord, Loop
 from benchmarks.text import microseconds, ratio_text
-from tests.help.chromium import Page
+from tests.help.chromium import Page, opened
 from tests.help.explored import BEYOND, choose, examined, needs_chromium, text
 from tests.help.reported import MACHINE, OTHER, other_machine, records_folder
 
@@ -49,14 +49,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def report(page: Page, address: str) -> Iterator[Page]:
     """The page, just opened; whatever a test does, nothing may go wrong in it."""
-    page.errors.clear()
-    page.requests.clear()
-    page.view(1280)
-    page.open(address)
-    yield page
-    assert page.errors == []
-    outside = [url for url in page.requests if not url.startswith(("file:", "about:", "data:"))]
-    assert outside == []
+    yield from opened(page, address)
 
 
 def full() -> Record:

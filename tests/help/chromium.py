@@ -135,7 +135,7 @@ class Page:
 
 
 def opened(page: Page, address: str) -> Iterator[Page]:
-    """The page at this address. Whatever is done with it, nothing goes wrong or is asked outside."""
+    """The page at this address. Whatever is done with it, nothing goes wrong or outside."""
     page.errors.clear()
     page.requests.clear()
     page.view(1280)

@@ -172,7 +172,8 @@ def test_undecided_ratios_are_counted(javascript: Javascript) -> None:
         assert sums["undecided"] == sum(text.endswith("~") for text in texts)
         ratios = [case.ratios[main][peer] for case in found.cases if peer in case.ratios[main]]
         assert sums["quarters"] == pytest.approx(np.percentile(ratios, [25, 75]).tolist())
-    assert {sums["undecided"] for _, sums in summaries(javascript)[0][0]} == {None}
+    older = "spread([[1.5, {name: 'a'}], [0.5, {name: 'b'}]]).undecided"  # without an interval
+    assert javascript(SCRIPT, older) is None
 
 
 def test_latency_shows_the_cases_of_the_figure(javascript: Javascript) -> None:

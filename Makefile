@@ -28,7 +28,7 @@ test-all: $(VENV)/test.installed  ## the whole suite, and its ten slowest tests
 test-vllm: $(VLLM)/vllm.installed  ## vLLM's real engine on sgmv: minutes, 3 GB, Python 3.11+ (SGMV_TRAFFIC_SECONDS=600: long)
 	$(VLLM)/bin/python -m pytest -q -s tests/vllm tests/compat/vllm/test_packed.py $(ARGS)
 
-test-cluster: $(CLUSTER)/ray.installed  ## Ray: campaigns on two nodes, vLLM in two replicas: minutes, 4 GB of disk, 6 of memory; vLLM: Python 3.11+
+test-cluster: $(CLUSTER)/ray.installed  ## Ray: campaigns on two nodes, vLLM in two replicas: minutes, 4 GB, Python 3.11+
 	$(CLUSTER)/bin/python -m pytest -q tests/cluster $(ARGS)
 
 pages: $(VENV)/test.installed  ## each block and command of README and docs/, in fresh environments

@@ -84,10 +84,11 @@ class LlamaCpp(Layout):
     batches: tuple[LlamaBatch, ...]
 
     def shown(self, name: str) -> str:
-        """Each batch's rows and list."""
+        """The first batches' rows and lists."""
         if name == "lora":
             return some([f"({_as_text(one)})" for one in self.lora], 16)
-        return "; ".join(f"rows {some(one.rows)} {_as_text(one.lora)}" for one in self.batches)
+        first = [f"rows {some(one.rows)} {_as_text(one.lora)}" for one in self.batches[:8]]
+        return "; ".join([*first, "..."] if self.batches[8:] else first)
 
     def adapter_ids(self, slots: Slots = None) -> Integers:
         """(n,) or (n, k) the ids of each row, by slot, then -1; slots as in `llamacpp`."""

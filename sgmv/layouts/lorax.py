@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, islice
 from typing import TypeAlias
 
 import numpy as np
@@ -120,7 +120,8 @@ class Lorax(Layout):
     def shown(self, name: str) -> str:
         """The launches as slices of rows; what each number of merged adapters is."""
         if name == "merged":
-            return "; ".join(f"{i} is {one}" for i, one in self.merged.items()) or "none"
+            first = [f"{i} is {one}" for i, one in islice(self.merged.items(), 8)]
+            return "; ".join([*first, "..."] if len(self.merged) > 8 else first) or "none"
         if name != "rank_data":
             return super().shown(name)
         return "; ".join(

@@ -197,14 +197,16 @@ def simulate_replicas(
     N = check_count("replicas", replicas, 1, 1 << 16)
     placement = _checked(placement)
     # What these two refuse is refused here, too.
-    Scheduler[int](max_loras, max_num_seqs, max_overtakes)
-    Residency(max_loras, max_cpu_loras, policy)
+    scheduler = Scheduler[int](max_loras, max_num_seqs, max_overtakes)
+    residency = Residency(max_loras, max_cpu_loras, policy)
+    max_loras, max_cpu_loras = scheduler.max_loras, residency.max_cpu_loras
+    max_num_seqs = min(scheduler.max_num_seqs, max(trace.n, 1))  # more never run
     _check_span(trace)
     with fits_memory("max_num_seqs", max_num_seqs):
         base = base_us(costs, max_num_seqs)
     changes = _changes(failures, N)
     server = Server(
-        max_loras, max_cpu_loras, max_num_seqs, max_overtakes, policy == "lru",
+        max_loras, max_cpu_loras, max_num_seqs, scheduler.max_overtakes, policy == "lru",
         base, float(base[-1] - base[0]) / max_num_seqs, costs.adapter_us, costs.rank_us,
         costs.padded,
         costs.adapter_bytes / RANK,

@@ -49,7 +49,7 @@ class Trace:
         least_of = {"arrival_us": 0, "adapter_ids": BASE_MODEL, "tokens": 1, "ranks": 1}
         given = [name for name in ("ranks", "tenants") if getattr(self, name) is not None]
         for name, least in (least_of | {"tenants": 0}).items():
-            if getattr(self, name) is None:
+            if name in ("ranks", "tenants") and name not in given:
                 filled = np.full(self.n, RANK) if name == "ranks" else self.adapter_ids
                 object.__setattr__(self, name, filled)
                 continue

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 import sgmv
 from benchmarks.text import Console
 from reference import workloads
+from sgmv.tensors import as_array
 
 # With one row the four popularities are the same batch: it is timed once, under this name.
 ONE_ROW = "one row"
@@ -140,6 +142,16 @@ def in_library(library: str, array: NDArray[Any]) -> Any:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def base_product(library: str, x: NDArray[Any], W: NDArray[Any]) -> Callable[[], NDArray[Any]]:
+    """The product x @ W.T by this library, as numpy has it."""
+    if library == "numpy":
+        return lambda: x @ W.T
+    import torch
+
+    product = partial(torch.nn.functional.linear, in_library(library, x), in_library(library, W))
+    return lambda: as_array("y", product())
 
 
 def popularity_ids(popularity: str, n: int, seed: int) -> NDArray[np.int64]:

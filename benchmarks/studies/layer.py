@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
 from statistics import geometric_mean
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,14 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
-from benchmarks.batch import dtype_of, in_library, installed_kinds
+from benchmarks.batch import base_product, dtype_of, installed_kinds
 from benchmarks.clock import interval, quietly, summary
 from benchmarks.gate import check_rows
 from benchmarks.record import Head, Times, source
 from benchmarks.study import Study
 from benchmarks.text import Console, Table, undecided
 from sgmv.models import MODELS
-from sgmv.tensors import as_array
 
 MODEL, NAMES, RANK, ADAPTERS = "Llama-3-8B", ("q", "kv", "down"), 16, 16
 ROWS = (1, 16, 64, 256)
@@ -88,13 +86,7 @@ def operands(library: str, dtype: str, h_in: int, h_out: int, rows: int) -> Oper
     ]
     stack = sgmv.AdapterStack.from_adapters(adapters)
     ids = np.arange(rows, dtype=np.int64) % ADAPTERS
-    if library == "numpy":
-        return Operands(x, lambda: x @ W.T, stack, ids)
-    import torch
-
-    weight, inputs = in_library(library, W), in_library(library, x)
-    product = partial(torch.nn.functional.linear, inputs, weight)
-    return Operands(x, lambda: as_array("y", product()), stack, ids)
+    return Operands(x, base_product(library, x, W), stack, ids)
 
 
 def measure(

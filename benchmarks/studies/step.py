@@ -18,25 +18,25 @@ files from disk, which are put out of the page cache before.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 import sgmv
+from benchmarks.batch import base_product
 from benchmarks.clock import quietly, summary
+from benchmarks.engine import Llama, drawn, put_out_of_cache, write_adapter
 from benchmarks.gate import check_rows
 from benchmarks.record import Head, Times, source
 from benchmarks.study import Red, Study
@@ -46,10 +46,12 @@ from sgmv.serving import Costs
 from sgmv.serving.simulate import added_us, base_us
 from sgmv.serving.traces import RANK
 
-MODEL, LAYERS = "Llama-3-8B", 32
-MODULES = {"q": 1, "kv": 2, "o": 1, "gate/up": 2, "down": 1}  # how many there are of these widths
+MODEL = "Llama-3-8B"
+SHAPE = Llama(**asdict(MODELS[MODEL]), layers=32, vocabulary=128256)
 ROWS, ADAPTERS, RANKS = (1, 4, 16, 64), (1, 4, 16), (8, 16, 64)
 ROUNDS, TURN_S = 4, 0.2
+LIBRARY = "torch" if find_spec("torch") else "numpy"
+T = TypeVar("T")
 
 
 class StepCase(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,7 +67,7 @@ class StepCase(msgspec.Struct, forbid_unknown_fields=True):
     @property
     def us(self) -> float:
         """The sum of its parts' medians, over all layers."""
-        return LAYERS * sum(times.q50 for times in self.times.values())
+        return SHAPE.layers * sum(times.q50 for times in self.times.values())
 
 
 class Fitted(msgspec.Struct, forbid_unknown_fields=True):
@@ -93,53 +95,22 @@ class StepRecord(Head):
     cases: list[StepCase]
 
 
-def widths(name: str) -> tuple[int, int]:
-    """(h_in, h_out); o's are those of q, turned."""
-    return MODELS[MODEL].layer("q")[::-1] if name == "o" else MODELS[MODEL].layer(name)
-
-
-LIBRARY = "torch" if find_spec("torch") else "numpy"
-
-
-def product_of(library: str) -> Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]:
-    """X @ W.T by this library, over numpy's arrays."""
-    if library == "numpy":
-        return lambda x, W: x @ W.T
-    import torch
-
-    def product(x: NDArray[Any], W: NDArray[Any]) -> NDArray[Any]:
-        y = torch.nn.functional.linear(torch.from_numpy(x), torch.from_numpy(W))
-        found: NDArray[Any] = y.numpy()
-        return found
-
-    return product
-
-
 class Layer:
     """One layer's weights, and stacks with as many adapters of each rank as any case has."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
-
-        def normal(rows: int, columns: int) -> NDArray[Any]:
-            values = rng.standard_normal((rows, columns), np.float32)
-            found: NDArray[Any] = values / np.float32(columns**0.5)
-            return found
-
-        self.W = {
-            f"{name} {i}": normal(*widths(name)[::-1])
-            for name, count in MODULES.items()
-            for i in range(count)
+        widths = SHAPE.linears()
+        self.W = {name: drawn(rng, h_out, h_in) for name, (h_in, h_out) in widths.items()}
+        self.x = {
+            h_in: drawn(rng, max(ROWS), h_in) for h_in in {h_in for h_in, _ in widths.values()}
         }
-        self.product = product_of(LIBRARY)
-        self.x = {h_in: normal(max(ROWS), h_in) for h_in in {W.shape[1] for W in self.W.values()}}
         self.pairs = {
             rank: {
                 name: [
-                    (normal(rank, W.shape[1]), normal(W.shape[0], rank))
-                    for _ in range(max(ADAPTERS))
+                    (drawn(rng, rank, h_in), drawn(rng, h_out, rank)) for _ in range(max(ADAPTERS))
                 ]
-                for name, W in self.W.items()
+                for name, (h_in, h_out) in widths.items()
             }
             for rank in RANKS
         }
@@ -148,14 +119,22 @@ class Layer:
             for rank, of in self.pairs.items()
         }
 
-    def step(self, rows: int, segments: sgmv.Segments, rank: int) -> tuple[int, int]:
+    def products(self, rows: int) -> dict[str, Callable[[], NDArray[Any]]]:
+        """Each module's base product of this number of rows."""
+        return {
+            name: base_product(LIBRARY, self.x[W.shape[1]][:rows], W) for name, W in self.W.items()
+        }
+
+    def step(
+        self, products: Mapping[str, Callable[[], Any]], segments: sgmv.Segments, rank: int
+    ) -> tuple[int, int]:
         """Nanoseconds of the base products, and of add_lora after each."""
         base = lora = 0
-        for name, W in self.W.items():
-            x = self.x[W.shape[1]][:rows]
+        for name, product_of in products.items():
             start = time.perf_counter_ns()
-            y = self.product(x, W)
+            y = product_of()
             middle = time.perf_counter_ns()
+            x = self.x[self.W[name].shape[1]][: segments.n]
             sgmv.add_lora(y, x, self.stacks[rank][name], segments)
             base += middle - start
             lora += time.perf_counter_ns() - middle
@@ -163,9 +142,9 @@ class Layer:
 
     def check(self, rows: int, ids: NDArray[np.int64], rank: int) -> None:
         """Hold each module's result to the reference."""
-        for name, W in self.W.items():
-            x = self.x[W.shape[1]][:rows]
-            check_rows(x @ W.T, x, self.stacks[rank][name], ids)
+        for name, product_of in self.products(rows).items():
+            x = self.x[self.W[name].shape[1]][:rows]
+            check_rows(product_of(), x, self.stacks[rank][name], ids)
 
 
 def measure(layer: Layer, rows: int, adapters: int, rank: int) -> StepCase:
@@ -175,12 +154,8 @@ def measure(layer: Layer, rows: int, adapters: int, rank: int) -> StepCase:
         layer.check(rows, ids, rank)
     except AssertionError as error:
         raise Red("gate: RED, nothing was timed", error) from error
-    segments = sgmv.segment(ids)
-
-    def turns() -> list[list[tuple[int, int]]]:
-        return [_turn(partial(layer.step, rows, segments, rank)) for _ in range(ROUNDS)]
-
-    found, foreign = quietly(turns)
+    step = partial(layer.step, layer.products(rows), sgmv.segment(ids), rank)
+    found, foreign = _turns(step)
     times = {
         name: summary([[each[part] for each in turn] for turn in found])
         for part, name in enumerate(("base", "lora"))
@@ -188,7 +163,12 @@ def measure(layer: Layer, rows: int, adapters: int, rank: int) -> StepCase:
     return StepCase("step", rows, adapters, rank, times, foreign)
 
 
-def _turn(call: Callable[[], Any]) -> list[Any]:
+def _turns(call: Callable[[], T]) -> tuple[list[list[T]], float | None]:
+    """What calls return, turn by turn, and the cores that others kept busy."""
+    return quietly(lambda: [_turn(call) for _ in range(ROUNDS)])
+
+
+def _turn(call: Callable[[], T]) -> list[T]:
     call()  # not counted
     end, found = time.perf_counter() + TURN_S, [call()]
     while time.perf_counter() < end:
@@ -212,49 +192,27 @@ def bring(layer: Layer, rank: int, folder: Path) -> list[StepCase]:
             stack.unload(1)
         return spent
 
-    _write_adapter(folder, {name: pairs[0] for name, pairs in layer.pairs[rank].items()})
+    modules = {f"model.layers.0.{name}": widths for name, widths in SHAPE.linears().items()}
+    write_adapter(folder, modules, rank, seed=0)
 
     def read() -> int:
-        file = folder / "adapter_model.safetensors"
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        put_out_of_cache(folder)
         start = time.perf_counter_ns()
-        for adapter in sgmv.load_peft(folder).values():
-            adapter.A.sum(), adapter.B.sum()  # what is only mapped is not read yet
+        sgmv.load_peft(folder)
         return time.perf_counter_ns() - start
 
     cases = []
     for what, call in (("load", load), ("read", read)):
-        found, foreign = quietly(lambda call=call: [_turn(call) for _ in range(ROUNDS)])  # type: ignore[misc]
+        found, foreign = _turns(call)
         cases.append(StepCase(what, 0, 1, rank, {what: summary(found)}, foreign))
     return cases
-
-
-def _write_adapter(folder: Path, pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> None:
-    """As PEFT does; safetensors is a header's length, the header and the tensors."""
-    header: dict[str, Any] = {}
-    data = b""
-    for i, pair in enumerate(pairs.values()):
-        for letter, factor in zip("AB", pair, strict=True):
-            name = f"base_model.model.layers.{i}.proj.lora_{letter}.weight"
-            ends = [len(data), len(data) + factor.nbytes]
-            header[name] = {"dtype": "F32", "shape": factor.shape, "data_offsets": ends}
-            data += factor.tobytes()
-    text = json.dumps(header).encode()
-    with (folder / "adapter_model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text + data)
-        file.flush()
-        os.fsync(file.fileno())
-    rank = next(iter(pairs.values()))[0].shape[0]
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def fitted(cases: list[StepCase]) -> Fitted:
     """The costs that come nearest to the cases."""
     steps = [case for case in cases if case.what == "step"]
     terms = np.array([[1, c.rows, c.adapters, c.rows * c.rank] for c in steps], np.float64)
-    lora = np.array([LAYERS * case.times["lora"].q50 for case in steps])
+    lora = np.array([SHAPE.layers * case.times["lora"].q50 for case in steps])
     whole = np.array([case.us for case in steps])
     used, found = list(range(4)), np.zeros(4)
     while used:
@@ -265,12 +223,13 @@ def fitted(cases: list[StepCase]) -> Fitted:
         del used[int(values.argmin())]
     fixed, row_us, adapter_us, rank_us = found.tolist()
     base = {
-        rows: LAYERS * median(c.times["base"].q50 for c in steps if c.rows == rows) for rows in ROWS
+        rows: SHAPE.layers * median(c.times["base"].q50 for c in steps if c.rows == rows)
+        for rows in ROWS
     }
     us = np.maximum.accumulate([base[rows] + fixed + row_us * rows for rows in ROWS])
     points = [(rows, round(each)) for rows, each in zip(ROWS, us.tolist(), strict=True)]
     line = np.polyfit(np.array(ROWS, np.float64), us, 1)
-    per_rank = sum(4 * sum(widths(name)) * count for name, count in MODULES.items()) * LAYERS
+    per_rank = 4 * SHAPE.layers * sum(map(sum, SHAPE.linears().values()))
     load_rate, read_rate = (
         median(per_rank * c.rank / c.us * 1e6 for c in cases if c.what == what)
         for what in ("load", "read")
@@ -323,8 +282,8 @@ def page(record: StepRecord, name: str) -> str:
         f"{record.model}, {record.layers} layers, float32, base products by {record.library}; "
         f"{source(record)}; record: `benchmarks/records/{name}`."
     )
-    told = f"The model says {min(shares):.2f} to {max(shares):.2f} of what was measured."
-    return f"{head}\n\n{tables(record)[0].markdown()}\n\n{told}"
+    spread = f"The model says {min(shares):.2f} to {max(shares):.2f} of what was measured."
+    return f"{head}\n\n{tables(record)[0].markdown()}\n\n{spread}"
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -347,7 +306,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "threads": args.threads,
         "library": LIBRARY,
         "model": MODEL,
-        "layers": LAYERS,
+        "layers": SHAPE.layers,
         "costs": fitted(cases),
         "cases": cases,
     }

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 import sgmv
 from benchmarks.clock import quietly
-from benchmarks.engine import Llama, drawn, write_adapter
+from benchmarks.engine import Llama, drawn, put_out_of_cache, write_adapter
 from benchmarks.gate import check_rows
 from benchmarks.record import Head, significant, source
 from benchmarks.study import OUTPUT, Red, Study
@@ -109,10 +109,7 @@ class Server:
     def next_cold(self) -> LoRARequest:
         """An adapter that was used least recently, out of the page cache."""
         request = self.store.request(f"a{self.number % POOL}")
-        for path in Path(request.lora_path).iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        put_out_of_cache(Path(request.lora_path))
         return request
 
     def add(self) -> None:
@@ -247,7 +244,7 @@ def write_tiny(folder: Path, count: int, console: Console) -> None:
 
 
 def index_of(folder: Path, count: int, console: Console) -> Index:
-    """The index of so many tiny adapters, made and made again."""
+    """The index of `count` tiny adapters, made and made again."""
     write_tiny(folder, count, console)
     file = folder.parent / f"{folder.name}-index.json"
     file.unlink(missing_ok=True)

@@ -63,8 +63,14 @@ def _send(fleet: Any, requests: Any, server: Any, router: Any, i: int, now: int)
     if chosen == NONE:
         queue(fleet, requests, i)
     else:
-        add(fleet, requests, chosen, i)
-        interrupt(fleet, server, chosen, now)
+        _hand_over(fleet, requests, server, chosen, i, now)
+
+
+@compiled
+def _hand_over(fleet: Any, requests: Any, server: Any, r: int, i: int, now: int) -> None:
+    """Request i is replica r's."""
+    add(fleet, requests, r, i)
+    interrupt(fleet, server, r, now)
 
 
 @compiled
@@ -76,25 +82,25 @@ def _send_waiting(fleet: Any, requests: Any, server: Any, router: Any, now: int)
         if chosen == NONE:
             return
         dequeue(fleet, requests)
-        add(fleet, requests, chosen, i)
-        interrupt(fleet, server, chosen, now)
+        _hand_over(fleet, requests, server, chosen, i, now)
 
 
 @compiled
 def _change(fleet: Any, requests: Any, server: Any, router: Any, failure: Any) -> None:
     """A replica fails, and all that it had is lost; or it returns, empty."""
     now, r, fails = failure[0], failure[1], failure[2]
-    up = 0
-    for other in range(len(fleet.wake)):
-        was_up = False
-        for k in range(fleet.router[UP]):
-            was_up = was_up or fleet.up[k] == other
-        if not fails if other == r else was_up:
-            router.candidates[up] = other
-            up += 1
-    fleet.up[:up] = router.candidates[:up]
-    fleet.router[UP] = up
-    if fails:
+    up = fleet.router[UP]
+    if not fails:
+        fleet.up[up] = r
+        fleet.up[: up + 1].sort()
+        fleet.router[UP] = up + 1
+    else:
+        kept = 0
+        for k in range(up):
+            if fleet.up[k] != r:
+                fleet.up[kept] = fleet.up[k]
+                kept += 1
+        fleet.router[UP] = kept
         lost = _lose(fleet, requests, r, now)
         for k in range(len(lost)):
             requests.retries[lost[k]] += 1

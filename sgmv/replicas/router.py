@@ -29,16 +29,17 @@ def place(fleet: Any, requests: Any, router: Any, i: int, waited: bool) -> int:
     """The replica for request i; NONE if it has to wait at the router."""
     up, chance = fleet.router[UP], requests.chance[i]
     adapter = requests.adapter[i]
-    chosen = NONE
-    if up and router.placement == RANDOM:
-        chosen = fleet.up[int(chance * up)]
-    elif up and router.placement == LEAST_LOADED:
+    if up == 0:
+        return NONE
+    if router.placement == RANDOM:
+        chosen = int(fleet.up[int(chance * up)])
+    elif router.placement == LEAST_LOADED:
         chosen = _least_loaded(fleet, chance)
-    elif up and router.placement == RENDEZVOUS:
+    elif router.placement == RENDEZVOUS:
         chosen = _home(fleet, router, adapter)
-    elif up and router.placement == RANK_AWARE:
+    elif router.placement == RANK_AWARE:
         chosen = _by_rank(fleet, router, adapter, chance)
-    elif up and router.placement == RAY:
+    else:
         chosen = _as_ray(fleet, router, adapter, chance, waited)
     if chosen != NONE and load(fleet, chosen) >= router.most:
         return NONE

@@ -108,7 +108,7 @@ def _next(fleet: Any, server: Any, r: int) -> int:
     if replica.held < server.max_loras:
         fitting = oldest
     if fitting != oldest:
-        # Of all that no longer wait, so many came after the oldest that does.
+        # The number of those that no longer wait and came after the oldest that does.
         overtaken = replica.came - replica.waiting - (oldest >> TICKET_BITS)
         if overtaken >= server.max_overtakes:
             return NEVER

@@ -14,6 +14,7 @@ from sgmv.errors import ServingError
 from sgmv.html import assembled
 from sgmv.serving.replicas import ReplicasOutcome
 from sgmv.serving.report import OF_REPLICAS, figures
+from sgmv.serving.simulate import Tenants, waits_by
 
 PERCENTS = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
 PARTS = 80  # of the time in which requests arrive
@@ -49,17 +50,10 @@ def write_page(
         "percents": PERCENTS,
         "outcomes": [shown(outcome) for outcome in outcomes],
     }
-    own, common = files("sgmv.serving"), files("sgmv.explorer")
-
-    def read(name: str) -> str:
-        if name == "page.html":
-            return (own / "replicas.html").read_text(encoding="utf-8")
-        folder, _, file = name.rpartition("/")
-        return ((common if folder else own) / file).read_text(encoding="utf-8")
-
-    target = Path(path)
+    folder, target = files("sgmv.serving"), Path(path)
+    page = assembled(lambda name: (folder / name).read_text(encoding="utf-8"), data)
     try:
-        target.write_text(assembled(read, data), encoding="utf-8")
+        target.write_text(page, encoding="utf-8")
     except OSError as error:
         remedy = "name another place"
         raise ServingError("page", "a file that can be written", str(error), remedy) from error
@@ -71,7 +65,7 @@ def shown(outcome: ReplicasOutcome) -> dict[str, Any]:
     trace, N = outcome.trace, outcome.replicas
     span = int(trace.arrival_us[-1]) + 1 if trace.n else 1
     part = trace.arrival_us * PARTS // span
-    waits = [outcome.wait_s(percent) for percent in PERCENTS] if trace.n else []
+    waits = np.percentile(outcome.wait_us, PERCENTS, method="inverted_cdf") if trace.n else ()
     served = np.zeros((N, PARTS), np.int64)
     np.add.at(served, (outcome.replica_of, part), 1)
     found = np.zeros((3, PARTS), np.int64)
@@ -79,8 +73,8 @@ def shown(outcome: ReplicasOutcome) -> dict[str, Any]:
     return {
         "figures": figures(outcome),
         "seconds": span / 1e6,
-        "waits": waits,
-        "over_time": _by_part(outcome.wait_us / 1e6, part),
+        "waits": [float(us) / 1e6 for us in waits],
+        "over_time": _over_time(waits_by(part, outcome.wait_us)),
         "found": found.tolist(),
         "served": served.tolist(),
         "busy": [float(us) / max(outcome.end_us, 1) for us in outcome.busy_us],
@@ -88,16 +82,12 @@ def shown(outcome: ReplicasOutcome) -> dict[str, Any]:
     }
 
 
-def _by_part(waits: np.ndarray[Any, Any], part: np.ndarray[Any, Any]) -> list[list[float | None]]:
-    """The waiting time that half, and 99 %, of the requests of each part do not exceed."""
-    order = np.lexsort((waits, part))
-    counts = np.bincount(part, minlength=PARTS)
-    starts = np.cumsum(counts) - counts
+def _over_time(parts: Tenants) -> list[list[float | None]]:
+    """The waiting times of each part of the time, None where no request came."""
     rows = []
-    for percent in (50, 99):
-        at = starts - (-counts * percent // 100) - 1
-        known = zip(at.tolist(), counts.tolist(), strict=True)
-        rows.append([float(waits[order[i]]) if count else None for i, count in known])
+    for waits in (parts.p50_s, parts.p99_s):
+        known = dict(zip(parts.ids.tolist(), waits.tolist(), strict=True))
+        rows.append([known.get(part) for part in range(PARTS)])
     return rows
 
 

@@ -46,7 +46,7 @@ class Costs:
     adapter_us     and of each adapter in it
     rank_us        and of each rank of each request's adapter
     padded         whether kernels take as long for each request's rank as for the highest of all
-    base_us        pairs (requests, microseconds), ascending: what stands for step_us and row_us
+    base_us        pairs (requests, microseconds), ascending: in place of step_us and row_us,
                    where a step is no straight line over its requests; between two pairs it is,
                    beyond the last it goes on, below the first it is that of the first
     adapter_bytes  of an adapter of rank 16
@@ -144,7 +144,7 @@ def read_us(costs: Costs, rank: int) -> int:
 
 
 class Tenants(NamedTuple):
-    """Waiting time by tenant, ids ascending: by adapter, unless the trace says who asks for it."""
+    """Waiting time by tenant, ids ascending: by adapter, unless the trace has tenants."""
 
     ids: Integers
     requests: Integers
@@ -205,14 +205,17 @@ class Outcome:
 
     def tenants(self) -> Tenants:
         """The same for each tenant's requests by themselves, 50 and 99 percent."""
-        by_tenant = np.lexsort((self.wait_us, self.trace.tenants))
-        ids, start, requests = np.unique(
-            self.trace.tenants[by_tenant], return_index=True, return_counts=True
-        )
-        waits = self.wait_us[by_tenant] / 1e6
-        # The rank of the smallest value that this percentage does not exceed, in whole numbers.
-        p50, p99 = (waits[start - (-requests * percent // 100) - 1] for percent in (50, 99))
-        return Tenants(ids, requests, p50, p99)
+        return waits_by(self.trace.tenants, self.wait_us)
+
+
+def waits_by(groups: Integers, wait_us: Integers) -> Tenants:
+    """The waiting times of each group's requests by themselves, 50 and 99 percent."""
+    order = np.lexsort((wait_us, groups))
+    ids, start, requests = np.unique(groups[order], return_index=True, return_counts=True)
+    waits = wait_us[order] / 1e6
+    # The rank of the smallest value that this percentage does not exceed, in whole numbers.
+    p50, p99 = (waits[start - (-requests * percent // 100) - 1] for percent in (50, 99))
+    return Tenants(ids, requests, p50, p99)
 
 
 def simulate(

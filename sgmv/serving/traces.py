@@ -30,7 +30,7 @@ class Trace:
     tokens       (n,) at least 1
     ranks        (n,) of each request's adapter, at least 1, the same wherever the adapter is; 16 if
                  left out
-    tenants      (n,) at least 0, who asks; the adapter's id if left out. A tenant with new weights
+    tenants      (n,) at least 0, of each request; the adapter's id if left out. One with new weights
                  has another adapter id from then on
 
     Raises DtypeError, ShapeError or ServingError.
@@ -46,27 +46,29 @@ class Trace:
     tenants: Integers = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        least_of = {"arrival_us": 0, "adapter_ids": BASE_MODEL, "tokens": 1, "ranks": 1}
-        given = [name for name in ("ranks", "tenants") if getattr(self, name) is not None]
-        for name, least in (least_of | {"tenants": 0}).items():
-            if name in ("ranks", "tenants") and name not in given:
-                filled = np.full(self.n, RANK) if name == "ranks" else self.adapter_ids
-                object.__setattr__(self, name, filled)
-                continue
-            array = as_integers(name, getattr(self, name))
-            if array.shape != (self.n,):
-                expected = f"one for each of {self.n} requests"
-                raise ShapeError(name, expected, f"shape {array.shape}", "give equal lengths")
-            if array.size and array.min() < least:
-                got = str(array.min())
-                raise ServingError(name, f"at least {least}", got, "correct the trace")
-            object.__setattr__(self, name, array.copy())
+        for name, least in (("arrival_us", 0), ("adapter_ids", BASE_MODEL), ("tokens", 1)):
+            self._keep(name, least)
         if (np.diff(self.arrival_us) < 0).any():
             raise ServingError(
                 "arrival_us", "ascending times", "a request before its forerunner", "sort the trace"
             )
-        for name in given:
-            self._check_one_for_each_adapter(name)
+        others = ("ranks", 1, np.full(self.n, RANK)), ("tenants", 0, self.adapter_ids)
+        for name, least, default in others:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            else:
+                self._keep(name, least)
+                self._check_one_for_each_adapter(name)
+
+    def _keep(self, name: str, least: int) -> None:
+        """A copy of a field, checked."""
+        array = as_integers(name, getattr(self, name))
+        if array.shape != (self.n,):
+            expected = f"one for each of {self.n} requests"
+            raise ShapeError(name, expected, f"shape {array.shape}", "give equal lengths")
+        if array.size and array.min() < least:
+            raise ServingError(name, f"at least {least}", str(array.min()), "correct the trace")
+        object.__setattr__(self, name, array.copy())
 
     def _check_one_for_each_adapter(self, name: str) -> None:
         values = getattr(self, name)

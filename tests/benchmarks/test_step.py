@@ -11,6 +11,7 @@ import pytest
 
 import sgmv
 from benchmarks import __main__ as command
+from benchmarks.engine import Llama
 from benchmarks.record import load
 from benchmarks.studies import step
 from benchmarks.studies.step import StepCase, StepRecord, fitted
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.once
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (
         ("ROWS", (1, 3)), ("ADAPTERS", (1, 2)), ("RANKS", (2, 4)), ("TURN_S", 0.0), ("ROUNDS", 2),
-        ("LAYERS", 2), ("widths", lambda name: (32, 48) if name == "q" else (48, 32)),
+        ("SHAPE", Llama(40, 40, heads=5, kv_heads=5, head_dim=8, layers=2, vocabulary=64)),
     ):  # fmt: skip
         monkeypatch.setattr(step, name, value)
 
@@ -48,7 +49,7 @@ def test_a_run_gives_costs_that_the_simulator_reads(tmp_path: Path) -> None:
 
 def case(rows: int, adapters: int, rank: int, base: float, lora: float) -> Any:
     times = {
-        name: step.summary([[round(us * 1e3 / step.LAYERS)]])
+        name: step.summary([[round(us * 1e3 / step.SHAPE.layers)]])
         for name, us in (("base", base), ("lora", lora))
     }
     return StepCase("step", rows, adapters, rank, times, 0.0)

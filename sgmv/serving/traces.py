@@ -30,8 +30,8 @@ class Trace:
     tokens       (n,) at least 1
     ranks        (n,) of each request's adapter, at least 1, the same wherever the adapter is; 16 if
                  left out
-    tenants      (n,) at least 0, of each request; the adapter's id if left out. One with new weights
-                 has another adapter id from then on
+    tenants      (n,) at least 0, of each request; the adapter's id if left out. With new weights a
+                 tenant has another adapter id from then on
 
     Raises DtypeError, ShapeError or ServingError.
 

@@ -45,7 +45,7 @@ from sgmv.serving import AdapterSlots, AdapterStore, LoRARequest, Scheduler, Ste
 SHAPE = Llama(2048, 5632, heads=32, kv_heads=4, head_dim=64, layers=1, vocabulary=32000)
 RANK, REQUESTS, HOSTED, POOL = 32, 16, 24, 64
 EVERY = 4  # steps from one cold adapter to the next
-ROUNDS, STEPS = 4, 50
+ROUNDS, STEPS = 12, 50
 ADAPTERS = 100_000
 KINDS = ("still", "beside", "joins", "stalls")
 

@@ -75,7 +75,7 @@ def machine() -> Machine:
 
 def slug(facts: Machine) -> str:
     """The machine in a file name: a new run on it replaces its old record."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts.cpu.lower()).strip("-")
+    cpu = re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", facts.cpu.lower()).strip("-")
     return f"{cpu}-{facts.cores}c"
 
 

@@ -165,8 +165,10 @@ class Study(Generic[R]):
             console.print("now: python -m benchmarks pages", "bold")
 
     def shown(self, folder: Path | None = None) -> tuple[Path, R] | None:
-        """The record that the pages show, with its file; None if there is none."""
+        """The record that the pages show, with its file: the newest; None if there is none."""
         for prefix in self.files or [f"{self.name}-"]:
-            for path in sorted((folder or record.RECORDS).glob(f"{prefix}*.json")):
-                return path, record.load(self.record, path)
+            paths = sorted((folder or record.RECORDS).glob(f"{prefix}*.json"))
+            found = [(path, record.load(self.record, path)) for path in paths]
+            if found:
+                return max(found, key=lambda one: one[1].date)
         return None

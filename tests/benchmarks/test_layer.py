@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import msgspec
 import pytest
 
 import sgmv
@@ -104,6 +105,9 @@ def test_the_page_shows_the_committed_record(tmp_path: Any) -> None:
     assert found is not None
     (page,) = layer.STUDY.pages.values()
     assert "| torch bfloat16 | 16 | 2 | 0.08 | 4.0% | 1.50x |" in page(found[1], path.name)
+    older = msgspec.structs.replace(record(), date="2025-01-01T00:00:00+00:00")
+    save(older, tmp_path / "layer-a.json")
+    assert layer.STUDY.shown(tmp_path) == found  # the newest
     path.write_text(path.read_text().replace('"rank"', '"ranks"'))
     with pytest.raises(RecordError, match=r"layer-.*python -m benchmarks layer"):
         layer.STUDY.shown(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.machine import slug
 from benchmarks.record import RecordError, check, load, save
 from benchmarks.studies.grid.records import Record, case_label, summarise, without_noisy
 from tests.help.benched import synthetic_record
@@ -35,6 +36,19 @@ def test_summary_counts_losses_and_names_the_worst_case() -> None:
     assert (everything.worst, everything.best) == (0.5, 2.0)
     assert everything.worst_case == "4096>14336 r=16 n=256 identical"
     assert lines["uniform"].losses == 0
+
+
+@pytest.mark.parametrize(
+    ("cpu", "name"),
+    [
+        ("AMD EPYC", "amd-epyc-2c"),
+        ("Intel(R) Xeon(R) Processor", "intel-xeon-processor-2c"),
+        ("Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz", "intel-core-i7-8700k-cpu-3-70ghz-2c"),
+    ],
+)
+def test_a_records_file_is_named_after_the_cpu(cpu: str, name: str) -> None:
+    facts = synthetic_record().machine
+    assert slug(msgspec.structs.replace(facts, cpu=cpu, cores=2)) == name
 
 
 def test_record_survives_saving(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_ratios_are_to_steps_that_are_still() -> None:
     index = Index(100_000, 31.4, 0.81, 9_000_000, 30_000_000)
     fields = {
         "threads": 2, "adapter_bytes": 2_300_000, "index": index,
-        "resident": {"16": 500_000_000, "300": 501_000_000}, "cases": cases,
+        "resident": {"16": 500_000_000, "55": 502_000_000, "300": 501_000_000}, "cases": cases,
     }  # fmt: skip
     record = made(StoreRecord, 0.0, (), fields)
     [table] = store.tables(record)
@@ -104,7 +104,7 @@ def test_ratios_are_to_steps_that_are_still() -> None:
         "100", "25", "11.00", "15.00", "1.10x", "1.25x", "30.0", "41.3"
     ]  # fmt: skip
     assert "made in 31.4 s, again in 0.81 s" in table.notes[0]
-    assert "500 MB after 16, 501 MB after 300" in table.notes[1]
+    assert "500 MB after 16 adapters were read, 501 to 502 MB after 55 to 300" in table.notes[1]
     text = store.page(record, "store-here.json")
     assert "| joins | 100 | 25 | 11.00 | 15.00 | 1.10x | 1.25x | 30.0 | 41.3 |" in text
     assert "store-here.json" in text

@@ -106,6 +106,20 @@ def test_a_run_has_every_products_calls() -> None:
     assert not records.noisy(found)
 
 
+def test_a_record_to_commit_names_the_cases_that_it_leaves_out() -> None:
+    cases = vllm.run(arguments(), Console())["cases"]
+    for case in cases:
+        case.seconds["stock"] = [2 * seconds for seconds in case.seconds["base"]]
+    cases[1].foreign_cores = 0.3
+    fields = {"threads": 2, "dtype": "bfloat16", "cases": cases}
+    quiet = vllm.STUDY.quiet(records.made(vllm.VllmRecord, 0.0, (), fields))
+    assert quiet is not None
+    assert [case.step for case in quiet.cases] == ["decode"]
+    [name] = quiet.disturbed
+    assert "prefill, rank 16, 16 adapters" in name
+    assert vllm.tables(quiet)[0].notes == [f"Left out, as other programs ran: {name}."]
+
+
 @pytest.mark.parametrize(("noisy", "kept"), [(0, 0), (2, 0), (3, 0), (4, 1), (9, 2)])
 def test_disturbed_rounds_are_made_again(
     noisy: int, kept: int, monkeypatch: pytest.MonkeyPatch

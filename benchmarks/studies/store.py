@@ -277,10 +277,10 @@ def tables(record: StoreRecord) -> list[Table]:
         f"{index.again:.2g} s; {index.file / 1e6:.3g} MB on disk, {index.resident / 1e6:.3g} MB "
         "in memory."
     )
-    (first, start), *rest = record.resident.items()
-    later = [bytes_ / 1e6 for _, bytes_ in rest]
+    (count, start), *rest = record.resident.items()
+    later = [resident / 1e6 for _, resident in rest]
     memory = (
-        f"Resident: {start / 1e6:,.0f} MB after {first} adapters were read, "
+        f"Resident: {start / 1e6:,.0f} MB after {count} adapters were read, "
         f"{min(later):,.0f} to {max(later):,.0f} MB after {rest[0][0]} to {rest[-1][0]}."
     )
     return [Table(head, rows, 1, [words, memory])]

@@ -89,7 +89,7 @@ class VllmRecord(Head):
     threads: int
     dtype: str
     cases: list[VllmCase]
-    disturbed: list[str] = []  # cases that are left out
+    disturbed: list[str] = msgspec.field(default_factory=list)  # cases that are left out
 
 
 def setups(args: argparse.Namespace) -> list[Setup]:

@@ -175,15 +175,22 @@ def interrupts_wait() -> Iterator[None]:
 class KernelCache(FunctionCache):
     """numba's cache of one function, over `KernelFiles`.
 
+    stamp    of its sources: another one takes the place of what is kept
+    choices  of the process: code of others is kept beside it
+
     Raises RuntimeError if neither the package's folder nor the user's cache can be written.
     """
 
-    def __init__(self, function: Any, stamp: object) -> None:
+    def __init__(self, function: Any, stamp: object, choices: object) -> None:
         super().__init__(function)
+        self._choices = choices
         own = self._impl.locator.get_source_stamp()
         name = self._impl.filename_base
         self._files = KernelFiles(Path(self._cache_path), name, (own, stamp))
         self._cache_file = self._files  # type: ignore[assignment]  # of the same three methods
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(sig, codegen), self._choices)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function; None where it is to be compiled, and this process may do so."""

@@ -48,10 +48,13 @@ IN_ORDER = frozenset({"contract"})
 ANY_ORDER = frozenset({"contract", "reassoc"})
 
 
+# What compiled code depends on beside its sources and what numba knows of the CPU.
+CHOICES = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, ASKS_AHEAD
+
+
 def digest_of(folder: Path) -> str:
-    """The same for the same sources in a folder of compiled code, on a CPU that has the same."""
-    choices = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, ASKS_AHEAD
-    digest = hashlib.sha256(repr(choices).encode())
+    """The same for the same sources in a folder of compiled code."""
+    digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -71,7 +74,7 @@ def jit(
         # An edit of the function's own file is not all: it also holds the code of what it calls.
         if JITTED:
             with contextlib.suppress(RuntimeError):  # there is no folder that can be written
-                compiled._cache = KernelCache(function, digest)
+                compiled._cache = KernelCache(function, digest, CHOICES)
         return compiled
 
     return decorate

@@ -70,6 +70,21 @@ def test_a_second_process_loads_what_the_first_kept(tmp_path: Path) -> None:
 
 
 @jitted
+def test_a_process_with_other_choices_keeps_files_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SGMV_VECTOR_BITS makes them: each would take the place of the other's."""
+    first = probe(tmp_path)
+    first(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(jit, "CHOICES", ("narrow",))
+        other = probe(tmp_path)
+    assert (other(4), hits(other)) == (8, 0)
+    second = probe(tmp_path)
+    assert (second(4), hits(second), len(files(second))) == (8, 1, 2)
+
+
+@jitted
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files_are_compiled_anew_and_logged_once(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

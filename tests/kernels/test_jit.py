@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from numba.core import event
 
 from sgmv.kernels import jit
+from sgmv.kernels.call import start
+from sgmv.replicas.events import run
 from tests.conftest import JITTED
 from tests.help.acceptance import backends
 from tests.help.planting import ROOT, Fault, change, imported, plant, run_python
@@ -47,48 +50,38 @@ def test_hit_by_the_next_process_and_missed_after_an_edit(tmp_path: Path) -> Non
     helpers = sys.platform.startswith("linux")  # native threads, whose life is compiled
     kernels = str(2 * len(names) + 1 + helpers)
 
-    def run() -> list[str]:
+    def printed() -> list[str]:
         variables = {"NUMBA_CACHE_DIR": None, "SGMV_NUM_THREADS": "2"}
         done = run_python(PROGRAM + COUNT, tmp_path, arguments=names, **variables)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
     plant(tmp_path)
-    assert run() == ["1.0" for _ in names] + ["0", kernels]
-    assert run() == ["1.0" for _ in names] + [kernels, "0"]
+    assert printed() == ["1.0" for _ in names] + ["0", kernels]
+    assert printed() == ["1.0" for _ in names] + [kernels, "0"]
     for name in names:
         change(tmp_path, EDITS[name][0])
-    assert run() == [EDITS[name][1] for name in names] + ["0", kernels]
+    assert printed() == [EDITS[name][1] for name in names] + ["0", kernels]
 
 
-COMPILED = [path.relative_to(ROOT / "sgmv").as_posix() for path in (ROOT / "sgmv").rglob("*.py")]
+@pytest.mark.parametrize("package", ["kernels", "replicas"])
+def test_an_edit_of_any_compiled_file_counts(package: str, tmp_path: Path) -> None:
+    """A comment is enough: what a change means is not asked."""
+    folder = plant(tmp_path) / "sgmv" / package
+    before = jit.digest_of(folder)
+    for path in folder.glob("*.py"):
+        text = path.read_text()
+        path.write_text(text + "# edited\n")
+        assert jit.digest_of(folder) != before, path
+        path.write_text(text)
+    assert jit.digest_of(folder) == before
 
 
-def stamp(folder: Path) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        return str(imported(folder, patch)["sgmv.kernels.jit"].DIGEST)
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A copy of the package, and its stamp."""
-    folder = plant(tmp_path_factory.mktemp("planted"))
-    return folder, stamp(folder)
-
-
-@pytest.mark.parametrize("file", sorted(COMPILED))
-def test_an_edit_counts_where_code_is_compiled_and_nowhere_else(
-    file: str, planted: tuple[Path, str]
-) -> None:
-    """Of a compiled file a comment is enough: what a change means is not asked."""
-    folder, before = planted
-    source = folder / "sgmv" / file
-    text = source.read_text()
-    source.write_text(text + "# edited\n")
-    try:
-        assert (stamp(folder) != before) == file.startswith("kernels/")
-    finally:
-        source.write_text(text)
+@jitted
+@pytest.mark.parametrize(("package", "function"), [("kernels", start), ("replicas", run)])
+def test_an_edit_elsewhere_does_not(package: str, function: Any) -> None:
+    """What is kept of a function belongs to its own folder's sources."""
+    assert jit.digest_of(ROOT / "sgmv" / package) in function._cache._files._stamp
 
 
 @jitted

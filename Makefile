@@ -32,7 +32,7 @@ test-cluster: $(CLUSTER)/ray.installed  ## Ray: campaigns on two nodes, vLLM in 
 	$(CLUSTER)/bin/python -m pytest -q tests/cluster $(ARGS)
 
 pages: $(VENV)/test.installed  ## each block and command of README and docs/, in fresh environments
-	$(RUN) -m pytest -q tests/docs/fresh_pages.py $(ARGS)
+	$(RUN) -m pytest -q -n 2 --dist worksteal tests/docs/fresh_pages.py $(ARGS)
 
 explorer: $(VENV)/peft.installed  ## a page that shows what a GPU would do with a batch (ARGS=--no-open)
 	$(RUN) -m sgmv explorer $(ARGS)

@@ -230,12 +230,10 @@ def test_loops_for_arm_keep_their_sums_in_registers(dtype: str, arm: str) -> Non
 @jitted
 @vectors
 @pytest.mark.parametrize("bits", [256, 128, 0])
-def test_forced_vectors(bits: int, tmp_path: Path) -> None:
-    """A cache of its own: this one would be emptied by another width, and the other by this."""
+def test_forced_vectors(bits: int) -> None:
     done = run_python(
         f"from tests.help import tile_checks; tile_checks.check_briefly({bits}); print('checked')",
         SGMV_VECTOR_BITS=str(bits),
-        NUMBA_CACHE_DIR=str(tmp_path),
         timeout=600,
     )
     assert done.stdout.strip() == "checked", done.stderr
@@ -245,7 +243,7 @@ def test_forced_vectors(bits: int, tmp_path: Path) -> None:
 @pytest.mark.compiles
 @jitted
 @pytest.mark.skipif(not X86, reason="every ARM64 has both")
-def test_a_cpu_that_neither_fuses_nor_converts_float16(tmp_path: Path) -> None:
+def test_a_cpu_that_neither_fuses_nor_converts_float16() -> None:
     """As x86 was before AVX2: products and sums are rounded apart, float16 takes integers."""
     done = run_python(
         "from sgmv.kernels import cpu; from tests.help import tile_checks\n"
@@ -253,7 +251,6 @@ def test_a_cpu_that_neither_fuses_nor_converts_float16(tmp_path: Path) -> None:
         "tile_checks.check_briefly(128); print('checked')",
         NUMBA_CPU_NAME="nehalem",
         NUMBA_CPU_FEATURES="+sse4.2",
-        NUMBA_CACHE_DIR=str(tmp_path),
         timeout=600,
     )
     assert done.stdout.strip() == "checked", done.stderr
@@ -348,7 +345,7 @@ def test_planted_faults_are_rejected(fault: str | None) -> None:
         f"from tests.help import tile_checks; tile_checks.plant_here(*{tuple(change)!r})\n"
         f"print('planted', flush=True)\neval({hunter!r}, vars(tile_checks))\nprint('accepted')"
     )
-    done = run_python(program)
+    done = run_python(program, NUMBA_OPT="0")  # compiles faster
     if fault is None:
         assert done.stdout.split() == ["planted", "accepted"], done.stderr
     else:
@@ -363,10 +360,11 @@ OF_ANOTHER_CPU = [
 ]
 
 
+@pytest.mark.once
 @jitted
 @pytest.mark.compiles
 @pytest.mark.parametrize("variables", OF_ANOTHER_CPU, ids=["name", "features", "no AVX"])
-def test_numba_may_compile_for_another_cpu(tmp_path: Path, variables: dict[str, str]) -> None:
+def test_numba_may_compile_for_another_cpu(variables: dict[str, str]) -> None:
     """Over an instruction that it lacks the compiler ended the process."""
     program = (
         "import numpy as np, ml_dtypes, sgmv\n"
@@ -374,7 +372,7 @@ def test_numba_may_compile_for_another_cpu(tmp_path: Path, variables: dict[str, 
         "stack = sgmv.AdapterStack.from_adapters([(one[:2], one[:, :2])])\n"
         "print(sgmv.add_lora(np.zeros((3, 3), one.dtype), one, stack, [0, -1, 0]).tolist())"
     )
-    done = run_python(program, NUMBA_CACHE_DIR=str(tmp_path), timeout=300, **variables)
+    done = run_python(program, timeout=300, **variables)
     assert done.stdout.split("\n")[0] == str([[10.0] * 3, [0.0] * 3, [10.0] * 3]), done.stderr[
         -500:
     ]

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,10 +172,13 @@ def places() -> dict[str, list[str]]:
     return {name: report["adapters"] for name, report in reports().items()}
 
 
-def wait_until(true: Callable[[], Any]) -> Any:
-    """What it returns as soon as that is true."""
+def wait_until(true: Callable[[], Any], clients: Sequence[Future[None]] = ()) -> Any:
+    """What it returns as soon as that is true. Raises the error of a client that failed."""
     end = time.monotonic() + LONG
     while not (found := true()):
+        for each in clients:
+            if each.done():
+                each.result()
         assert time.monotonic() < end, true
         time.sleep(0.05)
     return found
@@ -217,7 +220,7 @@ def test_every_answer_is_the_single_engines(gateway: Any, asked: list[Asked]) ->
         with ThreadPoolExecutor(1) as pool:
             asking = pool.submit(ask, gateway, mixed)
             while not asking.done():
-                most = max(most, *(each["running"] for each in reports().values()))
+                most = max([most, *(each["running"] for each in reports().values())])
             answers = asking.result()
         check(mixed, answers)
         assert len({answer["replica"] for answer in answers}) == 2
@@ -274,8 +277,13 @@ def test_a_damaged_adapter_fails_its_own_requests(
 
 
 @contextmanager
-def traffic(gateway: Any, asked: Sequence[Asked]) -> Iterator[list[tuple[Asked, dict[str, Any]]]]:
-    """Clients that ask one request after the other until the block ends; what was answered."""
+def traffic(
+    gateway: Any, asked: Sequence[Asked]
+) -> Iterator[tuple[list[tuple[Asked, dict[str, Any]]], list[Future[None]]]]:
+    """The answers to clients that ask until the block ends, and the clients.
+
+    A failure of one is raised at once: others may wait for answers that never come.
+    """
     answers: list[tuple[Asked, dict[str, Any]]] = []
     stop = threading.Event()
 
@@ -285,14 +293,16 @@ def traffic(gateway: Any, asked: Sequence[Asked]) -> Iterator[list[tuple[Asked, 
             one = chance.choice(asked)
             answers.append((one, *ask(gateway, [one])))
 
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        clients = [pool.submit(client, seed) for seed in range(CLIENTS)]
-        try:
-            yield answers
-        finally:
-            stop.set()
-    for each in clients:
-        each.result()
+    pool = ThreadPoolExecutor(CLIENTS)
+    clients = [pool.submit(client, seed) for seed in range(CLIENTS)]
+    try:
+        yield answers, clients
+        stop.set()
+        for each in as_completed(clients):
+            each.result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=False)
 
 
 def lives(process: Any) -> bool:
@@ -321,20 +331,20 @@ def test_killed_in_mid_traffic(part: str, gateway: Any, asked: list[Asked]) -> N
         return len(answers) == count
 
     wait_until(lambda: len(reports()) == 2)
-    with traffic(gateway, asked) as answers:
-        victim = wait_until(busy)
+    with traffic(gateway, asked) as (answers, clients):
+        victim = wait_until(busy, clients)
         replica = psutil.Process(victim["process"])
         children = replica.children(recursive=True)
         [core] = [each for each in replica.children() if "EngineCore" in "".join(each.cmdline())]
         for each in children:
             each.suspend()
-        wait_until(hangs)  # every client has come to an adapter of this replica
+        wait_until(hangs, clients)  # every client has come to an adapter of this replica
         count = len(answers)
         (replica if part == "replica" else core).kill()
         for each in children:
             with suppress(psutil.NoSuchProcess):
                 each.resume()
-        wait_until(lambda: len(answers) >= count + 2 * CLIENTS)
+        wait_until(lambda: len(answers) >= count + 2 * CLIENTS, clients)
     check(*zip(*answers, strict=True))
     assert any(answer["tries"] > 1 for _, answer in answers[count:])
     wait_until(lambda: not any(map(lives, (replica, *children))))

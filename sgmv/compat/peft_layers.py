@@ -259,15 +259,15 @@ class Layer:
         dtype = float_dtype("weight", weight.dtype)
         return dtype, self.stack.dtype, dtype
 
-    def _check_shapes(self, x: Any, y: Any, batch: Batch) -> None:
-        """Refuse what is not a row of x and one of the result for each token of each sample."""
-        stack, shape = self.stack, x.shape
-        expected = len(batch.names), *shape[1:-1]
-        if shape != (*expected, stack.h_in) or y.shape != (*expected, stack.h_out):
+    def _check_shapes(self, x: Any, y: Any, batch: Batch, *width: int) -> None:
+        """Refuse what is not an x of this width, or without one, and a row of y for each token."""
+        tokens = len(batch.names), *x.shape[1 : x.dim() - len(width)]
+        shapes = (*tokens, *width), (*tokens, self.stack.h_out)
+        if (x.shape, y.shape) != shapes:
             raise ShapeError(
                 f"{self.name}: x and result",
-                f"(samples, ..., width) = {(*expected, stack.h_in)} and {(*expected, stack.h_out)}",
-                f"{tuple(shape)} and {tuple(y.shape)}",
+                f"(samples, ...) = {shapes[0]} and {shapes[1]}",
+                f"{tuple(x.shape)} and {tuple(y.shape)}",
                 "give one name in adapter_names per sample, and keep the base layer's widths",
             )
 
@@ -276,7 +276,7 @@ class LinearLayer(Layer):
     """A linear layer, in one call for all rows."""
 
     def _add(self, y: Any, x: Any, batch: Batch, offsets: Sequence[int | None] | None) -> None:
-        self._check_shapes(x, y, batch)
+        self._check_shapes(x, y, batch, self.stack.h_in)
         tokens = math.prod(x.shape[1:-1])
         active = self._active(batch, tokens, offsets)
         segments = batch.segments(tokens, active)
@@ -351,15 +351,7 @@ class EmbeddingLayer(Layer):
         return x.dtype in (torch.int64, torch.int32)
 
     def _add(self, y: Any, x: Any, batch: Batch, offsets: Sequence[int | None] | None) -> None:
-        shape = (len(batch.names), *x.shape[1:])
-        if x.shape != shape or y.shape != (*shape, self.stack.h_out):
-            raise ShapeError(
-                f"{self.name}: tokens and result",
-                f"(samples, ...) and (samples, ..., width) = {shape} and "
-                f"{(*shape, self.stack.h_out)}",
-                f"{tuple(x.shape)} and {tuple(y.shape)}",
-                "give one name in adapter_names per sample, and keep the base layer's width",
-            )
-        segments = batch.segments(math.prod(shape[1:]))
+        self._check_shapes(x, y, batch)
+        segments = batch.segments(math.prod(x.shape[1:]))
         rows = as_array("result", y).reshape(-1, self.stack.h_out)
         add_lora_embedding(rows, x.reshape(-1).numpy(), self.stack, segments)

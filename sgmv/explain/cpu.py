@@ -12,7 +12,7 @@ from sgmv.cpu import VECTOR_BITS
 from sgmv.explain.question import Facts, Question
 from sgmv.ids import BASE_ONLY, NO_SLOT
 from sgmv.kernels.emit import LANES
-from sgmv.kernels.plan import cost, cuts, cuts_of_shrink, most_blocks, row_blocks
+from sgmv.kernels.plan import cuts_of_both, most_blocks, row_blocks
 from sgmv.kernels.records import BLOCK, RANK_UNIT
 from sgmv.kernels.tasks import cut
 from sgmv.kernels.tiles import COLUMN_VECTORS, MOST_ROWS, RANKS
@@ -91,16 +91,16 @@ def tasks(question: Question) -> Facts:
     room = np.empty(most_blocks(segments.most), BLOCK)
     no_gains = np.empty(0, np.int64)
     blocks = room[: row_blocks(segments.seq_start, slot, rank, no_gains, threads, room)]
-    cost_ns, _ = cost(blocks, question.h_in + question.h_out)
-    shared = cost_ns >= launch.WORTH_SHARING_NS
-    threads = threads if shared else 1
     panel = columns_of(np.dtype(np.float32))
-    shrink_cuts = cuts_of_shrink(len(blocks), question.rank, threads)
-    expand_cuts = cuts(len(blocks), -(-question.h_out // panel), threads)
+    widths, panels = question.h_in + question.h_out, -(-question.h_out // panel)
+    worth_sharing_ns = launch.WORTH_SHARING_NS
+    shrink_cuts, expand_cuts, cost_ns = cuts_of_both(
+        blocks, widths, panels, threads, worth_sharing_ns
+    )
     ids = list(question.slots)
     return {
-        "threads": question.threads,
-        "shared": bool(shared),
+        "threads": threads,
+        "shared": bool(cost_ns >= worth_sharing_ns),
         "rank": question.rank,
         "h_out": question.h_out,
         "rank_unit": RANK_UNIT,

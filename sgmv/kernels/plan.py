@@ -192,6 +192,19 @@ def cost(blocks: Any, widths: int) -> Any:
     return products // PRODUCTS_PER_NS + weights // WEIGHTS_PER_NS, rank
 
 
+@jit()
+def cuts_of_both(blocks: Any, widths: int, panels: int, threads: int, worth_sharing_ns: int) -> Any:
+    """Into how many parts to cut each block of shrink, and of expand; what all cost one core.
+
+    Where that is less than is worth sharing, one thread gets the blocks whole. Units: nanoseconds.
+    """
+    cost_ns, rank = cost(blocks, widths)
+    if cost_ns < worth_sharing_ns:
+        threads = 1
+    count = blocks.shape[0]
+    return cuts_of_shrink(count, rank, threads), cuts(count, panels, threads), cost_ns
+
+
 class Views(NamedTuple):
     """A plan's arrays, side by side in its memory."""
 
@@ -277,19 +290,17 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
 
 @jit()
 def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
-    """Cut the blocks into tasks; returns what all of them cost one core, in nanoseconds.
-
-    Where that is less than is worth sharing, one thread gets the blocks whole.
-    """
+    """Cut the blocks into tasks; returns what all of them cost one core, in nanoseconds."""
     call = record(CALL, address)
     table = record(TABLE, call.table)
     widths = table.h_in * table.slices if call.shrink != 0 else 0
     widths += table.h_out if call.expand != 0 else 0
-    cost_ns, rank = cost(records(BLOCK, call.blocks, call.block_count), widths)
-    threads = call.threads if cost_ns >= worth_sharing_ns else 1
-    call.shrink_cuts = cuts_of_shrink(call.block_count, rank, threads)
+    blocks = records(BLOCK, call.blocks, call.block_count)
     panels = -(-table.h_out // table.panel_columns)
-    call.expand_cuts = cuts(call.block_count, panels, threads)
+    call.shrink_cuts, call.expand_cuts, cost_ns = cuts_of_both(
+        blocks, widths, panels, call.threads, worth_sharing_ns
+    )
     if call.turns != 0:  # the blocks of a cut follow one another: a cut for each thread
+        threads = call.threads if cost_ns >= worth_sharing_ns else 1
         call.expand_cuts = max(1, min(threads, panels, MOST_TURNS))
     return cost_ns

@@ -120,9 +120,9 @@ def _bring(fleet: Any, requests: Any, server: Any, r: int, count: int) -> int:
     replica.host_hits += new - unread
     replica.host_misses += unread
     if new:
-        _evict_from_host(fleet, r, fleet.host_ends[r].count + unread - server.max_cpu_loras)
+        _evict(fleet, r, True, fleet.host_ends[r].count + unread - server.max_cpu_loras)
         _append_new(fleet.host, fleet.host_ends, fleet.ids, distinct, r)
-        _evict_from_slots(fleet, r, fleet.slot_ends[r].count + new - server.max_loras)
+        _evict(fleet, r, False, fleet.slot_ends[r].count + new - server.max_loras)
         _append_new(fleet.slots, fleet.slot_ends, fleet.ids, distinct, r)
     for k in range(distinct):
         _touch(fleet, server, r, fleet.ids[k])
@@ -137,29 +137,19 @@ def _append_new(links: Any, ends: Any, ids: Any, count: int, r: int) -> None:
 
 
 @compiled
-def _evict_from_host(fleet: Any, r: int, count: int) -> None:
-    """The first that no running request holds; what leaves host memory leaves its slot."""
-    adapter = fleet.host_ends[r].first
+def _evict(fleet: Any, r: int, from_host: bool, count: int) -> None:
+    """The first that no running request holds; what leaves host memory leaves its slot, too."""
+    links, ends = (fleet.host, fleet.host_ends) if from_host else (fleet.slots, fleet.slot_ends)
+    adapter = ends[r].first
     while count > 0:
-        after = fleet.host[adapter, r].after
+        after = links[adapter, r].after
         if fleet.lines[adapter, r].place == NONE:
-            remove(fleet.host, fleet.host_ends, adapter, r)
-            fleet.replicas[r].host_evictions += 1
-            count -= 1
+            if from_host:
+                remove(fleet.host, fleet.host_ends, adapter, r)
+                fleet.replicas[r].host_evictions += 1
             if has(fleet.slots, adapter, r):
                 remove(fleet.slots, fleet.slot_ends, adapter, r)
                 fleet.replicas[r].slot_evictions += 1
-        adapter = after
-
-
-@compiled
-def _evict_from_slots(fleet: Any, r: int, count: int) -> None:
-    adapter = fleet.slot_ends[r].first
-    while count > 0:
-        after = fleet.slots[adapter, r].after
-        if fleet.lines[adapter, r].place == NONE:
-            remove(fleet.slots, fleet.slot_ends, adapter, r)
-            fleet.replicas[r].slot_evictions += 1
             count -= 1
         adapter = after
 

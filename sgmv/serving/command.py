@@ -22,7 +22,7 @@ from sgmv.serving.replicas import (
     fewest_replicas,
     simulate_replicas,
 )
-from sgmv.serving.report import figure, figures, table_of
+from sgmv.serving.report import as_text, figure, figures, table_of
 from sgmv.serving.residency import POLICIES
 from sgmv.serving.simulate import Costs, Outcome, simulate
 from sgmv.serving.traces import RANK, draw_trace
@@ -150,13 +150,13 @@ def run(given: argparse.Namespace) -> str:
     ]
     if given.figure or given.page:
         outcomes = [outcome_of(each) for each in asked]
+        found = [figures(outcome) for outcome in outcomes]
         if given.figure:
             figure(outcomes, given.figure)
         if given.page:
             replicas = [each for each in outcomes if isinstance(each, ReplicasOutcome)]
             options = {name: arguments[name] for name in arguments if name != "base_us"}
-            write_page(given.page, replicas, options)
-        found = [figures(outcome) for outcome in outcomes]
+            write_page(given.page, replicas, found, options)
     else:
         work = campaign.Campaign("simulations", "sgmv.serving.command:point", asked)
         found = campaign.run(work, where)
@@ -283,12 +283,12 @@ def _check_room(slots: int, max_cpu_loras: int) -> None:
 def _headline(arguments: dict[str, Any], swept: dict[str, list[Any]]) -> str:
     """What was simulated, without which no figure means anything."""
     if swept:
-        lists = "; ".join(f"{name} {', '.join(map(_text, of))}" for name, of in swept.items())
+        lists = "; ".join(f"{name} {', '.join(map(as_text, of))}" for name, of in swept.items())
         hidden = {*swept, "base_us", "padded"}
-        others = (f"{name} {_text(v)}" for name, v in arguments.items() if name not in hidden)
+        others = (f"{name} {as_text(v)}" for name, v in arguments.items() if name not in hidden)
         return f"Swept: {lists}. Else: {', '.join(others)}."
     trace = draw_trace(**{name: arguments[name] for name in _names(TRACE) if name != "ranks"})
-    texts = {name: _text(value) for name, value in arguments.items() if name != "base_us"}
+    texts = {name: as_text(value) for name, value in arguments.items() if name != "base_us"}
     step = f"{arguments['step_us'] / 1e3:g} ms and {arguments['row_us'] / 1e3:g} ms per request"
     if arguments["base_us"]:
         step = ", ".join(f"{us / 1e3:,.0f} ms for {rows}" for rows, us in arguments["base_us"])
@@ -301,16 +301,6 @@ def _headline(arguments: dict[str, Any], swept: dict[str, list[Any]]) -> str:
         f"{arguments['adapter_bytes'] / 1e6:.3g} MB, {texts['max_cpu_loras']} in host memory; at "
         f"most {texts['max_num_seqs']} requests run, each is overtaken at most "
         f"{texts['max_overtakes']} times."
-    )
-
-
-def _text(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:,g}"
     )
 
 

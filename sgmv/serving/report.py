@@ -229,6 +229,17 @@ def _by_popularity(tenants: Tenants) -> tuple[list[float], list[float]]:
     )
 
 
+def as_text(value: Any) -> str:
+    """An argument as text: a whole number in full, another number by six digits.
+
+    >>> as_text(1_000_000), as_text(2e10), as_text("lru"), as_text(True)
+    ('1,000,000', '2e+10', 'lru', 'True')
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:,g}" if isinstance(value, float) else str(value)
+
+
 def _short(value: Any, scale: float) -> str:
     """Three digits, in few characters; counts and texts as they are.
 

@@ -188,7 +188,7 @@ def test_embeddings_are_served(scale: float, lib: SimpleNamespace) -> None:
 def test_an_embedding_told_wrong_is_refused(lib: SimpleNamespace) -> None:
     model = embedded(lib, lib.torch.nn.Embedding(10, 6))
     layer = model.base_model.model.embed
-    with accelerate(model), pytest.raises(ShapeError, match="embed: tokens and result"):
+    with accelerate(model), pytest.raises(ShapeError, match="embed: x and result"):
         layer._mixed_batch_forward(lib.torch.zeros(3, 2).long(), adapter_names=["de"])
 
 

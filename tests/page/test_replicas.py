@@ -10,6 +10,7 @@ import pytest
 
 from sgmv.serving import Failure, Placement, ReplicasOutcome, draw_trace, simulate_replicas
 from sgmv.serving.page import shown, write_page
+from sgmv.serving.report import figures
 from tests.help.chromium import Page, opened
 from tests.help.explored import BEYOND, examined, needs_chromium, text
 
@@ -29,7 +30,9 @@ def outcomes() -> list[ReplicasOutcome]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "replicas.html"
-    return write_page(path, outcomes(), {"rate": 60.0, "arrivals": "flash-crowd"}).as_uri()
+    made = outcomes()
+    asked = {"rate": 60.0, "arrivals": "flash-crowd"}
+    return write_page(path, made, list(map(figures, made)), asked).as_uri()
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def test_the_outcome_that_is_chosen_stays_in_the_address(replicas: Page, address
 
 def test_its_figures_are_pythons(replicas: Page) -> None:
     told = json.loads(replicas.evaluate("JSON.stringify(DATA.outcomes)"))
-    assert told == json.loads(json.dumps([shown(outcome) for outcome in outcomes()]))
+    assert told == json.loads(json.dumps([shown(one, figures(one)) for one in outcomes()]))
     show(replicas, 1)
     replicas.evaluate("document.querySelector('details').open = true")
     cells = replicas.evaluate(

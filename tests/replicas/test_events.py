@@ -162,14 +162,14 @@ FAULTS = {
     ),
     "held adapters are evicted": Fault(
         "replicas.replica",
-        "if fleet.lines[adapter, r].place == NONE:\n            remove(fleet.slots",
-        "if True:\n            remove(fleet.slots",
+        "if fleet.lines[adapter, r].place == NONE:\n            if from_host:",
+        "if True:\n            if from_host:",
     ),
     "use does not count": Fault("replicas.replica", "if server.lru:", "if False:"),
     "what leaves host memory keeps its slot": Fault(
         "replicas.replica",
         "if has(fleet.slots, adapter, r):\n                remove",
-        "if False:\n                remove",
+        "if not from_host:\n                remove",
     ),
     "ranks are not padded": Fault("replicas.replica", "if server.padded:", "if False:"),
     "base rows are padded, too": Fault(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.once
 def test_what_is_shown_adds_up() -> None:
     trace = draw_trace(3_000, 100, 40.0)
     outcome = simulate_replicas(trace, 3, "rendezvous")
-    data = shown(outcome)
+    data = shown(outcome, figures(outcome))
     assert data["figures"] == figures(outcome)
     for percent, wait in zip(PERCENTS, data["waits"], strict=True):
         assert wait == outcome.wait_s(percent)
@@ -36,12 +36,13 @@ def test_what_is_shown_adds_up() -> None:
 
 def test_an_empty_trace_has_a_page(tmp_path: Path) -> None:
     outcome = simulate_replicas(Trace([], [], []), 2)
-    assert write_page(tmp_path / "a.html", [outcome]).read_text().startswith("<!doctype html>")
+    page = write_page(tmp_path / "a.html", [outcome], [figures(outcome)])
+    assert page.read_text().startswith("<!doctype html>")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="outcomes: expected at least one"):
-        write_page(tmp_path / "a.html", [])
+        write_page(tmp_path / "a.html", [], [])
     outcome = simulate_replicas(Trace([0], [1], [1]), 1)
     with pytest.raises(ServingError, match="page: expected a file that can be written"):
-        write_page(tmp_path / "none" / "a.html", [outcome])
+        write_page(tmp_path / "none" / "a.html", [outcome], [figures(outcome)])

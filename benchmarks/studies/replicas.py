@@ -1,6 +1,6 @@
 """How long the simulator of replicas takes, by requests and by placement.
 
-    python -m benchmarks replicas            ten thousand to a million requests: two minutes
+    python -m benchmarks replicas            ten thousand to a million requests: a minute
     python -m benchmarks replicas --full     ten million, too: ten minutes
 
 64 replicas of 16 slots; requests for 100,000 adapters by Zipf's law, 700 a second. The baseline in
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from benchmarks.clock import Budget, Variant, time_quietly
+from benchmarks.clock import ATTEMPTS, Budget, Variant, alternate, quietly
 from benchmarks.record import Head, Times, commit_text
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table
@@ -71,15 +71,16 @@ def check(trace: Trace) -> None:
 def measure(
     placement: str, replicas: int, requests: int, call: Callable[[], Any], share: bool = True
 ) -> ReplicasCase:
-    """Time it: three rounds, and one where that takes long."""
+    """Time it: three rounds, again while other programs run; where that takes long, once."""
     outcomes: list[Any] = []
 
     def run() -> None:
         outcomes[:] = [call()]
 
-    rounds = 3 if requests < FULL else 1
-    variant = Variant(placement, run, settles=False)
-    times, foreign = time_quietly([variant], Budget(rounds, turn_s=0.0))
+    long = requests > SIZES[1]
+    budget = Budget(rounds=1 if long else 3, turn_s=0.0)
+    turns = partial(alternate, [Variant(placement, run, settles=False)], budget)
+    times, foreign = quietly(turns, attempts=1 if long else ATTEMPTS)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     busy = outcomes[0].busy_share if share else None
     return ReplicasCase(placement, replicas, requests, busy, times[placement], peak, foreign)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.once
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (
-        ("REPLICAS", 3), ("SLOTS", 2), ("ADAPTERS", 9), ("SIZES", (20, 60)), ("FULL", 90),
+        ("REPLICAS", 3), ("SLOTS", 2), ("ADAPTERS", 9), ("SIZES", (10, 20, 60)), ("FULL", 90),
         ("BASELINE", 30),
     ):  # fmt: skip
         monkeypatch.setattr(replicas, name, value)
@@ -33,17 +33,17 @@ def test_every_placement_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[
     baseline, *cases = record.cases
     assert (baseline.placement, baseline.replicas, baseline.requests) == ("simulate", 1, 30)
     assert [(case.placement, case.requests) for case in cases] == [
-        (rule, requests) for requests in (20, 60, 90) for rule in RULES
+        (rule, requests) for requests in (10, 20, 60, 90) for rule in RULES
     ]
-    assert [case.times.calls for case in cases] == [3] * 10 + [1] * 5  # 90 are the most
+    assert [case.times.calls for case in cases] == [3] * 10 + [1] * 10
     assert all(case.busy_share is not None and 0 < case.busy_share <= 1 for case in cases)
-    assert cases[0].us == pytest.approx(cases[0].times.q50 / 20)
+    assert cases[0].us == pytest.approx(cases[0].times.q50 / 10)
     assert "us a request" in capsys.readouterr().out
     text = replicas.page(record, "r.json")
     [line] = [line for line in text.splitlines() if line.startswith("| ray ")]
     figures = [f"{case.us:.2f}" for case in cases if case.placement == "ray"]
-    # Columns of 20, 30 (the baseline's), 60 and 90 requests.
-    assert line.split(" | ")[2:6] == [figures[0], "-", *figures[1:]]
+    # Columns of 10, 20, 30 (the baseline's), 60 and 90 requests.
+    assert line.split(" | ")[2:7] == [*figures[:2], "-", *figures[2:]]
 
 
 def test_a_wrong_simulator_is_not_timed(
@@ -56,7 +56,7 @@ def test_a_wrong_simulator_is_not_timed(
         return outcome
 
     monkeypatch.setattr(replicas, "simulate_replicas", wrong)
-    monkeypatch.setattr(replicas, "time_quietly", must_not_run)
+    monkeypatch.setattr(replicas, "quietly", must_not_run)
     assert command.main(["replicas", "--output", str(tmp_path)]) == 1
     assert "ray: one replica is not `simulate`" in capsys.readouterr().out
     assert not (tmp_path / "replicas.json").exists()

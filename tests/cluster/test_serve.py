@@ -111,22 +111,32 @@ def logs() -> list[Path]:
     return []
 
 
-@pytest.fixture(scope="module")
-def gateway(folder: Path, port: int, logs: list[Path]) -> Iterator[Any]:
-    """Two replicas on a cluster of their own, half a core each."""
-    import ray
+def start(folder: Path, replicas: int, *, name: str, path: str, **engine: Any) -> Any:
+    """The gateway of an application on the cluster that runs; half a core for each replica."""
     from ray import serve
 
     from examples import ray_serve
 
-    engine = {
+    engine |= {
         "skip_tokenizer_init": True, "seed": 0, "max_model_len": 128, "max_num_seqs": 32,
         "dtype": "float32", "max_loras": SLOTS, "max_lora_rank": max(RANKS),
         "kv_cache_memory_bytes": 64 << 20,
     }  # fmt: skip
+    model, adapters = str(folder / "model"), str(folder / "adapters")
+    application = ray_serve.app(model, adapters, replicas=replicas, cores=0.5, **engine)
+    return serve.run(application, name=name, route_prefix=path)
+
+
+@pytest.fixture(scope="module")
+def gateway(folder: Path, port: int, logs: list[Path]) -> Iterator[Any]:
+    """Two replicas on a cluster of their own."""
+    import ray
+    from ray import serve
+
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
         environment.setenv("RAY_process_group_cleanup_enabled", "1")
+        environment.setenv("RAY_worker_niceness", "0")  # 15, if left out: other programs come first
         # On a busy machine a replica is not taken for a full one, nor a proxy for a dead one.
         environment.setenv("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "10")
         environment.setenv("RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "10")
@@ -140,8 +150,7 @@ def gateway(folder: Path, port: int, logs: list[Path]) -> Iterator[Any]:
         )
         logs.append(Path(started.address_info["session_dir"]) / "logs")
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        model, adapters = str(folder / "model"), str(folder / "adapters")
-        yield serve.run(ray_serve.app(model, adapters, replicas=2, cores=0.5, **engine))
+        yield start(folder, 2, name="default", path="/")
         serve.shutdown()
         ray.shutdown()
 
@@ -355,3 +364,18 @@ def test_killed_in_mid_traffic(part: str, gateway: Any, asked: list[Asked]) -> N
     known = places()
     for one, answer in zip(asked, again, strict=True):
         assert not one.adapter or one.adapter in known[answer["replica"]]
+
+
+def test_a_replica_of_two_ranks(gateway: Any, folder: Path, asked: list[Asked]) -> None:
+    """Tensor parallelism is the engine's own, under a replica as without one."""
+    import psutil
+    from ray import serve
+
+    ranks = start(folder, 1, name="ranks", path="/ranks", tensor_parallel_size=2)
+    try:
+        check(asked, ask(ranks, asked))
+        [report] = serve.get_deployment_handle("Replica", "ranks").broadcast("report").results()
+        below = psutil.Process(report["process"]).children(recursive=True)
+        assert sum("Worker" in "".join(each.cmdline()) for each in below) == 2
+    finally:
+        serve.delete("ranks")

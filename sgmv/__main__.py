@@ -56,7 +56,8 @@ def make_parser(names: Collection[str] = tuple(COMMANDS)) -> Parser:
     parser.add_argument("--version", action="version", version=f"sgmv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():
-        subparser = commands.add_parser(name, help=text)
+        description = f"{text[0].upper()}{text[1:]}."
+        subparser = commands.add_parser(name, help=text, description=description)
         if name in names:
             subparser.set_defaults(run=import_module(module).command(subparser))
     return parser

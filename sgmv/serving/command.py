@@ -29,7 +29,7 @@ from sgmv.serving.traces import RANK, draw_trace
 from sgmv.terminal import Terminal
 
 COSTS = Costs()
-# name, default, help
+Options = tuple[tuple[str, Any, str], ...]  # name, default, help
 TRACE = (
     ("requests", 50_000, "how many"),
     ("adapters", 10_000, "how many there are"),
@@ -70,19 +70,19 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
         help="numbers of slots, with commas (%(default)s)",
     )
     parser.add_argument(
-        "--policy", choices=POLICIES, nargs="+", default=POLICIES, help="who is evicted (all)"
+        "--policy",
+        choices=POLICIES,
+        nargs="+",
+        default=POLICIES,
+        help="which adapter leaves first (all)",
     )
-    for name, default, text in (*TRACE, *SERVER, *PRICES):
-        shown = default if isinstance(default, str) else f"{default:,}"
-        fallback = None if (name, default, text) in PRICES else default  # a file may say it
-        help_text = f"{text} ({shown})"
-        parser.add_argument(
-            f"--{name}", type=_kind(name, default), default=fallback, help=help_text
-        )
-    parser.add_argument(
+    _add_numbers(parser, "requests over time", TRACE)
+    _add_numbers(parser, "a server", SERVER)
+    costs = _add_numbers(parser, "what a step and an adapter cost", PRICES)
+    costs.add_argument(
         "--padded", action="store_true", help="every row pays for the highest rank of its step"
     )
-    parser.add_argument(
+    costs.add_argument(
         "--costs", type=Path, metavar="FILE", help="what a step costs: a record of the study `step`"
     )
     _add_replicas(parser)
@@ -98,6 +98,17 @@ def command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], s
     parser.add_argument("--figure", metavar="FILE", help="draw it as well (needs matplotlib)")
     campaign.add_arguments(parser)
     return run
+
+
+def _add_numbers(parser: argparse.ArgumentParser, title: str, options: Options) -> Any:
+    """A group of these options; returned so that others may join it."""
+    group = parser.add_argument_group(title)
+    for name, default, text in options:
+        shown = default if isinstance(default, str) else f"{default:,.12g}"
+        fallback = None if options is PRICES else default  # a file may say it
+        kind = _kind(name, default)
+        group.add_argument(f"--{name}", type=kind, default=fallback, help=f"{text} ({shown})")
+    return group
 
 
 def _add_replicas(parser: argparse.ArgumentParser) -> None:
@@ -312,5 +323,5 @@ def _ranks(text: str) -> str:
     return ",".join(map(str, ranks))
 
 
-def _names(options: tuple[tuple[str, Any, str], ...]) -> list[str]:
+def _names(options: Options) -> list[str]:
     return [name.replace("-", "_") for name, _, _ in options]

@@ -81,6 +81,7 @@ def poisson(rng: np.random.Generator, n: int, mean_us: float, tokens: np.ndarray
     return Trace(arrival, np.zeros(n, np.int64), tokens)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_one_server_of_one_request_is_md1(load: float) -> None:
     """Pollaczek and Khinchine: the mean wait is load / (2 (1 - load)) services."""
@@ -96,6 +97,7 @@ def test_one_server_of_one_request_is_md1(load: float) -> None:
     assert not within(means, 1.1 * expected), "the interval tells nothing"
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("one_server", [True, False], ids=["a batch of c", "c replicas"])
 def test_c_servers_are_mmc(one_server: bool) -> None:
     """Erlang's C: a batch of c requests whose steps are short, and c replicas of one request each

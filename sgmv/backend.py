@@ -2,7 +2,7 @@
 
 backend   amx      x and weights of bfloat16: shrink by tile products, expand by the tiles
           tiles    float32, float16 and bfloat16 in every mix; vectors of 128 to 512 bits; shrink of
-                   bfloat16 alone by the CPU's own products, where it has them (AVX512_BF16)
+                   bfloat16 alone by an AMD's own products, where it has them (AVX512_BF16)
           loops    every float type, every CPU: the readable form, and a cross-check
 """
 
@@ -16,7 +16,7 @@ from sgmv import amx
 from sgmv.cpu import SUMS_BFLOAT16, VECTOR_BITS
 from sgmv.dtypes import BITS, FLOAT64, sum_dtype
 from sgmv.errors import ValueRangeError
-from sgmv.kernels import loops, tiles
+from sgmv.kernels import loops, tile_kernels
 from sgmv.settings import BACKEND
 
 BACKENDS = ("amx", "tiles", "loops")
@@ -115,7 +115,7 @@ def _shrink_kernel(backend: str, x: Dtype, weights: Dtype, v: Dtype) -> int:
         if backend == "amx":
             _shrink[key] = amx.shrink_kernel()
         elif backend == "tiles":
-            _shrink[key] = tiles.shrink_kernel(x_like, w_like)
+            _shrink[key] = tile_kernels.shrink_kernel(x_like, w_like)
         else:
             _shrink[key] = loops.shrink_kernel(x_like, w_like, v_like)
     return _shrink[key]
@@ -128,7 +128,7 @@ def _expand_kernel(backend: str, v: Dtype, weights: Dtype, y: Dtype) -> int:
         if backend == "amx":
             _expand[key] = amx.expand_kernel(y_like)
         elif backend == "tiles":
-            _expand[key] = tiles.expand_kernel(w_like, y_like)
+            _expand[key] = tile_kernels.expand_kernel(w_like, y_like)
         else:
             _expand[key] = loops.expand_kernel(v_like, w_like, y_like)
     return _expand[key]

@@ -46,7 +46,7 @@ VECTOR_BITS = Setting(
 BFLOAT16 = Setting(
     "SGMV_BFLOAT16",
     "`exact`",
-    "the CPU's products, if it has AVX512_BF16 or AMX",
+    "the CPU's products: AMX, or an AMD's AVX512_BF16",
     "`exact`: bfloat16 is multiplied as float32, which keeps subnormal numbers and is slower.",
 )
 VLLM = Setting(

@@ -105,7 +105,7 @@ def show_for_arm(dtype: str, arm: str) -> None:
     from sgmv.kernels import tiles
 
     like, integer, pair = numpy_support.from_dtype(BITS[dtype]), types.int64, tiles.PAIR
-    shrink = like, like, integer, pair, integer, pair, pair
+    shrink = like, like, integer, pair, types.none, tiles.TRIPLE, pair, pair
     expand = like, like, integer, pair, integer, integer, types.float32, types.none, pair
     machine = target(arm)
     for name, intrinsic, operands in (

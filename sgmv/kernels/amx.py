@@ -206,7 +206,7 @@ def _multiply(typingctx, unit, memory, shape, addresses, stride, rows, panel, co
     def codegen(context, builder, signature, args):
         memory, shape, addresses, stride, rows, panel, columns, width = args[1:]
         e = WORDS[unit](builder, memory)
-        (tiles, panels), addresses = e.pair(shape), e.pair(addresses)
+        (tiles, panels), addresses = e.numbers(shape), e.numbers(addresses)
         panel = e.add(memory, PANEL, e.multiply(panel, PANEL_BYTES))
         panel_stride = e.multiply(columns, 4)
         whole = builder.and_(width, ir.Constant(INT64, -STEP))
@@ -264,7 +264,7 @@ def _add_rows(typingctx, unit, memory, tile, columns, rows, v, v_stride, ranks, 
     def codegen(context, builder, signature, args):
         memory, tile, columns, rows, v, v_stride, ranks, fresh = args[1:]
         e = WORDS[unit](builder, memory)
-        low, high = e.pair(rows)
+        low, high = e.numbers(rows)
         sums = e.add(memory, SUM, e.multiply(tile, TILE_BYTES))
         present = e.below(ranks, SIDE)
         fresh = builder.icmp_signed("!=", fresh, START)
@@ -293,7 +293,7 @@ def _add_turned(typingctx, unit, memory, tile, columns, lanes, v, v_stride, coun
     def codegen(context, builder, signature, args):
         memory, tile, columns, lanes, v, v_stride, count, fresh = args[1:]
         e = WORDS[unit](builder, memory)
-        low, high = e.pair(lanes)
+        low, high = e.numbers(lanes)
         lanes = builder.and_(e.below(high, SIDE), builder.not_(e.below(low, SIDE)))
         sums = e.add(memory, SUM, e.multiply(tile, TILE_BYTES))
         fresh = builder.icmp_signed("!=", fresh, START)

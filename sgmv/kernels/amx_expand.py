@@ -52,7 +52,8 @@ from sgmv.kernels.jit import INT64, address_of, entry, jit, record, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
 from sgmv.kernels.records import CALL, FLOAT64, PANEL, TABLE
 from sgmv.kernels.tasks import NONE, claim_expand, gain_addresses, leave_expand, no_task
-from sgmv.kernels.tiles import Y_AHEAD, columns_in_l2, expand_block, expand_task
+from sgmv.kernels.tile_kernels import columns_in_l2, expand_block, expand_task
+from sgmv.kernels.tiles import Y_AHEAD
 
 BFLOAT16 = np.int16(0)
 PARTS = 3
@@ -215,8 +216,8 @@ def _multiply_panel(
     def codegen(context, builder, signature, args):
         call, memory, left, right, some_rows, some_columns, scale = args[2:]
         e, b = WORDS[unit](builder, memory), builder
-        (parts, steps), (pairs, half) = e.pair(left), e.pair(right)
-        (p, count), (c, width) = e.pair(some_rows), e.pair(some_columns)
+        (parts, steps), (pairs, half) = e.numbers(left), e.numbers(right)
+        (p, count), (c, width) = e.numbers(some_rows), e.numbers(some_columns)
         rows = e.at_most(SIDE, count)
         top = b.sub(count, rows)
         stride = e.multiply(steps, 2 * STEP)

@@ -69,7 +69,6 @@ CONVERTS_FLOAT16 = ARM64 or bool(compiled_for().get("f16c"))
 ROUNDS_BFLOAT16 = VECTOR_BITS > 128 and all(
     compiled_for().get(name) for name in ("avx512bf16", "avx512vl", "avx512dq")
 )
-SUMS_BFLOAT16 = ROUNDS_BFLOAT16 and os.environ.get("SGMV_BFLOAT16") != "exact"
 
 
 def _vendor() -> str:
@@ -81,6 +80,14 @@ def _vendor() -> str:
     return found[1] if found else ""
 
 
-# Whether weights of a single row are asked for ahead of their use. On a Sapphire Rapids it made 64
-# distinct rows 1.2 times as fast; on an EPYC Zen 4 they took 1.03 times as long (docs/kernels.md).
-ASKS_AHEAD = _vendor() == "GenuineIntel"
+INTEL = X86 and _vendor() == "GenuineIntel"
+# Intel's begins every other cycle, as many products as one of two fused multiply-adds that begin in
+# every cycle: pairs of these are faster, and keep subnormal numbers (docs/kernels.md).
+SUMS_BFLOAT16 = ROUNDS_BFLOAT16 and not INTEL and os.environ.get("SGMV_BFLOAT16") != "exact"
+# Whether bfloat16 is taken apart into odd and even k, which vectors of 512 bits do with one
+# operation for each, in place of two.
+HALVES_BFLOAT16 = VECTOR_BITS == 512 and not SUMS_BFLOAT16
+# Whether weights of a single row are asked for ahead of their use. Distinct rows are 1.01 times as
+# fast with it within the L3 of an Emerald Rapids, 1.02 to 1.06 beyond; programs in C 1.2 times on a
+# Sapphire Rapids. An EPYC Zen 4 took 1.03 times as long (docs/kernels.md).
+ASKS_AHEAD = INTEL

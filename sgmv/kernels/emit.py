@@ -14,12 +14,16 @@ A `mask`, where given, names the lanes that exist: no other is read or written, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from llvmlite import ir
 from numba import types
 
 from sgmv.kernels.cpu import (
     CONVERTS_FLOAT16,
     FUSES,
+    HALVES_BFLOAT16,
     ROUNDS_BFLOAT16,
     SUMS_BFLOAT16,
     VECTOR_BITS,
@@ -49,6 +53,7 @@ def lanes(element):
 
 VECTOR = lanes(F32)
 SUBNORMAL = 0x20  # of VFPCLASSPS
+ODD, EVEN = 1, 0  # k, and the parts of products that have them
 ZERO = ir.Constant(VECTOR, [0.0] * LANES)
 
 
@@ -61,6 +66,25 @@ def numbers(values):
 def size(stored):
     """Bytes of one stored element."""
     return 4 if stored == types.float32 else 2
+
+
+def in_halves(x_like, w_like):
+    """Whether products of x and w take the odd k before the even ones, each in a vector."""
+    return HALVES_BFLOAT16 and x_like == w_like == types.int16
+
+
+class Products(NamedTuple):
+    """How products of x and w are summed along k: `step` of them at a time, part after part.
+
+    read(address, stored, mask, parts)  what is multiplied of the `step` k at this address, a vector
+                                        for each of these parts
+    multiply(a, b, sums)                adds a * b to the sums
+    """
+
+    read: Callable[..., Any]
+    multiply: Callable[..., Any]
+    parts: list[int]
+    step: int
 
 
 class Emit:
@@ -92,13 +116,17 @@ class Emit:
             value = ir.Constant(INT64, value)
         return self.builder.select(self.builder.icmp_signed("<", value, limit), value, limit)
 
+    def at_least(self, value, limit):
+        """max(value, limit) of int64s of the machine."""
+        return self.builder.select(self.builder.icmp_signed(">", value, limit), value, limit)
+
     def integer(self, address):
         """The int64 at this address."""
         return self.builder.load(self._pointer(address, INT64), align=8)
 
-    def pair(self, value):
-        """The two numbers of a tuple."""
-        return [self.builder.extract_value(value, i) for i in (0, 1)]
+    def numbers(self, value):
+        """The numbers of a tuple."""
+        return [self.builder.extract_value(value, i) for i in range(value.type.count)]
 
     def fields(self, kind, address, *names):
         """These fields of the record of this kind at the address."""
@@ -207,19 +235,35 @@ class Emit:
         return b.trunc(b.or_(half, sign), lanes(I16))
 
     def products(self, x_like, w_like):
-        """How to sum products of x and w along k: read, multiply, and the k that a vector holds.
+        """How to sum products of x and w.
 
-        read(address, stored, mask) gives a vector; multiply(a, b, sums) adds a * b to the sums.
-        Where the CPU sums products of bfloat16, lane i gets those of k = 2i + 1 and 2i, in this
-        order, each rounded once; subnormal numbers, read or made, count as 0.
+        Of bfloat16 lane i gets those of k = 2i + 1 and 2i, in this order, each rounded once, by
+        the CPU's own instruction or by two. For the first, subnormal numbers, read or made,
+        count as 0.
         """
-        if SUMS_BFLOAT16 and x_like == w_like == types.int16:
-            return self._pairs, self._add_pairs, 2 * LANES
-        return self.load, self.fma, LANES
+        if x_like == w_like == types.int16 and SUMS_BFLOAT16:
+            return Products(self._pairs, self._add_pairs, [0], 2 * LANES)
+        if in_halves(x_like, w_like):
+            return Products(self._halves, self.fma, [ODD, EVEN], 2 * LANES)
+        return Products(self._whole, self.fma, [0], LANES)
 
-    def _pairs(self, address, stored, mask):
+    def _whole(self, address, stored, mask, _parts):
+        return [self.load(address, stored, mask)]
+
+    def _halves(self, address, stored, mask, parts):
+        """The odd of 2 * LANES bfloat16 as float32, the even ones, or both."""
+        b, vector = self.builder, ir.VectorType(I16, 2 * LANES)
+        if parts == [ODD]:  # each is the upper half of a float32: the lower halves are not read
+            odd = ir.Constant(ir.VectorType(ir.IntType(1), 2 * LANES), [0, 1] * LANES)
+            odd = odd if mask is None else b.and_(mask, odd)
+            return [b.bitcast(self.read(address, vector, size(stored), odd), VECTOR)]
+        both = b.bitcast(self.read(address, vector, size(stored), mask), lanes(I32))
+        halves = {ODD: b.and_(both, numbers(-1 << 16)), EVEN: b.shl(both, numbers(16))}
+        return [b.bitcast(halves[part], VECTOR) for part in parts]
+
+    def _pairs(self, address, stored, mask, _parts):
         read = self.read(address, ir.VectorType(I16, 2 * LANES), size(stored), mask)
-        return self.builder.bitcast(read, lanes(I32))
+        return [self.builder.bitcast(read, lanes(I32))]
 
     def _add_pairs(self, a, b, sums):
         return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{VECTOR_BITS}", VECTOR, [sums, a, b])

@@ -35,6 +35,7 @@ from sgmv.kernels.cpu import (
     ASKS_AHEAD,
     CONVERTS_FLOAT16,
     FUSES,
+    HALVES_BFLOAT16,
     JITTED,
     SUMS_BFLOAT16,
     VECTOR_BITS,
@@ -49,7 +50,7 @@ ANY_ORDER = frozenset({"contract", "reassoc"})
 
 
 # What compiled code depends on beside its sources and what numba knows of the CPU.
-CHOICES = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, ASKS_AHEAD
+CHOICES = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, HALVES_BFLOAT16, ASKS_AHEAD
 
 
 def digest_of(folder: Path) -> str:

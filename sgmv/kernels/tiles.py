@@ -31,10 +31,10 @@ expand    y[rows[p], c] += scaling * sum over j of v[p, j] * wb[j, c]. wb and y 
           With DoRA y is multiplied by the gains of its columns before it is stored.
 
 Same row, same bits. In shrink, lane k % LANES adds the k of its own in ascending order, K is cut
-every K_BLOCK whatever the tile, and blocks are added in ascending order (for bfloat16 with
-AVX512_BF16, lane k // 2 % LANES, an odd k before the even one below it, K cut every PAIRS_BLOCK);
-in expand, every element adds j = 0, 1, 2, ... in one register. Neither depends on MR or NR: a row's
-tile may have any shape.
+every K_BLOCK whatever the tile, and blocks are added in ascending order (for bfloat16 in vectors of
+512 bits, lane k // 2 % LANES, an odd k before the even one below it; K cut every PAIRS_BLOCK where
+the CPU's own products do both); in expand, every element adds j = 0, 1, 2, ... in one register.
+Neither depends on MR or NR: a row's tile may have any shape.
 
 Edge rules as in loops.py: nothing past a rank, a row or a column is read or written. The last
 k of a row, the last ranks and the last columns are masked, not padded.
@@ -42,28 +42,14 @@ k of a row, the last ranks and the last columns are masked, not padded.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sgmv.kernels.cpu import ASKS_AHEAD, FUSES, REGISTERS, SUMS_BFLOAT16
+from sgmv.kernels.cpu import ASKS_AHEAD, FUSES, REGISTERS
 from sgmv.kernels.emit import F32, LANES, ZERO, Emit, size
-from sgmv.kernels.jit import INT64, entry, jit, record, size_of, vector
-from sgmv.kernels.panels import panels, plain_rank, scratch
-from sgmv.kernels.records import CALL, FLOAT64, PANEL, TABLE
-from sgmv.kernels.tasks import (
-    NONE,
-    claim_expand,
-    claim_shrink,
-    finish_shrink,
-    gain_addresses,
-    item,
-    leave_expand,
-    no_task,
-)
+from sgmv.kernels.jit import INT64
+from sgmv.kernels.records import CALL, PANEL
 
 # The other registers are for what the sums are made of, and for products that are not fused.
 SUMS = REGISTERS * 3 // 4 if FUSES else REGISTERS // 2
@@ -79,35 +65,39 @@ def _as_many(rows: int, most: int) -> int:
 # since a single row needs eight sums and more to hide a FMA's latency.
 RANKS = {rows: _as_many(rows, 8) for rows in range(1, MOST_ROWS + 1)}
 COLUMN_VECTORS = {rows: _as_many(rows, PANEL // LANES) for rows in range(1, MOST_ROWS + 1)}
-K_BLOCK = 1024  # six rows of one K block are 24 KiB of x: they stay in L1 for all ranks
-PAIRS_BLOCK = 2 * K_BLOCK  # where a lane takes two k at a time: as many bytes, and steps
-L2_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
 Y_AHEAD = 512  # bytes before its use that y is asked for
 W_AHEAD = 512  # and wa, where that is worth while
-PAIR = types.UniTuple(types.int64, 2)
+PAIR, TRIPLE = (types.UniTuple(types.int64, count) for count in (2, 3))
 
 
-def _shrink_tile(e, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w_like):
+def _shrink_tile(e, x_rows, w_at, ranks, width, targets, fresh, x_like, w_like):
     """targets[m][:ranks] (+)= x_rows[m][:width] @ w[:ranks, :width].T: the drawing above."""
     mr, nr = len(x_rows), RANKS[len(x_rows)]
+    w, w_stride, after = w_at
     # Past the last rank the last one is read again, and its sum is dropped.
     last = e.add(ranks, -1)
-    w_rows = [e.add(w, e.multiply(w_stride, e.at_most(q, last))) for q in range(nr)]
+    steps = [e.multiply(w_stride, e.at_most(q, last)) for q in range(nr)]
+    w_rows = [e.add(w, step) for step in steps]
 
-    read, multiply, per_vector = e.products(x_like, w_like)
+    products = e.products(x_like, w_like)
+    per_vector = products.step
+    # Parts of one read, where all of x's find registers beside the sums; or a read for each part.
+    fits = mr * (nr + len(products.parts)) <= REGISTERS - 6
+    turns = [products.parts] if fits else [[part] for part in products.parts]
 
-    def step(k, sums, mask=None):
+    def step(k, sums, mask=None, ahead=None):
         sums = list(sums)
         kx, kw = e.multiply(k, size(x_like)), e.multiply(k, size(w_like))
-        values = [read(e.add(row, kx), x_like, mask) for row in x_rows]
-        for q in range(nr):
-            place = e.add(w_rows[q], kw)
-            weight = read(place, w_like, mask)
-            if mr == 1 and mask is None and ASKS_AHEAD:  # one row waits for weights alone
-                for line in range(0, per_vector * size(w_like), 64):
-                    e.prefetch(e.add(place, line + W_AHEAD))
-            for m in range(mr):
-                sums[m * nr + q] = multiply(values[m], weight, sums[m * nr + q])
+        for parts in turns:
+            values = [products.read(e.add(row, kx), x_like, mask, parts) for row in x_rows]
+            for q in range(nr):
+                place = e.add(w_rows[q], kw)
+                for line in range(0, per_vector * size(w_like) if ahead else 0, 64):
+                    e.prefetch(e.add(ahead[q], kw, line))
+                for i, weight in enumerate(products.read(place, w_like, mask, parts)):
+                    for m in range(mr):
+                        sum_ = sums[m * nr + q]
+                        sums[m * nr + q] = products.multiply(values[m][i], weight, sum_)
         return sums
 
     def masked_step(k, sums):
@@ -115,7 +105,15 @@ def _shrink_tile(e, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w
 
     zero = ir.Constant(INT64, 0)
     whole = e.builder.and_(width, ir.Constant(INT64, -per_vector))
-    sums = e.loop(zero, whole, per_vector, [ZERO] * (mr * nr), step)
+    sums, start = [ZERO] * (mr * nr), zero
+    if mr == 1 and ASKS_AHEAD:  # one row waits for weights alone: these, then what comes after
+        start = e.at_least(e.add(whole, -(W_AHEAD // size(w_like))), zero)
+        here = [e.add(row, W_AHEAD) for row in w_rows]
+        sums = e.loop(zero, start, per_vector, sums, lambda k, sums: step(k, sums, ahead=here))
+        there = [e.add(after, step, e.multiply(start, -size(w_like))) for step in steps]
+        sums = e.loop(start, whole, per_vector, sums, lambda k, sums: step(k, sums, ahead=there))
+    else:
+        sums = e.loop(zero, whole, per_vector, sums, step)
     sums = e.loop(whole, width, per_vector, sums, masked_step)
 
     row = ir.VectorType(F32, nr)
@@ -131,38 +129,46 @@ def _shrink_tile(e, x_rows, w, w_stride, ranks, width, targets, fresh, x_like, w
 
 
 @intrinsic
-def shrink_tiles(typingctx, x_like, w_like, call, some_rows, wa, some_ranks, some_k):
+def shrink_tiles(typingctx, x_like, w_like, call, some_rows, x_at, w_at, some_ranks, some_k):
     """v[p:p + count, low:high] (+)= x[rows[p:p + count], k:k + width] @ wa[low:high, k:].T.
 
     Semantics: k = 0 overwrites v, any other adds to it. 1 <= count <= MOST_ROWS.
-    call  address of the call;  wa  address of the adapter's wa (r, h_in)
+    call  address of the call
+    x_at  None; or (address, bytes from row to row) of these rows of x, one after the other
+    w_at  (address, bytes from rank to rank) of the adapter's wa (r, h_in); and where the next call
+          will begin to read, as far as is known
     some_rows  (p, count);  some_ranks  (low, high);  some_k  (k, width)
     """
 
     def codegen(context, builder, signature, args):
         e = Emit(builder)
-        call, wa = args[2], args[4]
-        (p, count), (low, high), (k, width) = (e.pair(args[i]) for i in (3, 5, 6))
-        x, x_stride, v, v_stride = e.fields(CALL, call, "x", "x_stride", "v", "v_stride")
-        rows, table = e.fields(CALL, call, "x_rows", "table")
-        [h_in] = e.fields(TABLE, table, "h_in")
+        call = args[2]
+        (p, count), (wa, w_stride, following) = e.numbers(args[3]), e.numbers(args[5])
+        (low, high), (k, width) = e.numbers(args[6]), e.numbers(args[7])
+        v, v_stride, rows = e.fields(CALL, call, "v", "v_stride", "x_rows")
+        in_order = x_at != types.none
+        x, x_stride = e.numbers(args[4]) if in_order else e.fields(CALL, call, "x", "x_stride")
         x = e.add(x, e.multiply(k, size(x_like)))
         w = e.add(wa, e.multiply(k, size(w_like)))
-        w_stride = e.multiply(h_in, size(w_like))
         rows = e.add(rows, e.multiply(p, 8))
         v = e.add(v, e.multiply(v_stride, p))
         fresh = builder.icmp_signed("==", k, ir.Constant(INT64, 0))
 
         def all_ranks(mr):
             numbers = [e.integer(e.add(rows, 8 * m)) for m in range(mr)]
+            if in_order:
+                numbers = [ir.Constant(INT64, m) for m in range(mr)]
             x_rows = [e.add(x, e.multiply(x_stride, number)) for number in numbers]
             v_rows = [e.add(v, e.multiply(v_stride, m)) for m in range(mr)]
 
             def tile(j, nothing):
                 w_j = e.add(w, e.multiply(w_stride, j))
                 targets = [e.add(row, e.multiply(j, 4)) for row in v_rows]
-                ranks = builder.sub(high, j)
-                _shrink_tile(e, x_rows, w_j, w_stride, ranks, width, targets, fresh, x_like, w_like)
+                ranks, nr = builder.sub(high, j), RANKS[mr]
+                is_last = builder.icmp_signed("<=", ranks, ir.Constant(INT64, nr))
+                after = builder.select(is_last, following, e.add(w_j, e.multiply(w_stride, nr)))
+                w_at = w_j, w_stride, after
+                _shrink_tile(e, x_rows, w_at, ranks, width, targets, fresh, x_like, w_like)
                 return nothing
 
             e.loop(low, high, RANKS[mr], [], tile)
@@ -170,7 +176,8 @@ def shrink_tiles(typingctx, x_like, w_like, call, some_rows, wa, some_ranks, som
         e.switch(count, range(1, MOST_ROWS + 1), all_ranks)
         return context.get_dummy_value()
 
-    return types.void(x_like, w_like, types.int64, PAIR, types.int64, PAIR, PAIR), codegen
+    operands = types.int64, PAIR, x_at, TRIPLE, PAIR, PAIR
+    return types.void(x_like, w_like, *operands), codegen
 
 
 def _expand_tile(e, nv, y_rows, v_rows, w_row, r, factors, mask, w_like, y_like):
@@ -242,8 +249,8 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gai
     def codegen(context, builder, signature, args):
         e = Emit(builder)
         call, some_rows, wb, r, scaling, at, some_columns = args[2:]
-        (p, count), (low, high) = e.pair(some_rows), e.pair(some_columns)
-        gained = None if gains == types.none else e.pair(at)
+        (p, count), (low, high) = e.numbers(some_rows), e.numbers(some_columns)
+        gained = None if gains == types.none else e.numbers(at)
         y, y_stride, v, v_stride = e.fields(CALL, call, "y", "y_stride", "v", "v_stride")
         [rows] = e.fields(CALL, call, "y_rows")
         rows = e.add(rows, e.multiply(p, 8))
@@ -289,84 +296,3 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gai
     integer = types.int64
     operands = integer, PAIR, integer, integer, types.float32, gains, PAIR
     return types.void(w_like, y_like, *operands), codegen
-
-
-def shrink_kernel(x_like: Any, w_like: Any) -> int:
-    """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block."""
-    in_pairs = SUMS_BFLOAT16 and x_like.dtype == w_like.dtype == np.int16
-    block = PAIRS_BLOCK if in_pairs else K_BLOCK
-
-    def tiles_shrink(address, limit):
-        table = record(TABLE, record(CALL, address).table)
-        row = table.h_in * size_of(w_like)
-        for _ in range(limit):
-            task = claim_shrink(address)
-            if task.number == NONE:
-                return
-            groups = -(-(task.last - task.first) // MOST_ROWS)
-            for k in range(0, table.h_in, block):
-                width = min(block, table.h_in - k)
-                p = task.first
-                for g in range(groups):
-                    count = (task.last - p) // (groups - g)
-                    for s in range(table.slices):  # x is read once, and stays in L1 for the others
-                        j = s * task.r  # in v; wa is passed as if its ranks began there
-                        wa = item(table.wa, task.slot * table.slices + s) - j * row
-                        ranks = j + task.low, j + task.high
-                        shrink_tiles(x_like, w_like, address, (p, count), wa, ranks, (k, width))
-                    p += count
-            finish_shrink(address, task, np.float32(0))
-
-    return entry(tiles_shrink)
-
-
-@jit()
-def columns_in_l2(r, w_like):
-    """The number of columns of wb that stay in L2, whole panels."""
-    return max(1, L2_BYTES // (PANEL * max(r, 1) * size_of(w_like))) * PANEL
-
-
-@jit()
-def expand_block(w_like, y_like, address, task, wb, columns, scaling):
-    """The task's rows and these columns (low, high), a tile of rows after the other."""
-    gains = gain_addresses(record(TABLE, record(CALL, address).table), task.slot)
-    groups = -(-(task.last - task.first) // MOST_ROWS)
-    p = task.first
-    for g in range(groups):
-        count = (task.last - p) // (groups - g)
-        operands = w_like, y_like, address, (p, count), wb, task.r, scaling
-        if gains[0] == 0:
-            expand_tiles(*operands, None, columns)
-        else:
-            expand_tiles(*operands, gains, columns)
-        p += count
-
-
-@jit()
-def expand_task(w_like, y_like, address, task, room, scaling):
-    """All of the task's columns, as many at a time as stay in L2."""
-    step = columns_in_l2(task.r, w_like)
-    for c in range(task.low, task.high, step):
-        end = min(c + step, task.high)
-        table = record(TABLE, record(CALL, address).table)
-        wb = panels(table, task.slot, task.r, c, end, room, w_like)
-        expand_block(w_like, y_like, address, task, wb, (c, end), scaling)
-
-
-def expand_kernel(w_like: Any, y_like: Any) -> int:
-    """The kernel y += scaling * v @ wb: up to `limit` tasks of the call, row block by row block."""
-
-    def tiles_expand(address, limit):
-        table = record(TABLE, record(CALL, address).table)
-        rank = plain_rank(address)
-        room = scratch(rank, columns_in_l2(rank, w_like), w_like)
-        task = no_task()
-        for _ in range(limit):
-            task = claim_expand(address, task)
-            if task.number == NONE:
-                return
-            scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            expand_task(w_like, y_like, address, task, room, scaling)
-        leave_expand(address, task)
-
-    return entry(tiles_expand)

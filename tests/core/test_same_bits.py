@@ -13,7 +13,7 @@ import pytest
 import sgmv
 from reference.workloads import Workload, integer, popularity, real
 from sgmv import workspace
-from sgmv.kernels import cpu, emit, loops, tiles
+from sgmv.kernels import cpu, emit, loops, tile_kernels, tiles
 from sgmv.kernels.records import PANEL, RANK_UNIT, WIDE_PANEL
 from tests.conftest import JITTED
 from tests.help.acceptance import (
@@ -149,7 +149,7 @@ def test_blocks_are_multiples_of_what_shares_a_read() -> None:
     assert RANK_UNIT % 4 == 0  # loops.dot4
     assert all(PANEL % (vectors * emit.LANES) == 0 for vectors in tiles.COLUMN_VECTORS.values())
     assert WIDE_PANEL % PANEL == 0
-    assert loops.K_BLOCK % 64 == tiles.K_BLOCK % emit.LANES == 0
+    assert loops.K_BLOCK % 64 == tile_kernels.K_BLOCK % emit.LANES == 0
 
 
 def test_every_shape_of_a_tile_has_registers_for_its_sums() -> None:

@@ -24,7 +24,7 @@ from sgmv import backend, launch, table
 from sgmv.checks import check_matrix
 from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.errors import SgmvError
-from sgmv.kernels import emit
+from sgmv.kernels import emit, tile_kernels
 from sgmv.kernels.records import PANEL
 from tests.help import acceptance
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of
@@ -32,6 +32,8 @@ from tests.help.planting import outcome, replaced
 
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 WIDTHS = (1, 15, 16, 17, 63, 64, 65, 127, 1023, 1024, 1025, 3424)
+# In the order of their imports: what is compiled from one is compiled anew from the next.
+PLANTED = ("kernels.emit", "kernels.tiles", "kernels.widened", "kernels.tile_kernels", "backend")
 RANKS = (*range(1, 21), 31, 32, 33, 64, 65, 128, 512)
 
 
@@ -259,7 +261,7 @@ def check_briefly(bits: int) -> None:
 
 def plant_here(module: str, text: str, instead: str) -> None:
     """Let this process compile its tiles from the changed source; all else comes from the cache."""
-    for name in ("kernels.emit", "kernels.tiles", "backend"):
+    for name in PLANTED:
         package, _, short = f"sgmv.{name}".rpartition(".")
         source = Path(sys.modules[f"sgmv.{name}"].__file__).read_text()
         if name == module:
@@ -283,3 +285,21 @@ def round_to(values: np.ndarray, name: str) -> np.ndarray:
     rounded = np.where(np.isfinite(values), np.rint(values / step) * step, values)
     largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
     return np.where(np.abs(rounded) > largest, np.copysign(np.inf, rounded), rounded)
+
+
+def check_widened(x: str, weights: str) -> None:
+    """A task of many rows and ranks, on one thread: each row has the bits that it has alone."""
+    many, rank = tile_kernels.FEW_ROWS + 2, 2 * tile_kernels.MANY_RANKS + 1
+    ids, ranks = [0] * many + [1] * 5, {0: rank, 1: 3}
+    case = real(
+        f"widened {x}, {weights}", "another order", ids, ranks, 1100, 200,
+        dtype=TYPES[x], weight_dtype=TYPES[weights],
+    )  # fmt: skip
+    stack, ids = stack_of(case), case.adapter_ids
+    sgmv.set_num_threads(1)
+    together = sgmv.add_lora(case.y.copy(), case.x, stack, ids, backend="tiles")
+    check(case, together, "tiles")
+    for i in range(0, len(ids), 5):
+        row = slice(i, i + 1)
+        alone = sgmv.add_lora(case.y[row].copy(), case.x[row], stack, ids[row], backend="tiles")
+        acceptance.assert_same_bits(alone, together[row], f"row {i}")

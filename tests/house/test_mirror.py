@@ -37,6 +37,7 @@ ELSEWHERE = {
     "kernels/emit.py": ("kernels/test_tiles.py", "what is emitted is a tile"),
     "kernels/loops.py": ("kernels/test_tiles.py", "loops go through the checks of tiles"),
     "kernels/panels.py": ("compat/vllm/test_slices.py", "panels are gathered for engines' weights"),
+    "kernels/tile_kernels.py": ("kernels/test_tiles.py", "tiles are seen through their kernels"),
     "kernels/pool.py": ("core/test_workers.py", "a pool is seen by the threads that join a call"),
     "layouts/exam.py": ("layouts/test_check.py", "the exam is what `check` runs"),
     "layouts/finding.py": ("layouts/test_check.py", "findings are what `check` returns"),

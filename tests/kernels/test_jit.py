@@ -38,7 +38,7 @@ print(sum(sum(c.stats.cache_misses.values()) for c in compiled))
 # The results become twice as large, or eight times: what each backend alone makes of it.
 EDITS = {
     "loops": (Fault("kernels.floats", "np.float32(2.0**112)", "np.float32(2.0**113)"), "8.0"),
-    "tiles": (Fault("kernels.tiles", "np.float32(vector(", "np.float32(2 * vector("), "2.0"),
+    "tiles": (Fault("kernels.tile_kernels", "np.float32(vector(", "np.float32(2 * vector("), "2.0"),
 }
 
 

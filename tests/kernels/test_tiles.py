@@ -25,7 +25,7 @@ from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels import cpu
 from sgmv.kernels.cpu import X86
 from sgmv.kernels.emit import LANES
-from sgmv.kernels.tiles import PAIRS_BLOCK
+from sgmv.kernels.tile_kernels import K_BLOCK, PAIRS_BLOCK
 from tests.help.acceptance import backends_of, check, check_case, stack_of, type_mixes
 from tests.help.bfloat16 import flush, fused
 from tests.help.planting import Fault, run_python
@@ -265,9 +265,9 @@ def test_weights_asked_for_ahead_change_no_bit() -> None:
     always = Fault("kernels.tiles", "and ASKS_AHEAD:", "and True:")
     done = run_python(
         f"from tests.help import tile_checks; tile_checks.plant_here(*{tuple(always)!r})\n"
-        "from sgmv.kernels import jit, tiles\n"
+        "from sgmv.kernels import jit, tile_kernels, tiles\n"
         "import numpy as np\n"
-        "tiles.shrink_kernel(np.float32(0), np.float32(0))\n"
+        "tile_kernels.shrink_kernel(np.float32(0), np.float32(0))\n"
         "[kernel] = jit._entries.values()\n"
         "[assembly] = kernel.inspect_asm().values()\n"
         "print(assembly.count('prefetch') + assembly.count('prfm') >= tiles.RANKS[1])\n"
@@ -329,6 +329,18 @@ FAULTS = {
         ),
         "check_store('bfloat16')",
     ),
+    "many rows take what is widened in another order": (
+        Fault("kernels.widened", "part * LANES * 4", "(1 - part) * LANES * 4"),
+        "check_widened('float16', 'float16')",
+    ),
+    "the rows of x that are widened are others": (
+        Fault("kernels.widened", "rows[p + m]", "rows[m]"),
+        "check_widened('float16', 'float16')",
+    ),
+    "panels that are widened are others": (
+        Fault("kernels.tile_kernels", " + c * task.r * size_of(w_like)", ""),
+        "check_widened('float16', 'float16')",
+    ),
 }
 
 
@@ -388,18 +400,20 @@ np.save(sys.argv[3], sgmv.shrink(x, stack, sgmv.segment([0] * len(x)), backend="
 
 @jitted
 @vectors
-@pytest.mark.skipif(not cpu.ROUNDS_BFLOAT16, reason="a CPU without AVX512_BF16")
+@pytest.mark.skipif(
+    not (cpu.SUMS_BFLOAT16 or cpu.HALVES_BFLOAT16), reason="bfloat16 is not taken in pairs"
+)
 @pytest.mark.parametrize("scale", [1.0, 2.0**-63], ids=["normal", "subnormal"])
-def test_the_cpus_products_of_bfloat16_give_the_bits_of_fused_ones(
+def test_products_of_bfloat16_in_pairs_give_the_bits_of_fused_ones(
     tmp_path: Path, scale: float
 ) -> None:
-    """An odd k before the even one below it, each rounded once; subnormal numbers are 0.
+    """An odd k before the even one below it, each rounded once; the CPU's own flush subnormals.
 
     Lanes, blocks of k and what is left over are held by 4,500 k; SGMV_BFLOAT16=exact keeps
     subnormal numbers.
     """
     rng = np.random.default_rng(0)
-    n, r, h_in = 7, 9, 2 * PAIRS_BLOCK + 2 * LANES * 14 + 5
+    n, r, h_in = 40, 33, 2 * PAIRS_BLOCK + 2 * LANES * 14 + 5
     paths = [tmp_path / f"{name}.npy" for name in ("x", "A", "v")]
     x, A = ((rng.standard_normal((m, h_in)) * scale).astype(ml_dtypes.bfloat16) for m in (n, r))
     for path, array in zip(paths, (x, A), strict=False):
@@ -409,24 +423,26 @@ def test_the_cpus_products_of_bfloat16_give_the_bits_of_fused_ones(
         done = run_python(PRODUCTS, arguments=[str(path) for path in paths], SGMV_BFLOAT16=setting)
         assert done.returncode == 0, done.stderr
         found[setting] = np.load(paths[2])
-    np.testing.assert_array_equal(found[None].view(np.int32), summed_in_pairs(x, A).view(np.int32))
+    summed = summed_in_pairs(x[:7], A[:9])  # of 40 rows and 33 ranks, which are widened
+    np.testing.assert_array_equal(found[None][:7, :9].view(np.int32), summed.view(np.int32))
     exact = x.astype(np.float64) @ A.astype(np.float64).T
     size = np.abs(x.astype(np.float64)) @ np.abs(A.astype(np.float64)).T
     bound = h_in * 2.0**-23 * size + h_in * 2.0**-149
     assert (np.abs(found["exact"] - exact) <= bound).all()
     flushed = (np.abs(found[None] - exact) > bound).any()
-    assert flushed == (scale != 1.0)
+    assert flushed == (scale != 1.0 and cpu.SUMS_BFLOAT16)
 
 
 def summed_in_pairs(x: np.ndarray, A: np.ndarray) -> np.ndarray:
-    """What the tiles sum by the instruction's definition, every operation in numpy.
+    """What the tiles sum by the instruction's definition, or by two for it, in numpy.
 
     Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: VDPBF16PS.
     """
-    x, A = (flush(a.astype(np.float32)) for a in (x, A))
+    block_of, made = (PAIRS_BLOCK, flush) if cpu.SUMS_BFLOAT16 else (K_BLOCK, np.float32)
+    x, A = (made(a.astype(np.float32)) for a in (x, A))
     v = np.zeros((len(x), len(A)), np.float32)
-    for block in range(0, x.shape[1], PAIRS_BLOCK):
-        width = min(PAIRS_BLOCK, x.shape[1] - block)
+    for block in range(0, x.shape[1], block_of):
+        width = min(block_of, x.shape[1] - block)
         padded = -(-width // (2 * LANES)) * 2 * LANES
         xb, Ab = np.zeros((len(x), padded)), np.zeros((len(A), padded))
         xb[:, :width], Ab[:, :width] = (a[:, block : block + width] for a in (x, A))
@@ -434,7 +450,7 @@ def summed_in_pairs(x: np.ndarray, A: np.ndarray) -> np.ndarray:
         for k in range(0, padded, 2 * LANES):
             for odd in (1, 0):
                 at = slice(k + odd, k + 2 * LANES, 2)
-                lanes = flush(fused(xb[:, None, at], Ab[None, :, at], lanes))
+                lanes = made(fused(xb[:, None, at], Ab[None, :, at], lanes))
         while lanes.shape[2] > 1:
             lanes = lanes[:, :, 0::2] + lanes[:, :, 1::2]
         v = v + lanes[:, :, 0]

@@ -44,7 +44,7 @@ COMPILERS = {
     f"kernels.{name}"
     for name in ("cpu", "jit", "atomics", "disk", "emit", "floats", "modes", "panels", "tiles")
 }
-COMPILERS |= {"kernels.amx", "kernels.amx_expand", "kernels.amx_instructions"}
+COMPILERS |= {"kernels.amx", "kernels.amx_expand", "kernels.amx_instructions", "kernels.widened"}
 # Besides sgmv's own settings: what the terminal is, and whether there is a screen.
 ENVIRONMENT = {"settings", "kernels.cpu", "console", "terminal", "html"}
 EXTRAS = {"rich", "matplotlib", "safetensors", "ml_dtypes", "torch", "peft", "transformers"}
@@ -263,7 +263,7 @@ def test_a_call_is_launched_with_few_names() -> None:
 def test_functions_that_emit_code_are_short() -> None:
     """A tile's drawing and its loops should be seen at once."""
     files = sources("sgmv")
-    for name in ("amx", "amx_expand", "amx_instructions", "emit", "tiles"):
+    for name in ("amx", "amx_expand", "amx_instructions", "emit", "tiles", "widened"):
         for node in functions(files[f"kernels.{name}"]):
             assert lines(node) < 60, f"{name}.{node.name} has {lines(node)} lines"
 

@@ -95,7 +95,8 @@ def _is_right() -> bool:
     for field, array in (("x_rows", rows), ("y_rows", rows), ("table", table), ("blocks", block)):
         call[field] = array.ctypes.data
     call["shrink"], call["expand"] = shrink_kernel(), expand_kernel(np.float32(0))
-    call["block_count"] = call["threads"] = call["shrink_cuts"] = call["expand_cuts"] = 1
+    for field in ("block_count", "band_count", "threads", "shrink_cuts", "expand_cuts"):
+        call[field] = 1
     take_part(int(call.ctypes.data), EVERY_TASK)
     x64, wa64, wb64 = ((bits & 0xFFFF0000).view(np.float32).astype(np.float64) for bits in wide)
     sums = np.abs(x64) @ np.abs(wa64).T

@@ -224,7 +224,7 @@ class Segments:
         found["adapter_ids"] = self.adapter_ids.ctypes.data
         for name, array in (("x_rows", self._x_rows), ("weights", self._weights)):
             found[name] = 0 if array is None else array.ctypes.data
-        found["several"] = self.k > 1
+        found["k"] = self.k
         return found
 
     @cached_property

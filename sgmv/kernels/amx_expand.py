@@ -51,7 +51,7 @@ from sgmv.kernels.emit import I16, LANES, numbers, size
 from sgmv.kernels.jit import INT64, address_of, entry, jit, record, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
 from sgmv.kernels.records import CALL, FLOAT64, PANEL, TABLE
-from sgmv.kernels.tasks import NONE, claim_expand, gain_addresses, leave_expand, no_task
+from sgmv.kernels.tasks import NONE, claim_expand, gain_addresses, task_in_part
 from sgmv.kernels.tile_kernels import columns_in_l2, expand_block, expand_task
 from sgmv.kernels.tiles import Y_AHEAD
 
@@ -303,16 +303,16 @@ def expand_kernel(unit: Any, y_like: Any) -> int:
         rank = plain_rank(address)
         room = scratch(rank, columns_in_l2(rank, BFLOAT16), BFLOAT16)
         memory = task_memory()
-        task = no_task()
         for _ in range(limit):
-            task = claim_expand(address, task)
-            if task.number == NONE:
+            part = claim_expand(address)
+            if part.number == NONE:
                 return
-            scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            if task.r >= FEWEST_RANKS and gain_addresses(table, task.slot)[0] == 0:
-                products_task(unit, y_like, address, memory, task, room, scaling)
-            else:
-                expand_task(BFLOAT16, y_like, address, task, room, scaling)
-        leave_expand(address, task)
+            for block in range(part.first, part.last):
+                task = task_in_part(address, part, block)
+                scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
+                if task.r >= FEWEST_RANKS and gain_addresses(table, task.slot)[0] == 0:
+                    products_task(unit, y_like, address, memory, task, room, scaling)
+                else:
+                    expand_task(BFLOAT16, y_like, address, task, room, scaling)
 
     return entry(amx_expand)

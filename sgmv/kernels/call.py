@@ -87,7 +87,9 @@ def start(
     if not plan(address, segments, ids, n):
         return REFUSED
     cost_ns = cut_blocks(address, worth_sharing_ns)
-    tasks = call.block_count * max(call.shrink_cuts, call.expand_cuts)
+    tasks = call.band_count * call.expand_cuts
+    if call.shrink != 0 and (call.expand == 0 or call.block_count * call.shrink_cuts < tasks):
+        tasks = call.block_count * call.shrink_cuts
     call.limit = max(1, tasks * BETWEEN_SIGNALS_NS // max(cost_ns, 1))
     if cost_ns < worth_sharing_ns:
         pool = 0

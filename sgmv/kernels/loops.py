@@ -42,8 +42,7 @@ from sgmv.kernels.tasks import (
     finish_shrink,
     gain_addresses,
     item,
-    leave_expand,
-    no_task,
+    task_in_part,
 )
 
 K_BLOCK = 1024  # four rows of wa and one of x stay in L1: 5 * 1024 * 4 B = 20 KiB
@@ -186,35 +185,41 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
         four = np.zeros(4 * columns, type(v_like))
         room = scratch(plain_rank(address), min(columns, table.h_out), w_like)
         none = np.zeros(0 if table.gains == 0 else columns, type(gain_like))  # offsets
-        task = no_task()
         for _ in range(limit):
-            task = claim_expand(address, task)
-            if task.number == NONE:
+            part = claim_expand(address)
+            if part.number == NONE:
                 return
-            scaling = type(v_like)(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            gains_at, offsets_at = gain_addresses(table, task.slot)
-            for c in range(task.low, task.high, columns):
-                width = min(columns, task.high - c)
-                wb = panel_at(table, task.slot, task.r, c, width, room, w_like)
-                sums = four[: 4 * width].reshape((4, width))
-                for p in range(task.first, task.last, 4):
-                    count = min(4, task.last - p)
-                    multiply(sums, call, p, count, wb, v_like)
-                    for i in range(count):
-                        row = call.y + item(call.y_rows, p + i) * call.y_stride
-                        y = vector(row + c * size_of(y_like), width, y_like)
-                        if gains_at == 0:
-                            store(y, scaling, sums[i], y_like)
-                        else:
-                            gains = vector(gains_at + c * size_of(gain_like), width, gain_like)
-                            offsets = none[:width]
-                            if offsets_at != 0:
-                                start = offsets_at + c * size_of(gain_like)
-                                offsets = vector(start, width, gain_like)
-                            store_gained(y, scaling, sums[i], gains, offsets, y_like)
-        leave_expand(address, task)
+            for block in range(part.first, part.last):
+                task = task_in_part(address, part, block)
+                scaling = type(v_like)(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
+                for c in range(task.low, task.high, columns):
+                    width = min(columns, task.high - c)
+                    wb = panel_at(table, task.slot, task.r, c, width, room, w_like)
+                    sums = four[: 4 * width].reshape((4, width))
+                    for p in range(task.first, task.last, 4):
+                        count = min(4, task.last - p)
+                        multiply(sums, call, p, count, wb, v_like)
+                        gains = gain_addresses(table, task.slot)
+                        add_to_y(sums[:count], call, p, c, scaling, gains, none, y_like, gain_like)
 
     return entry(loops_expand)
+
+
+@jit()
+def add_to_y(sums, call, p, c, scaling, gains, none, y_like, gain_like):
+    """Add the rows' sums to columns from c on; gains: at two addresses; none: no offsets."""
+    count, width = sums.shape
+    for i in range(count):
+        row = call.y + item(call.y_rows, p + i) * call.y_stride
+        y = vector(row + c * size_of(y_like), width, y_like)
+        if gains[0] == 0:
+            store(y, scaling, sums[i], y_like)
+            continue
+        offsets = none[:width]
+        if gains[1] != 0:
+            offsets = vector(gains[1] + c * size_of(gain_like), width, gain_like)
+        factors = vector(gains[0] + c * size_of(gain_like), width, gain_like)
+        store_gained(y, scaling, sums[i], factors, offsets, y_like)
 
 
 @jit()

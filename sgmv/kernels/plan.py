@@ -2,7 +2,8 @@
 
     adapter_ids  ->  segments, by a stable sort; Segments made once skip this step
                  ->  the slot and rank of each segment's adapter
-                 ->  row blocks of at most ROWS_PER_BLOCK rows
+                 ->  row blocks of at most ROWS_PER_BLOCK rows; where rows have several adapters,
+                     in bands of rows
                  ->  each cut along ranks (shrink) or columns (expand), if there are too few blocks
 
 How a batch is cut never changes a result: cuts fall between the kernels' own units, and rows do
@@ -20,11 +21,9 @@ from sgmv.kernels.records import (
     BLOCK,
     CALL,
     INTEGER,
-    MOST_TURNS,
     RANK_UNIT,
     SEGMENTS,
     TABLE,
-    TURN,
 )
 
 BASE_ONLY = -1
@@ -37,6 +36,9 @@ FEWEST_ROWS_PER_BLOCK = 12  # fewer rows would read the weights once more for to
 PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
 RANKS_IN_L2 = 64  # of 1024 k each, in float32 256 KiB
 TASKS_PER_THREAD = 4  # enough that a thread which falls behind leaves work to the others
+# Of one band: more, narrower cuts read y in shorter pieces, and took up to 1.2 times as long.
+CUTS_PER_THREAD = 2
+ROWS_PER_BAND = 4096  # where narrow bands do not pay: a call hears signals between two bands
 
 
 @jit()
@@ -120,9 +122,24 @@ def most_blocks(n: int) -> int:
 
 
 @jit()
+def most_bands(n: int) -> int:
+    """An upper bound on the bands of rows that n pairs are in."""
+    return n // FEWEST_ROWS_PER_BLOCK + 1
+
+
+@jit()
 def adds_nothing(slot: int, rank: int, gains: Any) -> Any:
     """Whether rows of this slot and rank stay as they are. DoRA's gains change y at any rank."""
     return rank == 0 and (slot < 0 or gains.shape[0] == 0 or gains[slot] == 0)
+
+
+@jit()
+def rows_per_block(rows: int, threads: int) -> int:
+    """The most rows that a block has: where rows are few, smaller blocks keep all threads busy."""
+    if threads == 1:
+        return ROWS_PER_BLOCK
+    wanted = -(-rows // (threads * TASKS_PER_THREAD))
+    return min(ROWS_PER_BLOCK, max(FEWEST_ROWS_PER_BLOCK, wanted))
 
 
 @jit()
@@ -136,25 +153,79 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, gains: Any, threads: int, b
     for s in range(slot.shape[0]):
         if not adds_nothing(slot[s], rank[s], gains):
             rows += seq_start[s + 1] - seq_start[s]
-    # Where rows are few for the threads, smaller blocks keep all of them busy.
-    wanted = -(-rows // (threads * TASKS_PER_THREAD))
-    most = min(ROWS_PER_BLOCK, max(FEWEST_ROWS_PER_BLOCK, wanted))
-    if threads == 1:
-        most = ROWS_PER_BLOCK
+    most = rows_per_block(rows, threads)
     count = 0
     for s in range(slot.shape[0]):
-        if adds_nothing(slot[s], rank[s], gains):
-            continue
-        start = seq_start[s]
-        m = seq_start[s + 1] - start
-        pieces = max(m // most, -(-m // ROWS_PER_BLOCK))
-        for i in range(pieces):
-            block = blocks[count]
-            block.slot, block.r = slot[s], rank[s]
-            block.first = start + m * i // pieces
-            block.last = start + m * (i + 1) // pieces
-            count += 1
+        if not adds_nothing(slot[s], rank[s], gains):
+            some = seq_start[s], seq_start[s + 1]
+            count = cut_segment(some, most, slot[s], rank[s], blocks, count)
     return count
+
+
+@jit()
+def cut_segment(some: Any, most: int, slot: int, rank: int, blocks: Any, count: int) -> int:
+    """Add the blocks of positions some[0]:some[1]; returns how many there are then."""
+    start, m = some[0], some[1] - some[0]
+    pieces = max(m // most, -(-m // ROWS_PER_BLOCK))
+    for i in range(pieces):
+        block = blocks[count]
+        block.slot, block.r = slot, rank
+        block.first = start + m * i // pieces
+        block.last = start + m * (i + 1) // pieces
+        count += 1
+    return count
+
+
+@jit()
+def rows_per_band(seq_start: Any, rank: Any, rows: Any, k: int, threads: int) -> Any:
+    """The rows of a band. x and y of few rows stay in L2 while all their segments pass.
+
+    But each band reads the weights of its segments. So few rows pay where most of them are in most
+    segments, and the weights read again are less than the rows that are not.
+    """
+    pairs = adapted = segments = ranks = 0
+    for s in range(rank.shape[0]):
+        for p in range(seq_start[s] + 1, seq_start[s + 1]):
+            if rows[p] < rows[p - 1]:  # Segments made by hand: all rows are one band
+                return seq_start[rank.shape[0]]
+        m = seq_start[s + 1] - seq_start[s]
+        pairs += m
+        if rank[s] > 0:
+            adapted, segments, ranks = adapted + m, segments + 1, ranks + rank[s]
+    n = pairs // k
+    few = rows_per_block(n, threads)
+    again = (-(-n // few) - 1) * ranks
+    return few if segments * n <= 2 * adapted and again <= adapted - n else ROWS_PER_BAND
+
+
+@jit()
+def blocks_in_bands(
+    seq_start: Any, slot: Any, rank: Any, gains: Any, rows: Any, band: int, most: int, found: Any
+) -> int:
+    """Cut the rows into bands 0:band, band:2 * band, ..., and each band's segments into blocks.
+
+    Semantics: bands[q] becomes the first block of band q; a band's blocks are in the order of their
+    segments, of at most `most` rows. rows (m,) ascend in each segment, or one band has them all.
+    Returns how many bands there are.
+    """
+    at, S = found.target, slot.shape[0]
+    at[:S] = seq_start[:S]
+    left = seq_start[S]
+    count = q = 0
+    while left > 0:
+        found.bands[q] = count
+        for s in range(S):
+            first = last = at[s]
+            while last < seq_start[s + 1] and rows[last] < (q + 1) * band:
+                last += 1
+            at[s] = last
+            left -= last - first
+            if not adds_nothing(slot[s], rank[s], gains):
+                some = first, last
+                count = cut_segment(some, most, slot[s], rank[s], found.blocks, count)
+        q += 1
+    found.bands[q] = count
+    return q
 
 
 @jit()
@@ -215,7 +286,7 @@ class Views(NamedTuple):
     segment_ids: Any  # (n,)
     target: Any  # (n,) scratch of the sort
     digits: Any  # (most_digits(n),)
-    turns: Any  # (MOST_TURNS * TURN,), see tasks.py
+    bands: Any  # (most_bands(n) + 1,)
     blocks: Any  # (most_blocks(n),)
 
 
@@ -229,9 +300,9 @@ def views(scratch: int, n: int) -> Any:
     segment_ids = vector(end_of(seq_start), n, INTEGER)
     target = vector(end_of(segment_ids), n, INTEGER)
     digits = vector(end_of(target), most_digits(n), INTEGER)
-    turns = vector(end_of(digits), MOST_TURNS * TURN, INTEGER)
-    blocks = records(BLOCK, end_of(turns), most_blocks(n))
-    return Views(slot, rank, rows, seq_start, segment_ids, target, digits, turns, blocks)
+    bands = vector(end_of(digits), most_bands(n) + 1, INTEGER)
+    blocks = records(BLOCK, end_of(bands), most_blocks(n))
+    return Views(slot, rank, rows, seq_start, segment_ids, target, digits, bands, blocks)
 
 
 @jit()
@@ -257,14 +328,13 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
     table = record(TABLE, call.table)
     found = views(call.scratch, n)
     rows, seq_start, segment_ids = found.rows, found.seq_start, found.segment_ids
-    call.x_rows = call.weights = call.turns = 0
+    call.x_rows = call.weights = call.bands = 0
+    k = 1
     if segments != 0:
         made = record(SEGMENTS, segments)
         count = made.count
         call.x_rows, call.weights = made.x_rows, made.weights
-        if made.several != 0:
-            found.turns[:] = 0
-            call.turns = address_of(found.turns)
+        k = made.k
         rows = vector(made.rows, n, INTEGER)
         seq_start = vector(made.seq_start, count + 1, INTEGER)
         segment_ids = vector(made.adapter_ids, count, INTEGER)
@@ -281,10 +351,18 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
     ranks = vector(table.ranks, table.slots, INTEGER)
     if find(known, slot_of, ranks, segment_ids[:count], found.slot, found.rank) > 0:
         return False
-    slot, rank = found.slot[:count], found.rank[:count]
+    seq_start, slot, rank = seq_start[: count + 1], found.slot[:count], found.rank[:count]
     call.blocks = address_of(found.blocks)
     gains = vector(table.gains, 0 if table.gains == 0 else table.slots, INTEGER)
-    call.block_count = row_blocks(seq_start, slot, rank, gains, call.threads, found.blocks)
+    if k == 1:
+        call.block_count = row_blocks(seq_start, slot, rank, gains, call.threads, found.blocks)
+        call.band_count = call.block_count
+        return True
+    call.bands = address_of(found.bands)
+    band = rows_per_band(seq_start, rank, rows, k, call.threads)
+    most = rows_per_block(seq_start[count], call.threads)
+    call.band_count = blocks_in_bands(seq_start, slot, rank, gains, rows, band, most, found)
+    call.block_count = found.bands[call.band_count]
     return True
 
 
@@ -300,7 +378,8 @@ def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
     call.shrink_cuts, call.expand_cuts, cost_ns = cuts_of_both(
         blocks, widths, panels, call.threads, worth_sharing_ns
     )
-    if call.turns != 0:  # the blocks of a cut follow one another: a cut for each thread
+    if call.bands != 0:
         threads = call.threads if cost_ns >= worth_sharing_ns else 1
-        call.expand_cuts = max(1, min(threads, panels, MOST_TURNS))
+        parts = cuts(call.band_count, panels, threads)
+        call.expand_cuts = max(1, min(parts, CUTS_PER_THREAD * threads))
     return cost_ns

@@ -57,7 +57,9 @@ CALL = _record(
     "scratch",  # at the plan's memory
     *("blocks", "block_count"),  # at (block_count,) BLOCK
     "weights",  # at (n,) float32, by sorted position: factors of the rows of v; or 0
-    "turns",  # where rows have several adapters: at the counters of their tasks of expand; or 0
+    # Where rows have several adapters: at (band_count + 1,), the first block of each band; or 0,
+    # where each block is a band of its own.
+    *("bands", "band_count"),
     *("shrink_cuts", "expand_cuts"),  # into how many tasks each phase cuts a block
     # Counters: tasks claimed and done, and the threads that came to an OpenMP team's region.
     lines=("shrink_next", "shrink_done", "expand_next", "members"),
@@ -84,7 +86,7 @@ SEGMENTS = _record(
     *("rows", "seq_start", "adapter_ids"),  # at (n,), (count + 1,), (count,)
     "x_rows",  # at (n,): the row of x at each position, where it is not that of y; or 0
     "weights",  # at (n,) float32, or 0
-    "several",  # 1 if a row may be in several segments
+    "k",  # adapters that each row names; above 1 a row may be in several segments
 )
 
 BLOCK = _record(
@@ -110,5 +112,4 @@ CPU_WORDS = 16  # int64s: 1,024 cores, as many as libc's own set of them has
 # Columns of a panel of wb, (r, PANEL), as the tiles take them; the last is as narrow as what is
 # left. Where no tile will read them they are wide: plain loops took 4 times as long over 64.
 PANEL, WIDE_PANEL = 64, 1024
-MOST_TURNS, TURN = 64, 8  # counters of turns, and int64s from one to the next: a cache line
 RANK_UNIT = 8  # shrink's cuts fall between this number of ranks, expand's between panels

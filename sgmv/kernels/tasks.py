@@ -8,16 +8,18 @@ task t is cut t % cuts of block t // cuts. No two tasks write the same element.
     tasks       0   1   2      3   4   5      6   7   8         3 cuts
 
 Where a row has several adapters it is in several blocks, and their tasks of expand add to the same
-elements. Then a thread holds a cut while it does a task of it, and the tasks of a cut are done from
-block 0 on:
+elements. Then blocks are in bands: all those of some rows of y, in the order of their segments.
+What a thread claims of expand is a part: one cut of all blocks of a band, from the top down.
 
-                cut 0   cut 1   cut 2
-    block 0       0       1       2
-    block 1       3       4       5      down each cut, in order
-    block 2       6       7       8
+                    cut 0   cut 1
+    band 0  block 0   |       |
+            block 1   |       |        part 0   part 1
+            block 2   v       v
+    band 1  block 3   |       |
+            block 4   v       v        part 2   part 3
 
-No two threads write the same columns at a time, none waits for another, and a row's deltas are
-added in the order of its own adapters, whatever else is in the batch.
+No two parts have an element of y in common, and a row's deltas are added in the order of its own
+adapters, whatever else is in the batch. In a plain batch each block is a band of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import numpy as np
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause, store_atomic
 from sgmv.kernels.jit import enter, jit, record, records, vector
 from sgmv.kernels.modes import DEFAULT, set_mode
-from sgmv.kernels.records import BLOCK, CALL, INTEGER, RANK_UNIT, TABLE, TURN, offset
+from sgmv.kernels.records import BLOCK, CALL, INTEGER, RANK_UNIT, TABLE, offset
 
 SHRINK_NEXT, SHRINK_DONE, EXPAND_NEXT = (
     offset(CALL, field) for field in ("shrink_next", "shrink_done", "expand_next")
@@ -49,6 +51,14 @@ class Task(NamedTuple):
     last: int
     low: int
     high: int
+
+
+class Part(NamedTuple):
+    """A cut of the blocks first:last of a band, which one thread does in this order."""
+
+    number: int
+    first: int
+    last: int
 
 
 @jit()
@@ -84,7 +94,7 @@ def all_begun(address: int) -> Any:
     """Whether no task is left that no thread has begun."""
     call = record(CALL, address)
     if call.expand != 0:
-        return load_atomic(address + EXPAND_NEXT) >= call.block_count * call.expand_cuts
+        return load_atomic(address + EXPAND_NEXT) >= call.band_count * call.expand_cuts
     return load_atomic(address + SHRINK_NEXT) >= call.block_count * call.shrink_cuts
 
 
@@ -125,76 +135,25 @@ def weigh(address: int, task: Any, v_like: Any) -> None:
 
 
 @jit()
-def claim_expand(address: int, before: Any) -> Any:
-    """A `Task` of expand that no other thread will do; its number is NONE if there is none left.
+def claim_expand(address: int) -> Any:
+    """A `Part` of expand that no other thread will do; its number is NONE if there is none left."""
+    call = record(CALL, address)
+    number = add_atomic(address + EXPAND_NEXT, 1)
+    if number >= call.band_count * call.expand_cuts:
+        return Part(NONE, 0, 0)
+    band = number // call.expand_cuts
+    if call.bands == 0:
+        return Part(number, band, band + 1)
+    return Part(number, item(call.bands, band), item(call.bands, band + 1))
 
-    before  the task that this thread has done, `no_task()` at first
-    """
+
+@jit()
+def task_in_part(address: int, part: Any, block: int) -> Any:
+    """The `Task` of expand of one of the part's blocks."""
     call = record(CALL, address)
     table = record(TABLE, call.table)
-    if call.turns != 0:
-        number = next_of_a_cut(address, before.number)
-    else:
-        number = add_atomic(address + EXPAND_NEXT, 1)
+    number = block * call.expand_cuts + part.number % call.expand_cuts
     return task_of(address, number, call.expand_cuts, table.h_out, table.panel_columns)
-
-
-@jit()
-def next_of_a_cut(address: int, before: int) -> Any:
-    """The number of the next task of the cut that this thread holds; then of one that none holds.
-
-    Where two threads reach for one cut at once, both may leave it: the caller comes back for what
-    no thread has begun. A cut counts as begun with its last task.
-    """
-    call = record(CALL, address)
-    if (
-        before == NONE
-    ):  # far from the others: y is asked for ahead, and what two cores ask for waits
-        cut = add_atomic(call.turns + 16, 1) * call.expand_cuts // call.threads % call.expand_cuts
-    else:
-        cut = before % call.expand_cuts
-        number = begin_block(address, cut)
-        if number != EVERY_TASK:
-            return number
-        let_go(address, cut)
-    for _ in range(call.expand_cuts):
-        holders = call.turns + 8 * TURN * cut
-        if load_atomic(holders) == 0 and load_atomic(holders + 8) < call.block_count:
-            if add_atomic(holders, 1) == 0:
-                number = begin_block(address, cut)
-                if number != EVERY_TASK:
-                    return number
-            let_go(address, cut)
-        cut = (cut + 1) % call.expand_cuts
-    return EVERY_TASK
-
-
-@jit()
-def begin_block(address: int, cut: int) -> Any:
-    """The next task of a cut that this thread holds, or EVERY_TASK if none is left to do."""
-    call = record(CALL, address)
-    counter = call.turns + 8 * TURN * cut + 8
-    block = load_atomic(counter)
-    if block == call.block_count or load_atomic(address + EXPAND_NEXT) >= EVERY_TASK:
-        return EVERY_TASK
-    store_atomic(counter, block + 1)
-    if block + 1 == call.block_count:
-        add_atomic(address + EXPAND_NEXT, call.block_count)
-    return block * call.expand_cuts + cut
-
-
-@jit()
-def let_go(address: int, cut: int) -> None:
-    """Another thread may hold this cut."""
-    add_atomic(record(CALL, address).turns + 8 * TURN * cut, -1)
-
-
-@jit()
-def leave_expand(address: int, task: Any) -> None:
-    """The thread leaves after this task, though there may be others."""
-    call = record(CALL, address)
-    if call.turns != 0 and task.number != NONE:
-        let_go(address, task.number % call.expand_cuts)
 
 
 @jit()

@@ -24,8 +24,7 @@ from sgmv.kernels.tasks import (
     finish_shrink,
     gain_addresses,
     item,
-    leave_expand,
-    no_task,
+    task_in_part,
 )
 from sgmv.kernels.tiles import MOST_ROWS, expand_tiles, shrink_tiles
 from sgmv.kernels.widened import (
@@ -147,7 +146,8 @@ def expand_block(w_like, y_like, address, task, wb, columns, scaling):
     p = task.first
     for g in range(groups):
         count = (task.last - p) // (groups - g)
-        operands = w_like, y_like, address, (p, count), wb, task.r, scaling
+        after = p + count if g + 1 < groups else p  # they are as many, or one more
+        operands = w_like, y_like, address, (p, count, after), wb, task.r, scaling
         if gains[0] == 0:
             expand_tiles(*operands, None, columns)
         else:
@@ -188,18 +188,18 @@ def expand_kernel(w_like: Any, y_like: Any) -> int:
         rank = plain_rank(address)
         room = scratch(rank, columns_in_l2(rank, w_like), w_like)
         wide_room = np.empty(0, np.float32)
-        task = no_task()
         for _ in range(limit):
-            task = claim_expand(address, task)
-            if task.number == NONE:
+            part = claim_expand(address)
+            if part.number == NONE:
                 return
-            scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
-            if widens and task.last - task.first > FEW_ROWS:
-                elements = columns_in_l2(task.r, np.float32(0)) * task.r
-                wide_room = room_of(wide_room, elements + STEP)
-                expand_widened(w_like, y_like, address, task, room, wide_room, scaling)
-            else:
-                expand_task(w_like, y_like, address, task, room, scaling)
-        leave_expand(address, task)
+            for block in range(part.first, part.last):
+                task = task_in_part(address, part, block)
+                scaling = np.float32(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
+                if widens and task.last - task.first > FEW_ROWS:
+                    elements = columns_in_l2(task.r, np.float32(0)) * task.r
+                    wide_room = room_of(wide_room, elements + STEP)
+                    expand_widened(w_like, y_like, address, task, room, wide_room, scaling)
+                else:
+                    expand_task(w_like, y_like, address, task, room, scaling)
 
     return entry(tiles_expand)

@@ -210,9 +210,6 @@ def _expand_tile(e, nv, y_rows, v_rows, w_row, r, factors, mask, w_like, y_like)
                     sums[m * nv + q] = e.fma(passing, weights[q], sums[m * nv + q])
         return sums
 
-    for row in y_rows:
-        for offset in range(0, nv * LANES * size(y_like), 64):
-            e.prefetch(e.add(row, offset + Y_AHEAD), write=True)
     sums = e.loop(ir.Constant(INT64, 0), r, 1, [ZERO] * (mr * nv), step)
     scale, gained, column = factors
     if gained:
@@ -236,6 +233,24 @@ def _gains(e, nv, gains, offsets, column, mask):
     return row(gains), e.when(e.is_there(offsets), [ZERO] * nv, lambda _: row(offsets))
 
 
+def _rows_at(e, call, position, count):
+    """The addresses of the rows of y of `count` positions."""
+    y, y_stride, rows = e.fields(CALL, call, "y", "y_stride", "y_rows")
+    first = e.add(rows, e.multiply(position, 8))
+    numbers = [e.integer(e.add(first, 8 * m)) for m in range(count)]
+    return [e.add(y, e.multiply(y_stride, number)) for number in numbers]
+
+
+def _ask_for_y(e, y_rows, next_rows, start, end, width):
+    """Ask for Y_AHEAD bytes after `start` of the rows; past their `end`, for the next rows."""
+    soon = e.add(start, Y_AHEAD)
+    inside = e.builder.icmp_signed("<", soon, end)
+    for both in zip(y_rows, next_rows):  # noqa: B905
+        row = e.add(e.builder.select(inside, *both), soon)
+        for offset in range(0, width, 64):
+            e.prefetch(e.add(row, offset), write=True)
+
+
 @intrinsic
 def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gains, some_columns):
     """y[rows[p:p + count], low:high] += scaling * (v[p:p + count, :r] @ wb[:, low:high]).
@@ -243,29 +258,29 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gai
     Semantics: low is a multiple of PANEL, high too or else h_out. 1 <= count <= MOST_ROWS.
     call  address of the call;  wb  address of the adapter's panels
     gains  None; or DoRA's, at two addresses, the second may be 0: y = gains * y + offsets then
-    some_rows  (p, count);  some_columns  (low, high)
+    some_rows  (p, count, where `count` rows come next);  some_columns  (low, high)
     """
 
     def codegen(context, builder, signature, args):
         e = Emit(builder)
         call, some_rows, wb, r, scaling, at, some_columns = args[2:]
-        (p, count), (low, high) = e.numbers(some_rows), e.numbers(some_columns)
+        (p, count, after), (low, high) = e.numbers(some_rows), e.numbers(some_columns)
         gained = None if gains == types.none else e.numbers(at)
-        y, y_stride, v, v_stride = e.fields(CALL, call, "y", "y_stride", "v", "v_stride")
-        [rows] = e.fields(CALL, call, "y_rows")
-        rows = e.add(rows, e.multiply(p, 8))
-        v = e.add(v, e.multiply(v_stride, p))
-        scale = e.everywhere(scaling)
+        v, v_stride = e.fields(CALL, call, "v", "v_stride")
+        v, scale = e.add(v, e.multiply(v_stride, p)), e.everywhere(scaling)
         whole = e.add(low, builder.and_(builder.sub(high, low), ir.Constant(INT64, -PANEL)))
+        end, width = (e.multiply(c, size(y_like)) for c in (high, builder.sub(high, low)))
 
         def all_columns(mr):
             nv = COLUMN_VECTORS[mr]
-            numbers = [e.integer(e.add(rows, 8 * m)) for m in range(mr)]
-            y_rows = [e.add(y, e.multiply(y_stride, number)) for number in numbers]
+            y_rows = _rows_at(e, call, p, mr)
+            next_rows = [builder.sub(row, width) for row in _rows_at(e, call, after, mr)]
             v_rows = [e.add(v, e.multiply(v_stride, m)) for m in range(mr)]
 
             def tile(column, w, w_stride, nv, mask=None):
-                here = [e.add(row, e.multiply(column, size(y_like))) for row in y_rows]
+                start = e.multiply(column, size(y_like))
+                here = [e.add(row, start) for row in y_rows]
+                _ask_for_y(e, y_rows, next_rows, start, end, nv * LANES * size(y_like))
 
                 def w_row(j):
                     return e.add(w, e.multiply(j, w_stride))
@@ -281,8 +296,8 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gai
                 return nothing
 
             def remainder(column, nothing):
-                w = e.add(wb, e.multiply(e.multiply(whole, r), size(w_like)))
-                w = e.add(w, e.multiply(builder.sub(column, whole), size(w_like)))
+                before = e.add(e.multiply(whole, r), builder.sub(column, whole))
+                w = e.add(wb, e.multiply(before, size(w_like)))
                 w_stride = e.multiply(builder.sub(high, whole), size(w_like))
                 tile(column, w, w_stride, 1, e.below(builder.sub(high, column)))
                 return nothing
@@ -294,5 +309,5 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gai
         return context.get_dummy_value()
 
     integer = types.int64
-    operands = integer, PAIR, integer, integer, types.float32, gains, PAIR
+    operands = integer, types.UniTuple(integer, 3), integer, integer, types.float32, gains, PAIR
     return types.void(w_like, y_like, *operands), codegen

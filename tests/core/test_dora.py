@@ -308,10 +308,10 @@ FAULTS = {
         "kernels.tasks", "item(table.gains, slot), item(", "item(table.gains, 0), item("
     ),
     "gains of the first columns": Fault(
-        "kernels.loops", "gains_at + c * size_of(gain_like)", "gains_at"
+        "kernels.loops", "gains[0] + c * size_of(gain_like)", "gains[0]"
     ),
     "offsets of the first columns": Fault(
-        "kernels.loops", "offsets_at + c * size_of(gain_like)", "offsets_at"
+        "kernels.loops", "gains[1] + c * size_of(gain_like)", "gains[1]"
     ),
     "the bias is scaled": Fault(
         "kernels.loops", " + decode(offsets[c], scaling)", ""

@@ -207,10 +207,13 @@ FAULTS = {
         "segment", ".reshape(-1)[segments.pairs]", ".reshape(-1)[np.arange(len(segments.pairs))]"
     ),
     "weights are left out": Fault("kernels.tasks", "if call.weights != 0:", "if False:"),
-    "a cut begins with its second block": Fault(
+    "a band begins with its second block": Fault(
         "kernels.tasks",
-        "block = load_atomic(counter)",
-        "block = max(load_atomic(counter), call.block_count > 1)",
+        "return Part(number, item(call.bands, band), ",
+        "return Part(number, item(call.bands, band) + (call.block_count > 1), ",
+    ),
+    "the last band is lost": Fault(
+        "kernels.plan", "    found.bands[q] = count\n    return q", "    return max(q - 1, 1)"
     ),
 }  # fmt: skip
 

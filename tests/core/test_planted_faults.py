@@ -94,14 +94,14 @@ FAULTS = {
     "high digits of the ids are not sorted": Fault("kernels.plan", "shift < 64", "shift < 4"),
     "the plan's memory is too near the blocks": Fault(
         "kernels.plan",
-        "blocks = records(BLOCK, end_of(turns),",
+        "blocks = records(BLOCK, end_of(bands),",
         "blocks = records(BLOCK, end_of(rows),",
     ),
     # tasks
     "row blocks overlap": Fault(
         "kernels.plan",
         "block.first = start + m * i // pieces",
-        "block.first = max(seq_start[0], start + m * i // pieces - 1)",
+        "block.first = max(0, start + m * i // pieces - 1)",
     ),
     "a segment's last row has no task": Fault(
         "kernels.plan",
@@ -110,8 +110,8 @@ FAULTS = {
     ),
     "rank 0 is scheduled": Fault(
         "kernels.plan",
-        "if adds_nothing(slot[s], rank[s], gains):\n            continue",
-        "if False:\n            continue",
+        "if not adds_nothing(slot[s], rank[s], gains):\n            some = seq_start",
+        "if True:\n            some = seq_start",
     ),
     "the columns' last block is cut off": Fault(
         "kernels.tasks",

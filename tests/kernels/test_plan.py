@@ -7,18 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sgmv
 from sgmv.ids import NO_SLOT
 from sgmv.kernels.plan import (
+    FEWEST_ROWS_PER_BLOCK,
     PRODUCTS_PER_NS,
+    ROWS_PER_BAND,
     ROWS_PER_BLOCK,
     TASKS_PER_THREAD,
     UNKNOWN,
     WEIGHTS_PER_NS,
+    blocks_in_bands,
     cost,
     cuts,
     find,
     most_blocks,
     row_blocks,
+    rows_per_band,
+    scratch_size,
+    views,
 )
 from sgmv.kernels.records import BLOCK, PANEL, RANK_UNIT
 from sgmv.kernels.tasks import cut
@@ -57,6 +64,68 @@ def test_blocks_hold_every_row_of_a_rank_once(
         assert last - first <= ROWS_PER_BLOCK
         done[first:last] += 1
     np.testing.assert_array_equal(done, [int(r > 0) for m, r in segments for _ in range(m)])
+
+
+@settings(max_examples=150)
+@given(
+    st.integers(1, 60).flatmap(
+        lambda n: st.lists(
+            st.lists(st.integers(-1, 5), min_size=3, max_size=3), min_size=n, max_size=n
+        )
+    ),
+    st.integers(FEWEST_ROWS_PER_BLOCK, 70),
+    st.integers(1, 96),
+)
+def test_bands_hold_every_pair_once_in_the_order_of_segments(
+    ids: list[list[int]], band: int, most: int
+) -> None:
+    """Of adapter 5 there is none: its rank is 0."""
+    segments = sgmv.segment(ids)
+    m, S = len(segments.rows), segments.S
+    rank = np.where((segments.adapter_ids == -1) | (segments.adapter_ids == 5), 0, 4)
+    memory = np.full(scratch_size(m) // 8 + 1, GUARD)
+    found = views(memory.ctypes.data, m)
+    operands = segments.seq_start, np.arange(S), rank, np.empty(0, np.int64), segments.rows
+    count = blocks_in_bands(*operands, band, most, found)
+    assert count == -(-len(ids) // band)
+    bands, done = found.bands.tolist(), np.zeros(m, int)
+    assert bands[0] == 0
+    for q in range(count):
+        blocks = found.blocks[bands[q] : bands[q + 1]].tolist()
+        assert [slot for slot, *_ in blocks] == sorted(slot for slot, *_ in blocks)
+        for slot, r, first, last in blocks:
+            assert r == rank[slot] > 0
+            assert segments.seq_start[slot] <= first < last <= segments.seq_start[slot + 1]
+            assert last - first <= ROWS_PER_BLOCK
+            assert (segments.rows[first:last] // band == q).all()
+            done[first:last] += 1
+    np.testing.assert_array_equal(done, np.repeat(rank > 0, segments.lengths))
+
+
+def band_of(segments: sgmv.Segments, rank: int, k: int) -> int:
+    ranks = np.where(segments.adapter_ids == -1, 0, rank)
+    return int(rows_per_band(segments.seq_start, ranks, segments.rows, k, 2))
+
+
+def test_bands_have_few_rows_where_rows_share_their_adapters() -> None:
+    """Else each band would read all weights for a few rows of each segment."""
+    shared = sgmv.segment(np.tile(np.arange(4), (256, 1)))
+    drawn = sgmv.segment(np.arange(4 * 256).reshape(256, 4) % 17)
+    assert band_of(shared, 16, 4) == 256 // (2 * TASKS_PER_THREAD)
+    assert band_of(drawn, 16, 4) == ROWS_PER_BAND
+    assert band_of(shared, 300, 4) == ROWS_PER_BAND, "weights are read again for each band"
+    assert band_of(sgmv.segment(np.full((9, 2), -1)), 16, 2) == ROWS_PER_BAND
+
+
+def test_rows_that_do_not_ascend_are_one_band() -> None:
+    """Segments made by hand: a band would not find all its rows of a segment."""
+    its = sgmv.segment(np.tile(np.arange(2), (256, 1)))
+    pairs = its.pairs.reshape(2, 256)[:, ::-1].reshape(-1)
+    turned = sgmv.Segments(pairs // 2, its.seq_start, its.adapter_ids, pairs)
+    assert band_of(turned, 4, 2) == 512
+    memory = np.zeros(scratch_size(512) // 8 + 1, np.int64)
+    operands = turned.seq_start, np.arange(2), np.full(2, 4), np.empty(0, np.int64), turned.rows
+    assert blocks_in_bands(*operands, 512, 96, views(memory.ctypes.data, 512)) == 1
 
 
 def test_blocks_of_single_rows_fit_their_memory() -> None:

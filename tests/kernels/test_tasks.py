@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from random import Random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from sgmv.kernels.records import BLOCK, CALL, PANEL, RANK_UNIT, TABLE, TURN, on_cache_lines
+from sgmv.kernels.records import BLOCK, CALL, PANEL, RANK_UNIT, TABLE, on_cache_lines
 from sgmv.kernels.tasks import (
     NONE,
+    Part,
     Task,
     all_begun,
     apart,
     claim_expand,
     claim_shrink,
     finish_shrink,
-    leave_expand,
     leave_undone,
     no_task,
     shrink_is_done,
+    task_in_part,
 )
 
 BLOCKS = [(0, 19, 0, 4), (2, 8, 4, 10), (1, 33, 10, 11)]  # slot, r, first, last
@@ -39,17 +40,25 @@ class Call:
         self.call["table"], self.call["blocks"] = (
             array.ctypes.data for array in (self.table, self.blocks)
         )
-        self.call["block_count"] = len(BLOCKS)
+        self.call["block_count"] = self.call["band_count"] = len(BLOCKS)
         self.call["shrink"] = self.call["expand"] = 1  # addresses that nothing here enters
         self.call["shrink_cuts"] = self.call["expand_cuts"] = cuts
         self.call["threads"] = threads
         self.address = int(self.call.ctypes.data)
 
 
-def claim(call: Call, unit: int) -> Task:
-    if unit == RANK_UNIT:
-        return Task(*claim_shrink(call.address))
-    return Task(*claim_expand(call.address, no_task()))
+def parts(call: Call) -> Iterator[tuple[Part, list[Task]]]:
+    """All parts of expand that are left, and the tasks of each."""
+    while (part := Part(*claim_expand(call.address))).number != NONE:
+        blocks = range(part.first, part.last)
+        yield part, [Task(*task_in_part(call.address, part, block)) for block in blocks]
+
+
+def tasks_of(call: Call, unit: int) -> list[Task]:
+    """All tasks of shrink, or of expand."""
+    if unit == PANEL:
+        return [task for _, tasks in parts(call) for task in tasks]
+    return list(iter(lambda: Task(*claim_shrink(call.address)), Task(*no_task())))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -60,9 +69,7 @@ def test_tasks_are_every_part_of_every_block_once(
     unit: int, cuts: int, h_out: int, threads: int
 ) -> None:
     call = Call(cuts, h_out, threads)
-    tasks: list[Task] = []
-    while (task := claim(call, unit)).number != NONE:
-        tasks.append(task)
+    tasks = tasks_of(call, unit)
     assert [task.number for task in tasks] == list(range(cuts * len(BLOCKS)))
     for i, (slot, r, first, last) in enumerate(BLOCKS):
         extent = r if unit == RANK_UNIT else h_out
@@ -73,7 +80,7 @@ def test_tasks_are_every_part_of_every_block_once(
             assert task.high in (extent, task.high // unit * unit)
             done[task.low : task.high] += 1
         assert (done == 1).all()
-    assert claim(call, unit).number == NONE
+    assert tasks_of(call, unit) == []
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
@@ -89,41 +96,28 @@ def test_tasks_that_run_at_a_time_are_apart(threads: int) -> None:
 
 
 class Several(Call):
-    """A call of rows with several adapters: its blocks add to the same rows."""
+    """A call of rows with several adapters: blocks of a band add to the same rows."""
 
-    def __init__(self, cuts: int, threads: int) -> None:
-        super().__init__(cuts, threads=threads)
-        self.turns = np.zeros(cuts * TURN, np.int64)
-        self.call["turns"] = self.turns.ctypes.data
+    def __init__(self, cuts: int, bands: list[int]) -> None:
+        super().__init__(cuts)
+        self.bands = np.array(bands)
+        self.call["bands"], self.call["band_count"] = self.bands.ctypes.data, len(bands) - 1
 
 
-@settings(max_examples=200)
-@given(st.integers(1, 6), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_blocks_that_share_rows_are_done_in_order_by_one_thread_at_a_time(
-    cuts: int, threads: int, random: Random
-) -> None:
-    """Threads that come, go on, and leave in the midst of it, in any order."""
-    call = Several(cuts, threads)
-    at_work: dict[int, Task] = {}
-    done: list[tuple[int, int]] = []
-    for _ in range(10_000):
-        if all_begun(call.address) and not at_work:
-            break
-        thread = random.randrange(threads)
-        before = at_work.pop(thread, None)
-        if before is not None:
-            done.append((before.number % cuts, before.number // cuts))
-            if random.random() < 0.3:
-                leave_expand(call.address, before)
-                continue
-        task = Task(*claim_expand(call.address, no_task() if before is None else before))
-        if task.number != NONE:
-            held = {other.number % cuts for other in at_work.values()}
-            assert task.number % cuts not in held, "two threads on the same columns"
-            at_work[thread] = task
-    assert sorted(done) == [(cut, block) for cut in range(cuts) for block in range(len(BLOCKS))]
-    for cut in range(cuts):
-        assert [block for its, block in done if its == cut] == list(range(len(BLOCKS)))
+@given(st.integers(1, 6), st.lists(st.integers(0, len(BLOCKS)), max_size=4).map(sorted))
+def test_a_part_is_a_cut_of_all_blocks_of_a_band_in_their_order(cuts: int, ends: list[int]) -> None:
+    bands = [0, *ends, len(BLOCKS)]
+    call = Several(cuts, bands)
+    assert not all_begun(call.address)
+    found = []
+    for part, tasks in parts(call):
+        band, cut = divmod(part.number, cuts)
+        assert [task.number for task in tasks] == [
+            block * cuts + cut for block in range(bands[band], bands[band + 1])
+        ]
+        found.append((band, cut))
+    assert found == [(band, cut) for band in range(len(bands) - 1) for cut in range(cuts)]
+    assert all_begun(call.address)
 
 
 def test_v_is_whole_when_every_task_has_ended_and_not_before_all_have_begun() -> None:
@@ -136,19 +130,11 @@ def test_v_is_whole_when_every_task_has_ended_and_not_before_all_have_begun() ->
     assert not all_begun(call.address)  # expand has not
 
 
-def test_a_call_that_is_left_begins_no_block_of_a_cut_that_is_held() -> None:
-    call = Several(cuts=2, threads=2)
-    first = claim_expand(call.address, no_task())
-    leave_undone(call.address)
-    assert claim_expand(call.address, first)[0] == NONE
-    assert claim_expand(call.address, no_task())[0] == NONE
-
-
 def test_a_call_that_is_left_has_no_task_and_waits_for_none() -> None:
     call = Call(cuts=2)
     claim_shrink(call.address)
     leave_undone(call.address)
     assert claim_shrink(call.address)[0] == NONE
-    assert claim_expand(call.address, no_task())[0] == NONE
+    assert claim_expand(call.address)[0] == NONE
     assert shrink_is_done(call.address)
     assert all_begun(call.address)

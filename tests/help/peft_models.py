@@ -21,15 +21,15 @@ TOKENS = 3
 ALL_ROWS = 10_000
 
 
-def net(torch: Any) -> Any:
+def net(torch: Any, width: int = 20, inner: int = 33) -> Any:
     """Three linear layers, two of them side by side; widths that no tile divides."""
 
     class Net(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.gate = torch.nn.Linear(20, 33, bias=False)
-            self.up = torch.nn.Linear(20, 33)
-            self.down = torch.nn.Linear(33, 20)
+            self.gate = torch.nn.Linear(width, inner, bias=False)
+            self.up = torch.nn.Linear(width, inner)
+            self.down = torch.nn.Linear(inner, width)
 
         def forward(self, x: Any) -> Any:
             return x + self.down(self.gate(x) * self.up(x))

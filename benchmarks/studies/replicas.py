@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.clock import ATTEMPTS, Budget, Variant, alternate, quietly
-from benchmarks.record import Head, Times, commit_text
+from benchmarks.record import Head, Times
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table
 from sgmv.console import Parser
@@ -102,16 +102,6 @@ def tables(record: ReplicasRecord) -> list[Table]:
     head = ["us a request", "replicas", *(f"{size:,}" for size in sizes),
             "the most, s", "busy", "peak GB"]  # fmt: skip
     return [Table(head, lines, 1)]
-
-
-def page(record: ReplicasRecord, name: str) -> str:
-    """The table of docs/simulation.md, and where it comes from."""
-    head = (
-        f"{record.adapters:,} adapters, {record.rate:g} requests a second; {record.machine.cpu}, "
-        f"one thread, {record.date[:10]}, commit {commit_text(record)}; record: "
-        f"`benchmarks/records/{name}`."
-    )
-    return f"{head}\n\n{tables(record)[0].markdown()}"
 
 
 def arguments(parser: Parser) -> None:

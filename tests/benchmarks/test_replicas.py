@@ -39,11 +39,10 @@ def test_every_placement_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(case.busy_share is not None and 0 < case.busy_share <= 1 for case in cases)
     assert cases[0].us == pytest.approx(cases[0].times.q50 / 10)
     assert "us a request" in capsys.readouterr().out
-    text = replicas.page(record, "r.json")
-    [line] = [line for line in text.splitlines() if line.startswith("| ray ")]
+    [line] = [row for row in replicas.tables(record)[0].rows if row[0] == "ray"]
     figures = [f"{case.us:.2f}" for case in cases if case.placement == "ray"]
     # Columns of 10, 20, 30 (the baseline's), 60 and 90 requests.
-    assert line.split(" | ")[2:7] == [*figures[:2], "-", *figures[2:]]
+    assert line[2:7] == [*figures[:2], "-", *figures[2:]]
 
 
 def test_a_wrong_simulator_is_not_timed(

@@ -104,9 +104,10 @@ def show_for_arm(dtype: str, arm: str) -> None:
     from sgmv.dtypes import BITS
     from sgmv.kernels import tiles
 
-    like, integer, pair = numpy_support.from_dtype(BITS[dtype]), types.int64, tiles.PAIR
-    shrink = like, like, integer, pair, types.none, tiles.TRIPLE, pair, pair
-    expand = like, like, integer, pair, integer, integer, types.float32, types.none, pair
+    like, integer = numpy_support.from_dtype(BITS[dtype]), types.int64
+    pair, triple = tiles.PAIR, tiles.TRIPLE
+    shrink = like, like, integer, pair, types.none, triple, pair, pair
+    expand = like, like, integer, triple, integer, integer, types.float32, types.none, pair
     machine = target(arm)
     for name, intrinsic, operands in (
         ("tiles_shrink", tiles.shrink_tiles, shrink), ("tiles_expand", tiles.expand_tiles, expand),

@@ -24,7 +24,14 @@ from benchmarks.record import Head, Times
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table
 from sgmv.console import Parser
-from sgmv.serving import Trace, draw_trace, simulate, simulate_replicas
+from sgmv.serving import (
+    Outcome,
+    ReplicasOutcome,
+    Trace,
+    draw_trace,
+    simulate,
+    simulate_replicas,
+)
 from sgmv.serving.replicas import RULES
 
 REPLICAS, SLOTS, ADAPTERS, RATE = 64, 16, 100_000, 700.0
@@ -69,10 +76,10 @@ def check(trace: Trace) -> None:
 
 
 def measure(
-    placement: str, replicas: int, requests: int, call: Callable[[], Any], share: bool = True
+    placement: str, replicas: int, requests: int, call: Callable[[], Outcome]
 ) -> ReplicasCase:
     """Time it: three rounds, again while other programs run; where that takes long, once."""
-    outcomes: list[Any] = []
+    outcomes: list[Outcome] = []
 
     def run() -> None:
         outcomes[:] = [call()]
@@ -82,7 +89,8 @@ def measure(
     turns = partial(alternate, [Variant(placement, run, settles=False)], budget)
     times, foreign = quietly(turns, attempts=1 if long else ATTEMPTS)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    busy = outcomes[0].busy_share if share else None
+    [outcome] = outcomes
+    busy = outcome.busy_share if isinstance(outcome, ReplicasOutcome) else None
     return ReplicasCase(placement, replicas, requests, busy, times[placement], peak, foreign)
 
 
@@ -113,7 +121,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Check, then time each trace by each placement."""
     alone = draw_trace(BASELINE, ADAPTERS, BASELINE_RATE)
     check(alone)
-    cases = [measure("simulate", 1, BASELINE, partial(simulate, alone, SLOTS), share=False)]
+    cases = [measure("simulate", 1, BASELINE, partial(simulate, alone, SLOTS))]
     for requests in (*SIZES, *([FULL] if args.full else ())):
         trace = draw_trace(requests, ADAPTERS, RATE)
         for placement in RULES:

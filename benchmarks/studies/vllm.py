@@ -36,7 +36,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.engine import PRODUCTS, TINY, Engine, Llama, serve, write_adapter
-from benchmarks.record import Head, is_quiet, significant, source
+from benchmarks.record import Head, is_quiet, noisy, significant, source
 from benchmarks.study import Red, Study
 from benchmarks.text import Console, Table
 from sgmv.console import Parser, at_least
@@ -275,8 +275,7 @@ def undisturbed_cases(record: VllmRecord) -> VllmRecord:
     kept = [case for case in record.cases if is_quiet(case.foreign_cores)]
     left = [
         f"{case.model}, {case.step}, rank {case.rank}, {case.adapters} adapters"
-        for case in record.cases
-        if case not in kept
+        for case in noisy(record.cases)
     ]
     return msgspec.structs.replace(record, cases=kept, disturbed=left)
 

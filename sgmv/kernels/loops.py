@@ -192,6 +192,7 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
             for block in range(part.first, part.last):
                 task = task_in_part(address, part, block)
                 scaling = type(v_like)(vector(table.scalings + 8 * task.slot, 1, FLOAT64)[0])
+                gains = gain_addresses(table, task.slot)
                 for c in range(task.low, task.high, columns):
                     width = min(columns, task.high - c)
                     wb = panel_at(table, task.slot, task.r, c, width, room, w_like)
@@ -199,7 +200,6 @@ def expand_kernel(v_like: Any, w_like: Any, y_like: Any) -> int:
                     for p in range(task.first, task.last, 4):
                         count = min(4, task.last - p)
                         multiply(sums, call, p, count, wb, v_like)
-                        gains = gain_addresses(table, task.slot)
                         add_to_y(sums[:count], call, p, c, scaling, gains, none, y_like, gain_like)
 
     return entry(loops_expand)

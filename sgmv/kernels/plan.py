@@ -183,15 +183,15 @@ def rows_per_band(seq_start: Any, rank: Any, rows: Any, k: int, threads: int) ->
     But each band reads the weights of its segments. So few rows pay where most of them are in most
     segments, and the weights read again are less than the rows that are not.
     """
-    pairs = adapted = segments = ranks = 0
+    pairs = seq_start[rank.shape[0]]
+    adapted = segments = ranks = 0
     for s in range(rank.shape[0]):
         for p in range(seq_start[s] + 1, seq_start[s + 1]):
             if rows[p] < rows[p - 1]:  # Segments made by hand: all rows are one band
-                return seq_start[rank.shape[0]]
-        m = seq_start[s + 1] - seq_start[s]
-        pairs += m
+                return pairs
         if rank[s] > 0:
-            adapted, segments, ranks = adapted + m, segments + 1, ranks + rank[s]
+            adapted += seq_start[s + 1] - seq_start[s]
+            segments, ranks = segments + 1, ranks + rank[s]
     n = pairs // k
     few = rows_per_block(n, threads)
     again = (-(-n // few) - 1) * ranks

@@ -309,5 +309,5 @@ def expand_tiles(typingctx, w_like, y_like, call, some_rows, wb, r, scaling, gai
         return context.get_dummy_value()
 
     integer = types.int64
-    operands = integer, types.UniTuple(integer, 3), integer, integer, types.float32, gains, PAIR
+    operands = integer, TRIPLE, integer, integer, types.float32, gains, PAIR
     return types.void(w_like, y_like, *operands), codegen

@@ -106,8 +106,9 @@ def show_for_arm(dtype: str, arm: str) -> None:
 
     like, integer = numpy_support.from_dtype(BITS[dtype]), types.int64
     pair, triple = tiles.PAIR, tiles.TRIPLE
-    shrink = like, like, integer, pair, types.none, triple, pair, pair
-    expand = like, like, integer, triple, integer, integer, types.float32, types.none, pair
+    none = types.none
+    shrink = like, like, integer, pair, none, triple, none, pair, pair
+    expand = like, like, integer, triple, integer, integer, types.float32, none, pair
     machine = target(arm)
     for name, intrinsic, operands in (
         ("tiles_shrink", tiles.shrink_tiles, shrink), ("tiles_expand", tiles.expand_tiles, expand),

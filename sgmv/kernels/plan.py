@@ -31,6 +31,7 @@ NO_SLOT = -1
 UNKNOWN = -2
 
 ROWS_PER_BLOCK = 96  # 96 rows of one K block are 384 KiB of float32 x: they stay in L2
+ROWS_PER_WIDE_BLOCK = 384  # of more than RANKS_IN_L2 ranks, whose weights come from memory
 FEWEST_ROWS_PER_BLOCK = 12  # fewer rows would read the weights once more for too little work
 # What a core does per nanosecond, roughly: multiply-adds, and weights read.
 PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
@@ -134,12 +135,18 @@ def adds_nothing(slot: int, rank: int, gains: Any) -> Any:
 
 
 @jit()
-def rows_per_block(rows: int, threads: int) -> int:
-    """The most rows that a block has: where rows are few, smaller blocks keep all threads busy."""
+def most_rows(rank: int) -> Any:
+    """The most rows of a block of this rank."""
+    return ROWS_PER_BLOCK if rank <= RANKS_IN_L2 else ROWS_PER_WIDE_BLOCK
+
+
+@jit()
+def rows_per_block(rows: int, rank: int, threads: int) -> Any:
+    """The rows that a block should have: where rows are few, smaller ones keep all threads busy."""
     if threads == 1:
-        return ROWS_PER_BLOCK
-    wanted = -(-rows // (threads * TASKS_PER_THREAD))
-    return min(ROWS_PER_BLOCK, max(FEWEST_ROWS_PER_BLOCK, wanted))
+        return most_rows(rank)
+    wanted = -(-rows * max(1, -(-rank // RANKS_IN_L2)) // (threads * TASKS_PER_THREAD))
+    return min(most_rows(rank), max(FEWEST_ROWS_PER_BLOCK, wanted))
 
 
 @jit()
@@ -153,12 +160,13 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, gains: Any, threads: int, b
     for s in range(slot.shape[0]):
         if not adds_nothing(slot[s], rank[s], gains):
             rows += seq_start[s + 1] - seq_start[s]
-    most = rows_per_block(rows, threads)
-    count = 0
+    count, most = 0, rows_per_block(rows, 0, threads)
     for s in range(slot.shape[0]):
         if not adds_nothing(slot[s], rank[s], gains):
             some = seq_start[s], seq_start[s + 1]
-            count = cut_segment(some, most, slot[s], rank[s], blocks, count)
+            wide = rank[s] > RANKS_IN_L2
+            these = rows_per_block(rows, rank[s], threads) if wide else most
+            count = cut_segment(some, these, slot[s], rank[s], blocks, count)
     return count
 
 
@@ -166,7 +174,7 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, gains: Any, threads: int, b
 def cut_segment(some: Any, most: int, slot: int, rank: int, blocks: Any, count: int) -> int:
     """Add the blocks of positions some[0]:some[1]; returns how many there are then."""
     start, m = some[0], some[1] - some[0]
-    pieces = max(m // most, -(-m // ROWS_PER_BLOCK))
+    pieces = min(m, 1) if m <= most else max(m // most, -(-m // most_rows(rank)))
     for i in range(pieces):
         block = blocks[count]
         block.slot, block.r = slot, rank
@@ -193,7 +201,7 @@ def rows_per_band(seq_start: Any, rank: Any, rows: Any, k: int, threads: int) ->
             adapted += seq_start[s + 1] - seq_start[s]
             segments, ranks = segments + 1, ranks + rank[s]
     n = pairs // k
-    few = rows_per_block(n, threads)
+    few = rows_per_block(n, 0, threads)
     again = (-(-n // few) - 1) * ranks
     return few if segments * n <= 2 * adapted and again <= adapted - n else ROWS_PER_BAND
 
@@ -360,7 +368,7 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
         return True
     call.bands = address_of(found.bands)
     band = rows_per_band(seq_start, rank, rows, k, call.threads)
-    most = rows_per_block(seq_start[count], call.threads)
+    most = rows_per_block(seq_start[count], 0, call.threads)
     call.band_count = blocks_in_bands(seq_start, slot, rank, gains, rows, band, most, found)
     call.block_count = found.bands[call.band_count]
     return True

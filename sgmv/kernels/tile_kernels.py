@@ -3,8 +3,10 @@
     shrink   a K block at a time: six rows of x stay in L1 for all of the task's ranks
     expand   as many panels of wb as stay in L2 while all of the task's rows pass over them
 
-Many rows meet each weight many times: weights of 16 bits are widened once for all of them, and so
-are six rows of x for many ranks (widened.py). The bits are the same.
+Many rows meet each weight many times. Of 16 bits, weights are widened once for all of them, and so
+are six rows of x for many ranks (widened.py). Of weights as wide as a layer, those of an expert,
+rows of a task lie as far apart as a row is long, often a power of two, and crowd the same few sets
+of L2: the first six rows of x that meet them copy them side by side. The bits are the same.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from sgmv.kernels.cpu import HALVES_BFLOAT16, SUMS_BFLOAT16
 from sgmv.kernels.jit import entry, jit, record, records, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
+from sgmv.kernels.plan import RANKS_IN_L2
 from sgmv.kernels.records import BLOCK, CALL, FLOAT64, PANEL, TABLE
 from sgmv.kernels.tasks import (
     NONE,
@@ -33,15 +36,15 @@ from sgmv.kernels.widened import (
     STEP,
     room_of,
     start_of,
-    widen_ranks,
     widen_rows,
     widened_panels,
 )
 
 PAIRS_BLOCK = 2 * K_BLOCK  # where a lane takes two k at a time: as many bytes, and steps
 L2_BYTES = 256 << 10  # of packed wb, that stay in L2 while all rows of a task pass over them
-# A task of more rows, and of this number of ranks, is worth widening for: see docs/kernels.md.
-FEW_ROWS = 30
+# A task of more rows, and of this number of ranks, is worth widening for, one of many rows and of
+# weights as wide as a layer worth packing: see docs/kernels.md.
+FEW_ROWS, MANY_ROWS = 30, 48
 MANY_RANKS = 16
 
 
@@ -72,47 +75,76 @@ def shrink_task(x_like, w_like, address, task, block):
                 after = w + (j + task.low) * row + (k + width) * size_of(w_like)
                 if k + width == table.h_in:
                     after = next_wa(address, task) + task.low * row
-                w_at = w, row, after
+                w_at, some_k = (w, row, after), (k, width)
                 ranks = j + task.low, j + task.high
-                shrink_tiles(x_like, w_like, address, (p, count), None, w_at, ranks, (k, width))
+                shrink_tiles(x_like, w_like, address, (p, count), None, w_at, None, ranks, some_k)
             p += count
 
 
 @jit()
-def shrink_widened(x_like, w_like, address, task, room):
-    """The same over x and wa as float32, a K block of them at a time in this room."""
-    float32 = np.float32(0)
+def shrink_packed(x_like, w_like, packed_like, widened_x, address, task, room, block):
+    """The same of many rows: the first six leave the weights of a K block side by side in the room.
+
+    packed_like  what they are there: float32, or as they are stored
+    widened_x    None, and rows of x are read where they are; or float32: they go into the room, too
+    """
     table = record(TABLE, record(CALL, address).table)
-    row = table.h_in * size_of(w_like)
-    ranks = task.high - task.low
     groups = -(-(task.last - task.first) // MOST_ROWS)
-    wa = start_of(room)
-    x = wa + table.slices * ranks * ROW
-    for k in range(0, table.h_in, K_BLOCK):
-        width = min(K_BLOCK, table.h_in - k)
-        for s in range(table.slices):
-            source = item(table.wa, task.slot * table.slices + s) + task.low * row
-            source += k * size_of(w_like)
-            widen_ranks(x_like, w_like, source, row, ranks, width, wa + s * ranks * ROW)
+    packed = start_of(room)
+    x = packed + table.slices * (task.high - task.low) * ROW
+    for k in range(0, table.h_in, block):
+        width = min(block, table.h_in - k)
         p = task.first
         for g in range(groups):
             count = (task.last - p) // (groups - g)
-            some_k = k, widen_rows(x_like, w_like, address, p, count, k, width, x)
-            for s in range(table.slices):
-                low = s * task.r + task.low
-                w_at = wa + (s * ranks - low) * ROW - 4 * k, ROW, wa
-                some_ranks, x_at = (low, low + ranks), (x - 4 * k, ROW)
-                shrink_tiles(float32, float32, address, (p, count), x_at, w_at, some_ranks, some_k)
+            if g == 0:
+                pack_ranks(x_like, w_like, address, task, count, packed, (k, width))
+            elif widened_x is None:
+                operands = address, task, (p, count), None, packed, (k, width)
+                packed_ranks(x_like, packed_like, *operands)
+            else:
+                written = widen_rows(x_like, w_like, address, p, count, k, width, x)
+                operands = address, task, (p, count), (x - 4 * k, ROW), packed, (k, written)
+                packed_ranks(widened_x, packed_like, *operands)
             p += count
+
+
+@jit()
+def pack_ranks(x_like, w_like, address, task, count, packed, some_k):
+    """The task's first rows of x by its weights where they are stored, which are copied as well."""
+    table = record(TABLE, record(CALL, address).table)
+    row = table.h_in * size_of(w_like)
+    some_rows = task.first, count
+    for s in range(table.slices):
+        before = s * task.r  # in v; wa and its copy are passed as if their ranks began there
+        low, high = before + task.low, before + task.high
+        w = item(table.wa, task.slot * table.slices + s) - before * row
+        copy_at = packed + (s * (high - low) - low) * ROW, ROW
+        w_at = w, row, w
+        shrink_tiles(x_like, w_like, address, some_rows, None, w_at, copy_at, (low, high), some_k)
+
+
+@jit()
+def packed_ranks(x_like, packed_like, address, task, some_rows, x_at, packed, some_k):
+    """Rows of x, or those at x_at, by the weights that `pack_ranks` has left."""
+    slices = record(TABLE, record(CALL, address).table).slices
+    for s in range(slices):
+        low, high = s * task.r + task.low, s * task.r + task.high
+        w = packed + (s * (high - low) - low) * ROW - some_k[0] * size_of(packed_like)
+        w_at = w, ROW, w
+        shrink_tiles(x_like, packed_like, address, some_rows, x_at, w_at, None, (low, high), some_k)
 
 
 def shrink_kernel(x_like: Any, w_like: Any) -> int:
     """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block."""
-    in_pairs = SUMS_BFLOAT16 and x_like.dtype == w_like.dtype == np.int16
+    both_bfloat16 = x_like.dtype == w_like.dtype == np.int16
+    in_pairs = SUMS_BFLOAT16 and both_bfloat16
     block = PAIRS_BLOCK if in_pairs else K_BLOCK
+    packed_like = w_like if in_pairs else np.float32(0)
+    widened_x = packed_like if x_like.itemsize == 2 and not in_pairs else None
     widens = not in_pairs and min(x_like.itemsize, w_like.itemsize) == 2
-    in_halves = HALVES_BFLOAT16 and x_like.dtype == w_like.dtype == np.int16
-    ranks = 2 * MANY_RANKS if in_halves else MANY_RANKS  # halves are widened at half the cost
+    # Halves are widened at half the cost.
+    many_ranks = 2 * MANY_RANKS if HALVES_BFLOAT16 and both_bfloat16 else MANY_RANKS
 
     def tiles_shrink(address, limit):
         slices = record(TABLE, record(CALL, address).table).slices
@@ -121,10 +153,11 @@ def shrink_kernel(x_like: Any, w_like: Any) -> int:
             task = claim_shrink(address)
             if task.number == NONE:
                 return
-            if widens and task.last - task.first > FEW_ROWS and task.high - task.low >= ranks:
-                rows = slices * (task.high - task.low) + MOST_ROWS
-                room = room_of(room, rows * ROW // 4)
-                shrink_widened(x_like, w_like, address, task, room)
+            rows, ranks = task.last - task.first, task.high - task.low
+            widening_pays = widens and rows > FEW_ROWS and ranks >= many_ranks
+            if widening_pays or (rows > MANY_ROWS and task.r > RANKS_IN_L2):
+                room = room_of(room, (slices * ranks + MOST_ROWS) * ROW // 4)
+                shrink_packed(x_like, w_like, packed_like, widened_x, address, task, room, block)
             else:
                 shrink_task(x_like, w_like, address, task, block)
             finish_shrink(address, task, np.float32(0))

@@ -70,17 +70,25 @@ W_AHEAD = 512  # and wa, where that is worth while
 PAIR, TRIPLE = (types.UniTuple(types.int64, count) for count in (2, 3))
 
 
-def _shrink_tile(e, x_rows, w_at, ranks, width, targets, fresh, x_like, w_like):
-    """targets[m][:ranks] (+)= x_rows[m][:width] @ w[:ranks, :width].T: the drawing above."""
+def _shrink_tile(e, x_rows, w_at, copies, ranks, width, targets, fresh, x_like, w_like):
+    """targets[m][:ranks] (+)= x_rows[m][:width] @ w[:ranks, :width].T: the drawing above.
+
+    copies  (address, bytes from rank to rank) where the vectors of w go that are multiplied; or
+            None
+    """
     mr, nr = len(x_rows), RANKS[len(x_rows)]
     w, w_stride, after = w_at
     # Past the last rank the last one is read again, and its sum is dropped.
     last = e.add(ranks, -1)
-    steps = [e.multiply(w_stride, e.at_most(q, last)) for q in range(nr)]
+    places = [e.at_most(q, last) for q in range(nr)]
+    steps = [e.multiply(w_stride, place) for place in places]
     w_rows = [e.add(w, step) for step in steps]
+    if copies:
+        copies = [e.add(copies[0], e.multiply(copies[1], place)) for place in places]
 
     products = e.products(x_like, w_like)
     per_vector = products.step
+    copied_size = len(products.parts) * LANES * 4 // per_vector  # of a k, in bytes
     # Parts of one read, where all of x's find registers beside the sums; or a read for each part.
     fits = mr * (nr + len(products.parts)) <= REGISTERS - 6
     turns = [products.parts] if fits else [[part] for part in products.parts]
@@ -95,6 +103,10 @@ def _shrink_tile(e, x_rows, w_at, ranks, width, targets, fresh, x_like, w_like):
                 for line in range(0, per_vector * size(w_like) if ahead else 0, 64):
                     e.prefetch(e.add(ahead[q], kw, line))
                 for i, weight in enumerate(products.read(place, w_like, mask, parts)):
+                    if copies:  # of a masked part with zeros behind it
+                        vector = products.parts.index(parts[i]) * LANES * 4
+                        there = e.add(copies[q], e.multiply(k, copied_size), vector)
+                        e.store_as(weight, there, 4)
                     for m in range(mr):
                         sum_ = sums[m * nr + q]
                         sums[m * nr + q] = products.multiply(values[m][i], weight, sum_)
@@ -129,7 +141,9 @@ def _shrink_tile(e, x_rows, w_at, ranks, width, targets, fresh, x_like, w_like):
 
 
 @intrinsic
-def shrink_tiles(typingctx, x_like, w_like, call, some_rows, x_at, w_at, some_ranks, some_k):
+def shrink_tiles(
+    typingctx, x_like, w_like, call, some_rows, x_at, w_at, copy_at, some_ranks, some_k
+):
     """v[p:p + count, low:high] (+)= x[rows[p:p + count], k:k + width] @ wa[low:high, k:].T.
 
     Semantics: k = 0 overwrites v, any other adds to it. 1 <= count <= MOST_ROWS.
@@ -137,6 +151,8 @@ def shrink_tiles(typingctx, x_like, w_like, call, some_rows, x_at, w_at, some_ra
     x_at  None; or (address, bytes from row to row) of these rows of x, one after the other
     w_at  (address, bytes from rank to rank) of the adapter's wa (r, h_in); and where the next call
           will begin to read, as far as is known
+    copy_at  None; or (address, bytes from rank to rank), where the vectors of wa go that are
+             multiplied, in their order
     some_rows  (p, count);  some_ranks  (low, high);  some_k  (k, width)
     """
 
@@ -144,7 +160,8 @@ def shrink_tiles(typingctx, x_like, w_like, call, some_rows, x_at, w_at, some_ra
         e = Emit(builder)
         call = args[2]
         (p, count), (wa, w_stride, following) = e.numbers(args[3]), e.numbers(args[5])
-        (low, high), (k, width) = e.numbers(args[6]), e.numbers(args[7])
+        (low, high), (k, width) = e.numbers(args[7]), e.numbers(args[8])
+        copied = None if copy_at == types.none else e.numbers(args[6])
         v, v_stride, rows = e.fields(CALL, call, "v", "v_stride", "x_rows")
         in_order = x_at != types.none
         x, x_stride = e.numbers(args[4]) if in_order else e.fields(CALL, call, "x", "x_stride")
@@ -168,15 +185,17 @@ def shrink_tiles(typingctx, x_like, w_like, call, some_rows, x_at, w_at, some_ra
                 is_last = builder.icmp_signed("<=", ranks, ir.Constant(INT64, nr))
                 after = builder.select(is_last, following, e.add(w_j, e.multiply(w_stride, nr)))
                 w_at = w_j, w_stride, after
-                _shrink_tile(e, x_rows, w_at, ranks, width, targets, fresh, x_like, w_like)
+                copies = copied and (e.add(copied[0], e.multiply(copied[1], j)), copied[1])
+                _shrink_tile(e, x_rows, w_at, copies, ranks, width, targets, fresh, x_like, w_like)
                 return nothing
 
             e.loop(low, high, RANKS[mr], [], tile)
 
-        e.switch(count, range(1, MOST_ROWS + 1), all_ranks)
+        fewest = MOST_ROWS - 1 if in_order or copied else 1  # these are for tasks of FEW_ROWS
+        e.switch(count, range(max(fewest, 1), MOST_ROWS + 1), all_ranks)
         return context.get_dummy_value()
 
-    operands = types.int64, PAIR, x_at, TRIPLE, PAIR, PAIR
+    operands = types.int64, PAIR, x_at, TRIPLE, copy_at, PAIR, PAIR
     return types.void(x_like, w_like, *operands), codegen
 
 

@@ -75,13 +75,6 @@ def start_of(room):
 
 
 @jit()
-def widen_ranks(x_like, w_like, wa, row, ranks, width, target):
-    """`ranks` rows of wa, `row` bytes apart, and `width` k of each."""
-    for j in range(ranks):
-        widen(x_like, w_like, w_like, wa + j * row, width, target + j * ROW)
-
-
-@jit()
 def widen_rows(x_like, w_like, address, p, count, k, width, target):
     """k:k + width of the rows of x at sorted positions p:p + count; returns the width written."""
     written = width

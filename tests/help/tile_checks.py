@@ -24,7 +24,7 @@ from sgmv import backend, launch, table
 from sgmv.checks import check_matrix
 from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.errors import SgmvError
-from sgmv.kernels import emit, tile_kernels
+from sgmv.kernels import emit, plan, tile_kernels
 from sgmv.kernels.records import PANEL
 from tests.help import acceptance
 from tests.help.acceptance import backends, backends_of, check, check_case, stack_of
@@ -287,15 +287,18 @@ def round_to(values: np.ndarray, name: str) -> np.ndarray:
     return np.where(np.abs(rounded) > largest, np.copysign(np.inf, rounded), rounded)
 
 
-def check_widened(x: str, weights: str) -> None:
+def check_many_rows(x: str, weights: str, wide: bool = False) -> None:
     """A task of many rows and ranks, on one thread: each row has the bits that it has alone.
 
     Of 33 ranks and 2,100 columns the last do not stay in L2 with the first, and follow them.
+    wide: more ranks than stay in L2, as an expert has; 2,100 k, whose last block ends in a vector.
     """
-    many, rank = tile_kernels.FEW_ROWS + 2, 2 * tile_kernels.MANY_RANKS + 1
+    many, rank, h_in = tile_kernels.FEW_ROWS + 2, 2 * tile_kernels.MANY_RANKS + 1, 1100
+    if wide:
+        many, rank, h_in = tile_kernels.MANY_ROWS + 2, plan.RANKS_IN_L2 + rank, 2100
     ids, ranks = [0] * many + [1] * 5, {0: rank, 1: 3}
     case = real(
-        f"widened {x}, {weights}", "another order", ids, ranks, 1100, 2100,
+        f"many rows {x}, {weights}", "another order", ids, ranks, h_in, 2100,
         dtype=TYPES[x], weight_dtype=TYPES[weights],
     )  # fmt: skip
     stack, ids = stack_of(case), case.adapter_ids

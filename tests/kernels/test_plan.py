@@ -22,6 +22,7 @@ from sgmv.kernels.plan import (
     cuts,
     find,
     most_blocks,
+    most_rows,
     row_blocks,
     rows_per_band,
     scratch_size,
@@ -61,7 +62,7 @@ def test_blocks_hold_every_row_of_a_rank_once(
         s = slot - 10
         assert r == segments[s][1] > 0
         assert seq_start[s] <= first < last <= seq_start[s + 1]
-        assert last - first <= ROWS_PER_BLOCK
+        assert last - first <= most_rows(r)
         done[first:last] += 1
     np.testing.assert_array_equal(done, [int(r > 0) for m, r in segments for _ in range(m)])
 
@@ -161,6 +162,13 @@ def test_many_rows_need_no_cuts(threads: int) -> None:
     blocks = blocks_of([(1000, 64), (500, 8)], threads)
     assert len(blocks) >= threads * TASKS_PER_THREAD
     assert cuts(len(blocks), 64, threads) == 1
+
+
+def test_wide_weights_are_read_for_many_rows_at_a_time() -> None:
+    """They are cut along ranks anyway, so that threads need no small blocks."""
+    for threads in (1, 2):
+        assert [b[3] - b[2] for b in blocks_of([(384, 1024)], threads).tolist()] == [384]
+    assert len(blocks_of([(384, 64)], 1)) == 4
 
 
 def test_one_thread_gets_whole_segments() -> None:

@@ -331,15 +331,23 @@ FAULTS = {
     ),
     "many rows take what is widened in another order": (
         Fault("kernels.widened", "part * LANES * 4", "(1 - part) * LANES * 4"),
-        "check_widened('float16', 'float16')",
+        "check_many_rows('float16', 'float16')",
     ),
     "the rows of x that are widened are others": (
         Fault("kernels.widened", "rows[p + m]", "rows[m]"),
-        "check_widened('float16', 'float16')",
+        "check_many_rows('float16', 'float16')",
+    ),
+    "the weights of the next rank are copied": (
+        Fault("kernels.tiles", "e.multiply(copies[1], place)", "e.multiply(copies[1], last)"),
+        "check_many_rows('float32', 'float32', wide=True)",
+    ),
+    "the last weights of a K block are not copied": (
+        Fault("kernels.tiles", "if copies:  # of", "if copies and mask is None:  # of"),
+        "check_many_rows('float32', 'float32', wide=True)",
     ),
     "panels that are widened are others": (
         Fault("kernels.tile_kernels", " + c * task.r * size_of(w_like)", ""),
-        "check_widened('float16', 'float16')",
+        "check_many_rows('float16', 'float16')",
     ),
 }
 

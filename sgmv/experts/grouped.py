@@ -15,6 +15,8 @@ from sgmv.products import shrink as products
 from sgmv.segment import Segments, of_pairs, segment
 from sgmv.tensors import as_array
 
+ROWS_PLACED = 128  # at a time: what is rounded is in a cache when it is put in its place
+
 
 def grouped_matmul(
     x: Array,
@@ -46,19 +48,25 @@ def grouped_matmul(
     array([[2., 4.],
            [0., 0.]], dtype=float32)
     """
-    out, pairs = products_of(x, "W", W, expert_ids)
-    if weights is not None:
-        out = combined(out, pairs, weights)
-    elif not names_several(expert_ids):
-        out = out[:, 0]
+    if weights is None:
+        out, _ = products_of(x, "W", W, expert_ids, rounded=True)
+        return out if names_several(expert_ids) else out[:, 0]
+    out = combined(*products_of(x, "W", W, expert_ids), weights)
     with np.errstate(over="ignore"):
         return out.astype(promote(x.dtype, as_array("W", W).dtype), copy=False)
 
 
 def products_of(
-    x: Array, argument: str, W: Any, expert_ids: Segments | npt.ArrayLike
+    x: Array,
+    argument: str,
+    W: Any,
+    expert_ids: Segments | npt.ArrayLike,
+    rounded: bool = False,
 ) -> tuple[Array, Segments]:
-    """(n, k, h_out), each pair's product in the type of the sums; and the ids' segments."""
+    """(n, k, h_out), each pair's product in the type of the sums; and the ids' segments.
+
+    rounded  to the smallest type that holds x and W
+    """
     stack = stack_of(argument, W)
     pairs, batch, flat = pairs_of(x, expert_ids)
     check_stacks(pairs, [stack])
@@ -68,8 +76,11 @@ def products_of(
             f"pass this layer's {argument}",
         )  # fmt: skip
     v = products(flat, (stack.weights,), batch, sum_dtype(flat.dtype, stack.weights.dtype))
-    out = np.empty_like(v)
-    out[pairs.pairs] = v
+    out = np.empty_like(v, promote(flat.dtype, stack.weights.dtype) if rounded else None)
+    with np.errstate(over="ignore"):
+        for p in range(0, len(v), ROWS_PLACED):
+            some = slice(p, p + ROWS_PLACED)
+            out[pairs.pairs[some]] = v[some]
     return out.reshape(pairs.n, pairs.k, v.shape[1]), pairs
 
 

@@ -128,6 +128,12 @@ def _shrink_tile(e, x_rows, w_at, copies, ranks, width, targets, fresh, x_like, 
         sums = e.loop(zero, whole, per_vector, sums, step)
     sums = e.loop(whole, width, per_vector, sums, masked_step)
 
+    _add_totals(e, sums, targets, ranks, fresh)
+
+
+def _add_totals(e, sums, targets, ranks, fresh):
+    """targets[m][:ranks] (+)= the lanes of the row's sums added up."""
+    mr, nr = len(targets), len(sums) // len(targets)
     row = ir.VectorType(F32, nr)
     present = e.below(ranks, nr)
     together = max(1, LANES // nr)

@@ -91,3 +91,7 @@ HALVES_BFLOAT16 = VECTOR_BITS == 512 and not SUMS_BFLOAT16
 # fast with it within the L3 of an Emerald Rapids, 1.02 to 1.06 beyond; programs in C 1.2 times on a
 # Sapphire Rapids. An EPYC Zen 4 took 1.03 times as long (docs/kernels.md).
 ASKS_AHEAD = INTEL
+# Whether a task of many rows widens 16-bit floats once, and not in each tile that reads them. On an
+# Emerald Rapids it is 1.1 to 1.6 times as fast. A Zen 4 took 1.0 to 1.3 times as long: it widens
+# beside its fused multiply-adds, which take half a vector at a time (docs/kernels.md).
+WIDENS = INTEL

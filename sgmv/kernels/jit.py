@@ -39,6 +39,7 @@ from sgmv.kernels.cpu import (
     JITTED,
     SUMS_BFLOAT16,
     VECTOR_BITS,
+    WIDENS,
 )
 from sgmv.kernels.disk import KernelCache, logger
 
@@ -50,7 +51,10 @@ ANY_ORDER = frozenset({"contract", "reassoc"})
 
 
 # What compiled code depends on beside its sources and what numba knows of the CPU.
-CHOICES = VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, HALVES_BFLOAT16, ASKS_AHEAD
+CHOICES = (
+    *(VECTOR_BITS, FUSES, CONVERTS_FLOAT16, SUMS_BFLOAT16, HALVES_BFLOAT16),
+    *(ASKS_AHEAD, WIDENS),
+)
 
 
 def digest_of(folder: Path) -> str:

@@ -3,10 +3,10 @@
     shrink   a K block at a time: six rows of x stay in L1 for all of the task's ranks
     expand   as many panels of wb as stay in L2 while all of the task's rows pass over them
 
-Many rows meet each weight many times. Of 16 bits, weights are widened once for all of them, and so
-are six rows of x for many ranks (widened.py). Of weights as wide as a layer, those of an expert,
-rows of a task lie as far apart as a row is long, often a power of two, and crowd the same few sets
-of L2: the first six rows of x that meet them copy them side by side. The bits are the same.
+Many rows meet each weight many times. Where it pays, weights of 16 bits are widened once for all of
+them, and so are six rows of x for many ranks (widened.py). Weights as wide as a layer, those of an
+expert, have rows as far apart as a row is long, often a power of two, so that they crowd the same
+sets of L2: the first six rows of x that meet them copy them side by side. The bits are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sgmv.kernels.cpu import HALVES_BFLOAT16, SUMS_BFLOAT16
+from sgmv.kernels.cpu import HALVES_BFLOAT16, SUMS_BFLOAT16, WIDENS
 from sgmv.kernels.jit import entry, jit, record, records, size_of, vector
 from sgmv.kernels.panels import panels, plain_rank, scratch
 from sgmv.kernels.plan import RANKS_IN_L2
@@ -138,13 +138,13 @@ def packed_ranks(x_like, packed_like, address, task, some_rows, x_at, packed, so
 def shrink_kernel(x_like: Any, w_like: Any) -> int:
     """The kernel v = x @ wa.T: up to `limit` tasks of the call at an address, block by block."""
     both_bfloat16 = x_like.dtype == w_like.dtype == np.int16
-    in_pairs = SUMS_BFLOAT16 and both_bfloat16
+    in_pairs, in_halves = SUMS_BFLOAT16 and both_bfloat16, HALVES_BFLOAT16 and both_bfloat16
     block = PAIRS_BLOCK if in_pairs else K_BLOCK
     packed_like = w_like if in_pairs else np.float32(0)
-    widened_x = packed_like if x_like.itemsize == 2 and not in_pairs else None
-    widens = not in_pairs and min(x_like.itemsize, w_like.itemsize) == 2
-    # Halves are widened at half the cost.
-    many_ranks = 2 * MANY_RANKS if HALVES_BFLOAT16 and both_bfloat16 else MANY_RANKS
+    widens = WIDENS and not in_pairs and min(x_like.itemsize, w_like.itemsize) == 2
+    many_ranks = 2 * MANY_RANKS if in_halves else MANY_RANKS  # halves are widened at half the cost
+    # Rows of x have to be in the order of the weights in the room.
+    widened_x = packed_like if x_like.itemsize == 2 and (widens or in_halves) else None
 
     def tiles_shrink(address, limit):
         slices = record(TABLE, record(CALL, address).table).slices
@@ -214,7 +214,7 @@ def expand_task(w_like, y_like, address, task, room, scaling):
 
 def expand_kernel(w_like: Any, y_like: Any) -> int:
     """The kernel y += scaling * v @ wb: up to `limit` tasks of the call, row block by row block."""
-    widens = w_like.itemsize == 2
+    widens = WIDENS and w_like.itemsize == 2
 
     def tiles_expand(address, limit):
         table = record(TABLE, record(CALL, address).table)

@@ -259,13 +259,16 @@ def check_briefly(bits: int) -> None:
         check_load(name)
 
 
-def plant_here(module: str, text: str, instead: str) -> None:
-    """Let this process compile its tiles from the changed source; all else comes from the cache."""
+def plant_here(*faults: tuple[str, str, str]) -> None:
+    """Let this process compile its tiles from the changed source; all else comes from the cache.
+
+    faults  (module, text, what stands there then)
+    """
     for name in PLANTED:
         package, _, short = f"sgmv.{name}".rpartition(".")
         source = Path(sys.modules[f"sgmv.{name}"].__file__).read_text()
-        if name == module:
-            source = replaced(source, text, instead)
+        for module, text, instead in faults:
+            source = replaced(source, text, instead) if name == module else source
         fresh = sys.modules[f"sgmv.{name}"] = ModuleType(f"sgmv.{name}")
         setattr(sys.modules[package], short, fresh)
         exec(compile(source, f"planted {name}", "exec"), vars(fresh))

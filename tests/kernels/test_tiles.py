@@ -264,7 +264,7 @@ def test_weights_asked_for_ahead_change_no_bit() -> None:
     """As on a CPU where it pays; asking may go beyond the weights, and touches nothing there."""
     always = Fault("kernels.tiles", "and ASKS_AHEAD:", "and True:")
     done = run_python(
-        f"from tests.help import tile_checks; tile_checks.plant_here(*{tuple(always)!r})\n"
+        f"from tests.help import tile_checks; tile_checks.plant_here({tuple(always)!r})\n"
         "from sgmv.kernels import jit, tile_kernels, tiles\n"
         "import numpy as np\n"
         "tile_kernels.shrink_kernel(np.float32(0), np.float32(0))\n"
@@ -276,6 +276,28 @@ def test_weights_asked_for_ahead_change_no_bit() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
+
+
+def widening(widens: bool) -> Fault:
+    """What this CPU does not do, or does."""
+    choices = "import HALVES_BFLOAT16, SUMS_BFLOAT16"
+    return Fault("kernels.tile_kernels", f"{choices}, WIDENS", f"{choices}; WIDENS = {widens}")
+
+
+@pytest.mark.once
+@pytest.mark.compiles
+@jitted
+@vectors
+@pytest.mark.parametrize("widens", [True, False])
+def test_many_rows_have_the_bits_of_each_alone_widened_or_not(widens: bool) -> None:
+    done = run_python(
+        f"from tests.help import tile_checks; tile_checks.plant_here({tuple(widening(widens))!r})\n"
+        "for x, w in ('float16', 'float16'), ('bfloat16', 'bfloat16'), ('float32', 'bfloat16'):\n"
+        "    tile_checks.check_many_rows(x, w)\n"
+        "    tile_checks.check_many_rows(x, w, wide=True)\n"
+        "print('checked')"
+    )
+    assert done.stdout.strip() == "checked", done.stderr
 
 
 # planted faults
@@ -361,8 +383,9 @@ def test_planted_faults_are_rejected(fault: str | None) -> None:
     """Without one, the same way of planting is accepted."""
     nothing = Fault("kernels.tiles", "Y_AHEAD = 512", "Y_AHEAD = 256")
     change, hunter = FAULTS.get(fault, (nothing, "check_guards(MIXES[:1], EDGES[:4])"))
+    faults = tuple(change), tuple(widening(True))
     program = (
-        f"from tests.help import tile_checks; tile_checks.plant_here(*{tuple(change)!r})\n"
+        f"from tests.help import tile_checks; tile_checks.plant_here(*{faults!r})\n"
         f"print('planted', flush=True)\neval({hunter!r}, vars(tile_checks))\nprint('accepted')"
     )
     done = run_python(program, NUMBA_OPT="0")  # compiles faster

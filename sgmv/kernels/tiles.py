@@ -197,8 +197,9 @@ def shrink_tiles(
 
             e.loop(low, high, RANKS[mr], [], tile)
 
-        fewest = MOST_ROWS - 1 if in_order or copied else 1  # these are for tasks of FEW_ROWS
-        e.switch(count, range(max(fewest, 1), MOST_ROWS + 1), all_ranks)
+        # Of more than FEW_ROWS, as these are, each has MOST_ROWS or one less.
+        fewest = MOST_ROWS - 1 if in_order or copied else 1
+        e.switch(count, range(fewest, MOST_ROWS + 1), all_ranks)
         return context.get_dummy_value()
 
     operands = types.int64, PAIR, x_at, TRIPLE, copy_at, PAIR, PAIR

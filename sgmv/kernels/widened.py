@@ -2,10 +2,11 @@
 
 A tile widens what it reads: an operation or two for each vector. A task of many rows passes over
 its weights once for every six rows, and over a row of x once for every few ranks. There both are
-widened ahead, and the tiles for float32 run on them:
+widened once, and the tiles for float32 run on them:
 
-    shrink   a K block of wa and of six rows of x     rows side by side, ROW bytes apart
-    expand   the panels of wb that stay in L2         as they are packed
+    shrink   a K block of wa, by the first rows that meet it, and six rows of x, before they are
+             multiplied: rows side by side, ROW bytes apart
+    expand   the panels of wb that stay in L2, before rows meet them: as they are packed
 
 The vectors are in the order in which tiles for 16 bits multiply them: odd k before even ones, where
 those do so. So the sums, and the bits, are the same.

@@ -13,7 +13,9 @@ from sgmv import products
 from sgmv.cpu import JITTED, VECTOR_BITS
 from sgmv.kernels import emit, widened
 from sgmv.kernels.jit import address_of, jit
-from sgmv.kernels.tile_kernels import FEW_ROWS, MANY_RANKS
+from sgmv.kernels.plan import RANKS_IN_L2
+from sgmv.kernels.tile_kernels import FEW_ROWS, MANY_RANKS, MANY_ROWS
+from sgmv.kernels.tiles import MOST_ROWS
 from tests.help import tile_checks
 from tests.help.acceptance import assert_same_bits
 from tests.help.tile_checks import TYPES
@@ -29,10 +31,11 @@ def test_many_rows_have_the_bits_of_each_alone(types: tuple[str, str], wide: boo
     tile_checks.check_many_rows(*types, wide)
 
 
-def test_slices_of_many_rows_have_the_bits_of_each_alone() -> None:
+@pytest.mark.parametrize("r", [2 * MANY_RANKS + 1, RANKS_IN_L2 + 5])
+def test_slices_of_many_rows_have_the_bits_of_each_alone(r: int) -> None:
     """Slices share the rows of x that are widened, and have ranks of their own side by side."""
     rng = np.random.default_rng(0)
-    n, h_in, r = FEW_ROWS + 2, 1100, 2 * MANY_RANKS + 1
+    n, h_in = MANY_ROWS + 2, 1100
 
     def drawn(*shape: int) -> Any:
         return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
@@ -90,3 +93,10 @@ def test_a_room_is_kept_while_it_is_large_enough() -> None:
     assert start + 400 <= room.ctypes.data + room.nbytes
     assert widened.room_of(room, 50) is room
     assert len(widened.room_of(room, 1000)) >= 1000
+
+
+def test_groups_of_more_than_few_rows_are_full_or_one_short() -> None:
+    """There are no tiles of fewer that copy weights, or read rows from the room."""
+    for n in range(FEW_ROWS + 1, 400):
+        groups = -(-n // MOST_ROWS)
+        assert n // groups >= MOST_ROWS - 1

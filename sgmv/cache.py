@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sgmv.cpu import JITTED
@@ -23,7 +24,10 @@ def state() -> str:
     path = folder()
     if path is None:
         return "none: no folder can be written" if JITTED else "none, NUMBA_DISABLE_JIT is set"
-    sizes = [file.stat().st_size for file in path.glob(f"*{SUFFIX}")]
+    sizes = []
+    for file in path.glob(f"*{SUFFIX}"):
+        with suppress(FileNotFoundError):  # another process clears the folder
+            sizes.append(file.stat().st_size)
     return f"{path}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
 
 

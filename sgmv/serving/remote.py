@@ -249,8 +249,9 @@ def _remove(place: Path, folder: Path) -> None:
 
 
 def _bytes_of(place: Path) -> int:
+    """Of the files that are there: another process may remove them, and the directory, meanwhile."""
     total = 0
-    for path in place.glob("*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
+    with suppress(FileNotFoundError), os.scandir(place) as entries:
+        for entry in entries:
+            total += entry.stat().st_size
     return total

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sgmv import cache
 from tests.conftest import JITTED
 from tests.help.planting import run_python
 
@@ -31,3 +32,13 @@ def test_the_command_tells_and_empties_the_folder(tmp_path: Path) -> None:
     assert re.match(r"[1-9]\d* files removed from ", cleared)
     assert again == empty
     assert sorted(ast.literal_eval(left)) == [".lock", ".txt"]
+
+
+def test_a_file_that_is_removed_while_the_folder_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is listed, and not there any more, as a link to nothing is."""
+    (tmp_path / "whole.sgmv").write_bytes(bytes(500_000))
+    (tmp_path / "gone.sgmv").symlink_to(tmp_path / "nothing")
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    assert cache.state() == f"{tmp_path}: 1 files, 0.5 MB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -293,6 +294,24 @@ def test_processes_on_one_cache_that_has_room_for_two(tmp_path: Path) -> None:
     assert [out for out, _ in done] == ["80\n"] * 3, done
     assert sum(held(cache).values()) <= 3 * size
     assert not [path for path in cache.iterdir() if path.name.startswith((".part-", ".gone-"))]
+
+
+def test_an_adapter_is_counted_while_another_process_removes_it(tmp_path: Path) -> None:
+    place, over = tmp_path / "adapter", threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            place.mkdir()
+            (place / "weights").write_bytes(b"12")
+            shutil.rmtree(place)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        assert {remote._bytes_of(place) for _ in range(40_000)} <= {0, 2}
+    finally:
+        over.set()
+        other.join()
 
 
 def test_threads_on_one_cache(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 Batches of 1 to 12 rows, each with 1 to 4 of 1 to 6 experts, some of them none, and adapters on
 these, in all float types, on all backends and on 1 to 5 threads: products and deltas in integers to
-the bit, or within the bound; of every fourth four batches whole layers, too. A failure names the
-seed; `--first SEED --batches 1` runs that batch alone.
+the bit, or within the bound; of every fourth four batches whole layers, too. Four of every 64 have
+up to 300 rows for one or two wide experts, whose weights tasks copy side by side. A failure names
+the seed; `--first SEED --batches 1` runs that batch alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def run(seeds: Iterable[int]) -> int:
         rng = np.random.default_rng(seed)
         dtype = TYPES[seed % 4]
         sgmv.set_num_threads(int(rng.integers(1, 6)))
-        _products_and_deltas(rng, dtype, f"seed {seed}")
+        _products_and_deltas(rng, dtype, f"seed {seed}", wide=8 <= seed % 64 < 12)
         if seed % 16 < 4:
             its = layer(rng, dtype, n=int(rng.integers(1, 6)), k=int(rng.integers(1, 4)))
             check(its.run(), *reference.moe_layer(*its), f"seed {seed}, a layer")
@@ -42,9 +43,12 @@ def run(seeds: Iterable[int]) -> int:
     return done
 
 
-def _products_and_deltas(rng: np.random.Generator, dtype: Any, name: str) -> None:
+def _products_and_deltas(rng: np.random.Generator, dtype: Any, name: str, wide: bool) -> None:
     n, k, E, loaded = (int(rng.integers(1, most)) for most in (13, 5, 7, 5))
     h_in, h_out = (int(rng.integers(1, 120)) for _ in range(2))
+    if wide:
+        n, k, E = int(rng.integers(60, 300)), 1, int(rng.integers(1, 3))
+        h_in, h_out = int(rng.integers(1, 2500)), int(rng.integers(65, 200))
     exact = dtype in (np.float32, np.float64) and bool(rng.integers(2))
 
     def drawn(*shape: int) -> np.ndarray:

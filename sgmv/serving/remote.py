@@ -249,7 +249,7 @@ def _remove(place: Path, folder: Path) -> None:
 
 
 def _bytes_of(place: Path) -> int:
-    """Of the files that are there: another process may remove them, and the directory, meanwhile."""
+    """Of the files there, which another process may remove meanwhile, and the directory as well."""
     total = 0
     with suppress(FileNotFoundError), os.scandir(place) as entries:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""The width of the vectors that tiles are compiled for, by what the CPU has and the environment."""
+"""What tiles are compiled for, by the CPU and the environment; and tiles for other CPUs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import numba
 import pytest
 
 from sgmv.kernels import cpu
+from tests.help.planting import run_python
 
 pytestmark = pytest.mark.once
+jitted = pytest.mark.skipif(not cpu.JITTED, reason="nothing is compiled")
+vectors = pytest.mark.skipif(cpu.VECTOR_BITS == 0, reason="this CPU, or this run, has no tiles")
 
 NARROW = {"avx2": True, "fma": True, "f16c": True}
 WIDE = {**NARROW, **{f"avx512{part}": True for part in ("f", "bw", "dq", "vl")}}
@@ -85,3 +88,59 @@ def test_the_environment_decides(asked: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_another_processor_has_none_of_x86(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "X86", False)
     assert cpu.features() == {}
+
+
+# tiles for narrower vectors, or none, and for less than this CPU has, in processes of their own
+
+
+@pytest.mark.compiles
+@jitted
+@vectors
+@pytest.mark.parametrize("bits", [256, 128, 0])
+def test_forced_vectors(bits: int) -> None:
+    done = run_python(
+        f"from tests.help import tile_checks; tile_checks.check_briefly({bits}); print('checked')",
+        SGMV_VECTOR_BITS=str(bits),
+        timeout=600,
+    )
+    assert done.stdout.strip() == "checked", done.stderr
+
+
+@pytest.mark.compiles
+@jitted
+@pytest.mark.skipif(not cpu.X86, reason="every ARM64 has both")
+def test_a_cpu_that_neither_fuses_nor_converts_float16() -> None:
+    """As x86 was before AVX2: products and sums are rounded apart, float16 takes integers."""
+    done = run_python(
+        "from sgmv.kernels import cpu; from tests.help import tile_checks\n"
+        "assert not cpu.FUSES and not cpu.CONVERTS_FLOAT16\n"
+        "tile_checks.check_briefly(128); print('checked')",
+        NUMBA_CPU_NAME="nehalem",
+        NUMBA_CPU_FEATURES="+sse4.2",
+        timeout=600,
+    )
+    assert done.stdout.strip() == "checked", done.stderr
+
+
+OF_ANOTHER_CPU = [
+    {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+    {"NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"},
+    {"NUMBA_ENABLE_AVX": "0"},
+]
+
+
+@jitted
+@pytest.mark.compiles
+@pytest.mark.parametrize("variables", OF_ANOTHER_CPU, ids=["name", "features", "no AVX"])
+def test_numba_may_compile_for_another_cpu(variables: dict[str, str]) -> None:
+    """Over an instruction that it lacks the compiler ended the process."""
+    program = (
+        "import numpy as np, ml_dtypes, sgmv\n"
+        "one = np.ones((3, 5), ml_dtypes.bfloat16)\n"
+        "stack = sgmv.AdapterStack.from_adapters([(one[:2], one[:, :2])])\n"
+        "print(sgmv.add_lora(np.zeros((3, 3), one.dtype), one, stack, [0, -1, 0]).tolist())"
+    )
+    done = run_python(program, timeout=300, **variables)
+    assert done.stdout.split("\n")[0] == str([[10.0] * 3, [0.0] * 3, [10.0] * 3]), done.stderr[
+        -500:
+    ]

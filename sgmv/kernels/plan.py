@@ -31,7 +31,7 @@ NO_SLOT = -1
 UNKNOWN = -2
 
 ROWS_PER_BLOCK = 96  # 96 rows of one K block are 384 KiB of float32 x: they stay in L2
-ROWS_PER_WIDE_BLOCK = 384  # of more than RANKS_IN_L2 ranks, whose weights come from memory
+ROWS_PER_WIDE_BLOCK = 384  # where ranks exceed RANKS_IN_L2: weights come from memory, once
 FEWEST_ROWS_PER_BLOCK = 12  # fewer rows would read the weights once more for too little work
 # What a core does per nanosecond, roughly: multiply-adds, and weights read.
 PRODUCTS_PER_NS, WEIGHTS_PER_NS = 100, 10
@@ -145,7 +145,8 @@ def rows_per_block(rows: int, rank: int, threads: int) -> Any:
     """The rows that a block should have: where rows are few, smaller ones keep all threads busy."""
     if threads == 1:
         return most_rows(rank)
-    wanted = -(-rows * max(1, -(-rank // RANKS_IN_L2)) // (threads * TASKS_PER_THREAD))
+    parts = -(-rank // RANKS_IN_L2)  # shrink cuts a block into so many anyway
+    wanted = -(-rows * parts // (threads * TASKS_PER_THREAD))
     return min(most_rows(rank), max(FEWEST_ROWS_PER_BLOCK, wanted))
 
 
@@ -160,7 +161,7 @@ def row_blocks(seq_start: Any, slot: Any, rank: Any, gains: Any, threads: int, b
     for s in range(slot.shape[0]):
         if not adds_nothing(slot[s], rank[s], gains):
             rows += seq_start[s + 1] - seq_start[s]
-    count, most = 0, rows_per_block(rows, 0, threads)
+    count, most = 0, rows_per_block(rows, RANKS_IN_L2, threads)
     for s in range(slot.shape[0]):
         if not adds_nothing(slot[s], rank[s], gains):
             some = seq_start[s], seq_start[s + 1]
@@ -201,7 +202,7 @@ def rows_per_band(seq_start: Any, rank: Any, rows: Any, k: int, threads: int) ->
             adapted += seq_start[s + 1] - seq_start[s]
             segments, ranks = segments + 1, ranks + rank[s]
     n = pairs // k
-    few = rows_per_block(n, 0, threads)
+    few = rows_per_block(n, RANKS_IN_L2, threads)
     again = (-(-n // few) - 1) * ranks
     return few if segments * n <= 2 * adapted and again <= adapted - n else ROWS_PER_BAND
 
@@ -368,7 +369,7 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
         return True
     call.bands = address_of(found.bands)
     band = rows_per_band(seq_start, rank, rows, k, call.threads)
-    most = rows_per_block(seq_start[count], 0, call.threads)
+    most = rows_per_block(seq_start[count], RANKS_IN_L2, call.threads)
     call.band_count = blocks_in_bands(seq_start, slot, rank, gains, rows, band, most, found)
     call.block_count = found.bands[call.band_count]
     return True

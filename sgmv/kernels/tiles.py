@@ -103,7 +103,7 @@ def _shrink_tile(e, x_rows, w_at, copies, ranks, width, targets, fresh, x_like, 
                 for line in range(0, per_vector * size(w_like) if ahead else 0, 64):
                     e.prefetch(e.add(ahead[q], kw, line))
                 for i, weight in enumerate(products.read(place, w_like, mask, parts)):
-                    if copies:  # of a masked part with zeros behind it
+                    if copies:  # a masked part is stored with zeros behind it
                         vector = products.parts.index(parts[i]) * LANES * 4
                         there = e.add(copies[q], e.multiply(k, copied_size), vector)
                         e.store_as(weight, there, 4)
@@ -152,7 +152,8 @@ def shrink_tiles(
 ):
     """v[p:p + count, low:high] (+)= x[rows[p:p + count], k:k + width] @ wa[low:high, k:].T.
 
-    Semantics: k = 0 overwrites v, any other adds to it. 1 <= count <= MOST_ROWS.
+    Semantics: k = 0 overwrites v, any other adds to it. 1 <= count <= MOST_ROWS; with x_at or
+    copy_at MOST_ROWS - 1 <= count, as in tasks of more than FEW_ROWS rows.
     call  address of the call
     x_at  None; or (address, bytes from row to row) of these rows of x, one after the other
     w_at  (address, bytes from rank to rank) of the adapter's wa (r, h_in); and where the next call
@@ -197,7 +198,6 @@ def shrink_tiles(
 
             e.loop(low, high, RANKS[mr], [], tile)
 
-        # Of more than FEW_ROWS, as these are, each has MOST_ROWS or one less.
         fewest = MOST_ROWS - 1 if in_order or copied else 1
         e.switch(count, range(fewest, MOST_ROWS + 1), all_ranks)
         return context.get_dummy_value()

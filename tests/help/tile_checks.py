@@ -262,7 +262,7 @@ def check_briefly(bits: int) -> None:
 def plant_here(*faults: tuple[str, str, str]) -> None:
     """Let this process compile its tiles from the changed source; all else comes from the cache.
 
-    faults  (module, text, what stands there then)
+    faults  (module, text, its replacement) of each
     """
     for name in PLANTED:
         package, _, short = f"sgmv.{name}".rpartition(".")
@@ -294,7 +294,7 @@ def check_many_rows(x: str, weights: str, wide: bool = False) -> None:
     """A task of many rows and ranks, on one thread: each row has the bits that it has alone.
 
     Of 33 ranks and 2,100 columns the last do not stay in L2 with the first, and follow them.
-    wide: more ranks than stay in L2, as an expert has; 2,100 k, whose last block ends in a vector.
+    wide: more ranks than stay in L2, as an expert has; the last of 2,100 k do not fill a vector.
     """
     many, rank, h_in = tile_kernels.FEW_ROWS + 2, 2 * tile_kernels.MANY_RANKS + 1, 1100
     if wide:

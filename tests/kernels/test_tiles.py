@@ -334,7 +334,7 @@ FAULTS = {
         "check_many_rows('float32', 'float32', wide=True)",
     ),
     "the last weights of a K block are not copied": (
-        Fault("kernels.tiles", "if copies:  # of", "if copies and mask is None:  # of"),
+        Fault("kernels.tiles", "if copies:  # a", "if copies and mask is None:  # a"),
         "check_many_rows('float32', 'float32', wide=True)",
     ),
     "panels that are widened are others": (

@@ -3,7 +3,7 @@
 Batches of 1 to 12 rows, each with 1 to 4 of 1 to 6 experts, some of them none, and adapters on
 these, in all float types, on all backends and on 1 to 5 threads: products and deltas in integers to
 the bit, or within the bound; of every fourth four batches whole layers, too. Four of every 64 have
-up to 300 rows for one or two wide experts, whose weights tasks copy side by side. A failure names
+up to 300 rows for one or two wide experts: their weights are copied side by side. A failure names
 the seed; `--first SEED --batches 1` runs that batch alone.
 """
 

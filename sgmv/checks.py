@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sgmv.dtypes import BITS, Array, bits_of
+from sgmv.dtypes import BITS, FLOAT32, FLOAT64, Array, bits_of
 from sgmv.errors import (
     DtypeError,
     MemoryLayoutError,
@@ -198,7 +198,7 @@ def _check_shape(argument: str, array: Array, n: int, name: str, width: int) -> 
 def check_v(v: Array, n: int, rank: int) -> None:
     """Refuse what shrink cannot have returned for n rows with this highest rank."""
     check_matrix("v", v)
-    if v.dtype.name not in ("float32", "float64"):
+    if v.dtype not in (FLOAT32, FLOAT64):
         raise DtypeError(
             "v", "float32 or float64", v.dtype.name, "pass what shrink returned, unrounded"
         )

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sgmv.backend import kernels
-from sgmv.checks import check_v, check_y
+from sgmv.checks import check_matrix, check_v, check_y
 from sgmv.dora import check_alone
 from sgmv.dtypes import Array, sum_dtype
 from sgmv.launch import run_expand
@@ -53,8 +53,11 @@ def expand(
     check_segments(segments)
     check_y(y, segments.n, stack.h_out, "v", v)
     table = stack.table
-    _slot, rank = table.find(segments.adapter_ids)
-    check_v(v, len(segments.rows), int(rank.max(initial=0)))
+    rank = stack.max_rank
+    if check_matrix("v", v).shape[1] < rank:  # the batch may do with less
+        _slot, ranks = table.find(segments.adapter_ids)
+        rank = int(ranks.max(initial=0))
+    check_v(v, len(segments.rows), rank)
     v = np.ascontiguousarray(v, sum_dtype(v.dtype, stack.dtype, y.dtype))
     check_alone(table, weighted(segments, weights))
     if weights is not None:

@@ -11,6 +11,7 @@ with the ids before anything is written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from sgmv.table import SlotTable
 
 # Two cores that meet over less work than this lose more than they gain, helpers awake or not.
 WORTH_SHARING_NS = 20_000
+NO_IDS = np.empty(0, np.int64)  # where a batch is Segments
 
 
 def run_both(
@@ -33,12 +35,8 @@ def run_both(
 ) -> None:
     """Shrink and expand: add the delta of every row of x to its row of y. Any strides."""
     space, row = workspace.take(), table.width * kernels.v_itemsize
-    x, dense = _dense(x), _dense(y)  # copies are kept alive until the call is over
-    v = space.v_of(_positions(batch) * row)
-    call.place_x_and_y(space.address, as_bits(x), as_bits(dense), v, row)
-    _run(space, workers.pool_of(y), kernels, table, batch)
-    if dense is not y:
-        _write_back(y, dense, table, batch)
+    v = space.v_of((batch.most if isinstance(batch, Segments) else len(batch)) * row)
+    _run(run_both, space, workers.pool_of(y), kernels, table, batch, x, y, v, row)
 
 
 def run_both_at(
@@ -54,76 +52,78 @@ def run_both_at(
     The caller keeps their memory alive, and says which pool helps.
     """
     space, row = workspace.take(), table.width * kernels.v_itemsize
-    call.place_at(space.address, *x, *y, space.v_of(segments.most * row), row)
-    _run(space, pool, kernels, table, segments)
+    operands = *x, *y, space.v_of(segments.most * row), row
+    work = *kernels[:2], table.address, segments.address, segments.most
+    if _start(space, pool, call.start_at, segments.most, *operands, *work) == call.REFUSED:
+        table.find(segments.adapter_ids)
 
 
 def run_shrink(
     kernels: Kernels, table: SlotTable, batch: Segments | Integers, x: Array, v: Array
 ) -> None:
     """Write v (n, r), contiguous, of x: each row of an adapter, up to its rank."""
-    space, dense = workspace.take(), _dense(x)
-    call.place_x_and_v(space.address, as_bits(dense), v)
-    _run(space, workers.pool_of(x), kernels, table, batch)
+    _run(run_shrink, workspace.take(), workers.pool_of(x), kernels, table, batch, x, v)
 
 
 def run_expand(
     kernels: Kernels, table: SlotTable, batch: Segments | Integers, v: Array, y: Array
 ) -> None:
     """Add the delta of every row of v (n, r), contiguous, to its row of y."""
-    space, dense = workspace.take(), _dense(y)
-    call.place_v_and_y(space.address, v, as_bits(dense))
-    _run(space, workers.pool_of(y), kernels, table, batch)
-    if dense is not y:
-        _write_back(y, dense, table, batch)
+    _run(run_expand, workspace.take(), workers.pool_of(y), kernels, table, batch, v, y)
 
 
 def _run(
+    run: Callable[..., None],
     space: workspace.Workspace,
     pool: workers.Pool,
     kernels: Kernels,
     table: SlotTable,
     batch: Segments | Integers,
+    source: Array,
+    target: Array,
+    v: int = 0,
+    v_stride: int = 0,
 ) -> None:
-    """Run the call: its operands are in the record. `pool` helps, unless another caller has it."""
+    """`run`, on arrays as `call.start` takes them."""
     if isinstance(batch, Segments):
-        segments, ids = batch.address, 0
+        segments, ids, n = batch.address, NO_IDS, batch.most
     else:
-        segments, ids = 0, call.array_address(batch)
-    n = _positions(batch)
-    threads = workers.get_num_threads()
-    held = threads > 1 and JITTED and pool.lock.acquire(False)
-    gate = pool.address if held else 0
-    try:
-        if held:
-            pool.prepare(threads - 1)
-        space.plan_rows(n)
-        records = space.address, gate, kernels.shrink, kernels.expand, table.address
-        outcome = call.start(*records, segments, ids, n, threads, WORTH_SHARING_NS)
-        while outcome == call.MORE:  # between two bytecodes Python hears signals
-            if held:
-                pool.ring()
-            outcome = call.resume(space.address, gate)
-    except BaseException:
-        _give_up(space.address, gate)
-        raise
-    finally:
-        if held:
-            pool.lock.release()
-        workspace.give_back(space)
+        segments, ids, n = 0, batch, len(batch)
+    work = v, v_stride, kernels.shrink, kernels.expand, table.address, segments, ids, n
+    outcome = _start(space, pool, call.start, n, as_bits(source), as_bits(target), *work)
+    if outcome == call.SCATTERED:
+        dense = np.ascontiguousarray(target)
+        run(kernels, table, batch, np.ascontiguousarray(source), dense)
+        if dense is not target:
+            _write_back(target, dense, table, batch)
     if outcome == call.REFUSED:
         table.find((batch if isinstance(batch, Segments) else segment(batch)).adapter_ids)
 
 
-def _positions(batch: Segments | Integers) -> int:
-    """Room that v and the plan need."""
-    return batch.most if isinstance(batch, Segments) else len(batch)
-
-
-def _dense(array: Array) -> Array:
-    """The array, or a copy, with the elements of each row side by side in memory."""
-    dense = array.flags.c_contiguous or array.shape[1] <= 1 or array.strides[1] == array.itemsize
-    return array if dense else np.ascontiguousarray(array)
+def _start(
+    space: workspace.Workspace,
+    pool: workers.Pool,
+    start: Callable[..., int],
+    n: int,
+    *work: Any,
+) -> int:
+    """Run a call until it is over; returns its outcome. `pool` helps, if its helpers are free."""
+    threads, gate = workers.get_num_threads(), 0
+    try:
+        if threads > 1 and JITTED:
+            pool.prepare(threads - 1)
+            gate = pool.address
+        space.plan_rows(n)
+        outcome = start(space.address, *work, threads, gate, WORTH_SHARING_NS)
+        while outcome == call.MORE:  # between two bytecodes Python hears signals
+            pool.ring()
+            outcome = call.resume(space.address)
+    except BaseException:
+        _give_up(space.address)
+        raise
+    finally:
+        workspace.give_back(space)
+    return outcome
 
 
 def _write_back(y: Any, dense: Any, table: SlotTable, batch: Segments | Integers) -> None:
@@ -134,11 +134,11 @@ def _write_back(y: Any, dense: Any, table: SlotTable, batch: Segments | Integers
     y[changed] = dense[changed]
 
 
-def _give_up(address: int, gate: int) -> None:
+def _give_up(address: int) -> None:
     """Leave the rest undone, and wait for the helpers inside."""
     while True:
         try:
-            call.abandon(address, gate)
+            call.abandon(address)
             return
         except KeyboardInterrupt:  # helpers may still write: be done with them first
             continue

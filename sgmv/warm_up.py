@@ -104,10 +104,8 @@ def _calls(x: Dtype, weights: Dtype, y: Dtype) -> Iterator[tuple[str, Callable[[
     v = np.ones((2, 2), np.float32)
     for each in outputs:
         yield f"{name}: expand", partial(expand, v, stack, segments, each)
-    for rows_in, rows_out in product(inputs, outputs):
-        yield f"{name}: add_lora", partial(add_lora, rows_out, rows_in, stack, segments)
-    for batch in ([0, 0], ids):
-        yield f"{name}: add_lora", partial(add_lora, outputs[0], inputs[0], stack, batch)
+    for rows_in, rows_out, batch in product(inputs, outputs, (segments, ids)):
+        yield f"{name}: add_lora", partial(add_lora, rows_out, rows_in, stack, batch)
     yield "threads", workers.warm_up
 
 

@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import threading
+import time
 from functools import cache
 from typing import Any
 
@@ -26,7 +27,15 @@ from sgmv.cpu import cores
 from sgmv.errors import ValueRangeError
 from sgmv.kernels.disk import logger
 from sgmv.kernels.jit import entry
-from sgmv.kernels.pool import CLOSED, close_gate, help_out, life, member
+from sgmv.kernels.pool import (
+    CLOSED,
+    close_gate,
+    free_helpers,
+    help_out,
+    life,
+    member,
+    take_helpers,
+)
 from sgmv.kernels.records import CPU_WORDS, POOL, on_cache_lines
 from sgmv.settings import NUM_THREADS
 from sgmv.threads import NativeThread, are_patched
@@ -92,12 +101,11 @@ def set_num_threads(n: int) -> None:
 
 
 class Pool:
-    """Helpers at a gate. One caller at a time has them: the one that holds `lock`."""
+    """Helpers at a gate. One caller at a time has them: see `take_helpers` in kernels/pool.py."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.helpers: list[threading.Thread | NativeThread] = []
-        self.closed = False
+        self.begun = self.closed = False
         self.asleep = 0
         self.bell = threading.Semaphore(0)
         self.fields = on_cache_lines(POOL)
@@ -109,13 +117,19 @@ class Pool:
 
     def prepare(self, helpers: int) -> None:
         """Start helpers until there are `helpers`, or as many as the system gives."""
-        while len(self.helpers) < helpers and not self.closed:
-            try:
-                helper = self._helper(len(self.helpers))
-            except RuntimeError:  # no thread to be had, or the interpreter is shutting down
-                return
-            self.helpers.append(helper)
-            self._know_helpers()
+        if len(self.helpers) >= helpers:
+            return
+        self.begun = True
+        if not take_helpers(self.address):
+            return
+        try:
+            while len(self.helpers) < helpers and not self.closed:
+                self.helpers.append(self._helper(len(self.helpers)))
+                self._know_helpers()
+        except RuntimeError:  # no thread to be had, or the interpreter is shutting down
+            return
+        finally:
+            free_helpers(self.address)
 
     def ring(self) -> None:
         """Wake the helpers that sleep, where there is no futex to do so."""
@@ -125,14 +139,20 @@ class Pool:
 
     def close(self) -> None:
         """End all helpers: they must not be in compiled code when the interpreter goes away."""
-        with self.lock:
-            self.closed = True
-            if not self.helpers:  # nothing has been compiled for them either
-                return
-            close_gate(self.address)
-            self.bell.release(len(self.helpers) + 1)
-            for helper in self.helpers:
-                helper.join()
+        self.closed = True
+        if not self.begun:  # nothing has been compiled for helpers either
+            return
+        self._take_helpers()
+        close_gate(self.address)
+        self.bell.release(len(self.helpers) + 1)
+        for helper in self.helpers:
+            helper.join()
+        free_helpers(self.address)
+
+    def _take_helpers(self) -> None:
+        """Wait for the caller that has them, perhaps a daemon thread."""
+        while not take_helpers(self.address):
+            time.sleep(0.001)
 
     def _helper(self, index: int) -> threading.Thread | NativeThread:
         """A thread that has begun to help; raises RuntimeError where there is none to be had."""
@@ -204,12 +224,14 @@ class Team(Pool):
 
     def close(self) -> None:
         """From now on every caller finds them busy."""
-        self.lock.acquire()
+        self._take_helpers()
 
 
 def warm_up() -> None:
     """Compile what helpers run, on a gate that is closed; and what torch's run, if it is loaded."""
     closed = Pool()
+    closed._take_helpers()
+    free_helpers(closed.address)
     close_gate(closed.address)
     if closed.fields[0].syscall:
         _life()

@@ -5,9 +5,12 @@ The plan's integers are some 120 bytes a row.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
-from sgmv.kernels.call import array_address
+from sgmv.kernels.call import begin
+from sgmv.kernels.jit import entry
 from sgmv.kernels.plan import scratch_size
 from sgmv.kernels.records import CALL, on_cache_lines
 
@@ -18,20 +21,26 @@ class Workspace:
     def __init__(self) -> None:
         self.call = on_cache_lines(CALL)
         self.address = int(self.call.ctypes.data)
+        self.call["begin"] = _begin()
         self._rows = self._v_bytes = self._v_address = 0
 
     def plan_rows(self, n: int) -> None:
         """Have room for the plan of n rows."""
         if n > self._rows:
             self._scratch = np.empty(scratch_size(n), np.uint8)
-            self.call["scratch"], self._rows = array_address(self._scratch), n
+            self.call["scratch"], self._rows = self._scratch.ctypes.data, n
 
     def v_of(self, size: int) -> int:
         """The address of a buffer for v, at least `size` bytes."""
         if size > self._v_bytes:
             self._v = np.empty(size // 4, np.float32)
-            self._v_bytes, self._v_address = size, array_address(self._v)
+            self._v_bytes, self._v_address = size, int(self._v.ctypes.data)
         return self._v_address
+
+
+@cache
+def _begin() -> int:
+    return entry(begin)
 
 
 _idle: list[Workspace] = []  # as many as calls have run at once

@@ -1,120 +1,163 @@
-"""One call in compiled code: segment, shrink, expand.
+"""One call in compiled code: segment, shrink, expand. Python enters it once, but for long work.
 
-    start    plans the call (segments, slots, row blocks, tasks), opens the gate to helpers where
-             that pays, and runs tasks
+    start    tells the call where its operands are, then begins it
+    begin    plans the call (segments, slots, row blocks, tasks), opens the gate to helpers where
+             that pays, and resumes
     resume   runs tasks until none is left, or signals have waited long enough
+    abandon  ends a call whose tasks are not all done
 
-Each returns MORE if Python is to look after signals, and sleeping helpers, and to resume.
+`start` is compiled for each mix of operands, and so enters `begin` by its address: that one is
+compiled once.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from sgmv.kernels.jit import address_of, jit, record
+from sgmv.kernels.jit import address_of, enter, jit, record
 from sgmv.kernels.plan import cut_blocks, plan
-from sgmv.kernels.pool import fork_join, has_bell, open_gate, shut_gate
+from sgmv.kernels.pool import (
+    fork_join,
+    free_helpers,
+    has_bell,
+    open_gate,
+    shut_gate,
+    take_helpers,
+)
 from sgmv.kernels.records import CALL
 from sgmv.kernels.tasks import all_begun, leave_undone, take_part
 
-# Outcomes of a call.
-DONE, MORE, REFUSED = 0, 1, -1
+# Outcomes of a call. After MORE Python looks for signals and sleeping helpers, and resumes;
+# SCATTERED and REFUSED are said before anything is written.
+DONE, MORE, SCATTERED, REFUSED = range(4)
 BETWEEN_SIGNALS_NS = 50_000_000  # of work, about, until a call hears signals, such as Ctrl-C
-
-
-@jit()
-def array_address(array: Any) -> Any:
-    """`address_of`, for Python."""
-    return address_of(array)
-
-
-@jit()
-def place_x_and_y(address: int, x: Any, y: Any, v: int, v_stride: int) -> None:
-    """Tell the call where its operands are: arrays, and memory for v."""
-    place_at(address, address_of(x), x.strides[0], address_of(y), y.strides[0], v, v_stride)
-
-
-@jit()
-def place_at(
-    address: int, x: int, x_stride: int, y: int, y_stride: int, v: int, v_stride: int
-) -> None:
-    """The same of addresses, and bytes from row to row."""
-    call = record(CALL, address)
-    call.x, call.x_stride = x, x_stride
-    call.y, call.y_stride = y, y_stride
-    call.v, call.v_stride = v, v_stride
-
-
-@jit()
-def place_x_and_v(address: int, x: Any, v: Any) -> None:
-    """Tell a call of shrink alone where its operands are."""
-    call = record(CALL, address)
-    call.x, call.x_stride = address_of(x), x.strides[0]
-    call.v, call.v_stride = address_of(v), v.strides[0]
-
-
-@jit()
-def place_v_and_y(address: int, v: Any, y: Any) -> None:
-    """Tell a call of expand alone where its operands are."""
-    call = record(CALL, address)
-    call.v, call.v_stride = address_of(v), v.strides[0]
-    call.y, call.y_stride = address_of(y), y.strides[0]
 
 
 @jit()
 def start(
     address: int,
-    pool: int,
+    source: Any,
+    target: Any,
+    v: int,
+    v_stride: int,
     shrink: int,
     expand: int,
     table: int,
     segments: int,
-    ids: int,
+    ids: Any,
     n: int,
     threads: int,
+    pool: int,
     worth_sharing_ns: int,
 ) -> Any:
-    """Plan the call whose operands are in place, and run it.
+    """Run a call on arrays; returns its outcome, SCATTERED where a row's elements are apart.
 
-    pool            address of POOL, or 0 where no thread helps
-    shrink, expand  addresses of kernels, 0 where a phase is left out
-    segments, ids   the address of SEGMENTS, and 0; or 0, and that of n adapter ids
+    source, target    x and y; where shrink is left out v and y, where expand is, x and v
+    v, v_stride       the address of memory for v, and bytes from row to row, if it is neither
+    shrink, expand    addresses of kernels, 0 where a phase is left out
+    segments, ids, n  the address of SEGMENTS and the positions in them; or 0, and n adapter ids
+    pool              address of the POOL that may help, or 0
     """
+    if not (is_dense(source) and is_dense(target)):
+        return SCATTERED
     call = record(CALL, address)
-    call.table, call.threads = table, threads
+    call.v, call.v_stride = v, v_stride
+    if shrink != 0:
+        call.x, call.x_stride = address_of(source), source.strides[0]
+    else:
+        call.v, call.v_stride = address_of(source), source.strides[0]
+    if expand != 0:
+        call.y, call.y_stride = address_of(target), target.strides[0]
+    else:
+        call.v, call.v_stride = address_of(target), target.strides[0]
     call.shrink, call.expand = shrink, expand
+    call.table, call.segments, call.ids, call.n = table, segments, address_of(ids), n
+    call.threads, call.worth_sharing_ns = threads, worth_sharing_ns
+    enter(call.begin, address, pool)
+    return call.outcome
+
+
+@jit()
+def start_at(
+    address: int,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    v: int,
+    v_stride: int,
+    shrink: int,
+    expand: int,
+    table: int,
+    segments: int,
+    n: int,
+    threads: int,
+    pool: int,
+    worth_sharing_ns: int,
+) -> Any:
+    """The same of x and y at addresses, with bytes from row to row, and of Segments."""
+    call = record(CALL, address)
+    call.x, call.x_stride = x, x_stride
+    call.y, call.y_stride = y, y_stride
+    call.v, call.v_stride = v, v_stride
+    call.shrink, call.expand = shrink, expand
+    call.table, call.segments, call.n = table, segments, n
+    call.threads, call.worth_sharing_ns = threads, worth_sharing_ns
+    enter(call.begin, address, pool)
+    return call.outcome
+
+
+@jit()
+def is_dense(array: Any) -> Any:
+    """Whether the elements of each row are side by side in memory."""
+    return array.size == 0 or array.shape[1] == 1 or array.strides[1] == array.itemsize
+
+
+def begin(address: int, pool: int) -> None:
+    """Plan the call whose operands are in place, and run it; its outcome is in the record."""
+    call = record(CALL, address)
     call.shrink_next = call.shrink_done = call.expand_next = 0
-    if not plan(address, segments, ids, n):
-        return REFUSED
-    cost_ns = cut_blocks(address, worth_sharing_ns)
+    if not plan(address):
+        call.outcome = REFUSED
+        return
+    cost_ns = cut_blocks(address)
     tasks = call.band_count * call.expand_cuts
     if call.shrink != 0 and (call.expand == 0 or call.block_count * call.shrink_cuts < tasks):
         tasks = call.block_count * call.shrink_cuts
     call.limit = max(1, tasks * BETWEEN_SIGNALS_NS // max(cost_ns, 1))
-    if cost_ns < worth_sharing_ns:
-        pool = 0
-    if pool != 0:
+    if pool != 0 and cost_ns >= call.worth_sharing_ns and take_helpers(pool):
+        call.pool = pool
         open_gate(pool, address)
         if has_bell(pool):
-            return MORE
-    return resume(address, pool)
+            call.outcome = MORE
+            return
+    call.outcome = resume(address)
 
 
 @jit()
-def resume(address: int, pool: int) -> Any:
-    """Run tasks until none is left, or for as long as signals may wait."""
-    if pool == 0 or not fork_join(pool, address):
-        take_part(address, record(CALL, address).limit)
+def resume(address: int) -> Any:
+    """Run tasks until none is left, or for as long as signals may wait; returns the outcome."""
+    call = record(CALL, address)
+    if call.pool == 0 or not fork_join(call.pool, address):
+        take_part(address, call.limit)
     if not all_begun(address):
         return MORE
-    if pool != 0:
-        shut_gate(pool)
+    let_helpers_go(address)
     return DONE
 
 
 @jit()
-def abandon(address: int, pool: int) -> None:
+def abandon(address: int) -> None:
     """End a call whose tasks are not all done: begin no other, and wait for the helpers inside."""
     leave_undone(address)
-    if pool != 0:
-        shut_gate(pool)
+    let_helpers_go(address)
+
+
+@jit()
+def let_helpers_go(address: int) -> None:
+    """Wait for the helpers inside, if the call has any, and free them."""
+    call = record(CALL, address)
+    if call.pool != 0:
+        shut_gate(call.pool)
+        free_helpers(call.pool)
+        call.pool = 0

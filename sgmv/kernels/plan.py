@@ -328,19 +328,17 @@ def scratch_size(n: int) -> Any:
 
 
 @jit()
-def plan(address: int, segments: int, ids: int, n: int) -> Any:
-    """Write the call's row blocks; False if an id is not known.
-
-    segments, ids  the address of SEGMENTS, and 0; or 0, and that of n adapter ids
-    """
+def plan(address: int) -> Any:
+    """Write the call's row blocks; False if an id is not known."""
     call = record(CALL, address)
+    n = call.n
     table = record(TABLE, call.table)
     found = views(call.scratch, n)
     rows, seq_start, segment_ids = found.rows, found.seq_start, found.segment_ids
     call.x_rows = call.weights = call.bands = 0
     k = 1
-    if segments != 0:
-        made = record(SEGMENTS, segments)
+    if call.segments != 0:
+        made = record(SEGMENTS, call.segments)
         count = made.count
         call.x_rows, call.weights = made.x_rows, made.weights
         k = made.k
@@ -348,7 +346,7 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
         seq_start = vector(made.seq_start, count + 1, INTEGER)
         segment_ids = vector(made.adapter_ids, count, INTEGER)
     else:
-        given = vector(ids, n, INTEGER)
+        given = vector(call.ids, n, INTEGER)
         count = sort(given, rows, seq_start, segment_ids, found.target, found.digits)
         if count > 0 and segment_ids[0] < BASE_ONLY:
             return False
@@ -376,7 +374,7 @@ def plan(address: int, segments: int, ids: int, n: int) -> Any:
 
 
 @jit()
-def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
+def cut_blocks(address: int) -> Any:
     """Cut the blocks into tasks; returns what all of them cost one core, in nanoseconds."""
     call = record(CALL, address)
     table = record(TABLE, call.table)
@@ -385,10 +383,10 @@ def cut_blocks(address: int, worth_sharing_ns: int) -> Any:
     blocks = records(BLOCK, call.blocks, call.block_count)
     panels = -(-table.h_out // table.panel_columns)
     call.shrink_cuts, call.expand_cuts, cost_ns = cuts_of_both(
-        blocks, widths, panels, call.threads, worth_sharing_ns
+        blocks, widths, panels, call.threads, call.worth_sharing_ns
     )
     if call.bands != 0:
-        threads = call.threads if cost_ns >= worth_sharing_ns else 1
+        threads = call.threads if cost_ns >= call.worth_sharing_ns else 1
         parts = cuts(call.band_count, panels, threads)
         call.expand_cuts = max(1, min(parts, CUTS_PER_THREAD * threads))
     return cost_ns

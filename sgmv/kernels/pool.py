@@ -8,7 +8,8 @@
     shuts the gate, waits till all are out   goes out
 
 The caller never waits for a helper that has not come in: it finds the gate shut. One wake serves
-both phases. Helpers hold no GIL, so a busy interpreter does not delay them.
+both phases. Helpers hold no GIL, so a busy interpreter does not delay them. They are one caller's
+at a time; another one runs alone.
 
 Where torch made the call's arrays, the helpers are the OpenMP team that torch computed them with.
 A thread of that team spins for some milliseconds after each product: a helper of ours, woken onto
@@ -37,12 +38,25 @@ GATE, INSIDE, SLEEPERS, NUMBER = (
     offset(POOL, field) for field in ("gate", "inside", "sleepers", "number")
 )
 THE_CALL, CPU, MEMBERS = offset(POOL, "call"), offset(POOL, "cpu"), offset(CALL, "members")
+ASKED = offset(POOL, "asked")
 THREAD_ID = offset(SEAT, "thread_id")
 SHUT, CLOSED = 0, -1
 WAIT_PRIVATE, WAKE_PRIVATE = 128, 129
 # Turns at the gate before a helper falls asleep, some 100 us: the next call of a loop finds it
 # awake, and a server's base product, which takes longer, gets the core back.
 SPINS = 4000
+
+
+@jit()
+def take_helpers(address: int) -> Any:
+    """Whether the helpers are the caller's now, until it calls `free_helpers`."""
+    return add_atomic(address + ASKED, 1) == 0
+
+
+@jit()
+def free_helpers(address: int) -> None:
+    """The helpers are free for another caller."""
+    store_atomic(address + ASKED, 0)
 
 
 @jit()

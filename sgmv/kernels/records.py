@@ -50,9 +50,13 @@ CALL = _record(
     *("x", "x_stride", "y", "y_stride"),  # at their first elements; bytes from row to row
     *("v", "v_stride"),  # (n, slices * r), in sorted order, the ranks of slice after slice
     *("x_rows", "y_rows"),  # at (n,): the row of x, and of y, that belongs to each sorted position
+    *("n", "segments", "ids"),  # positions there is room for; at SEGMENTS, or at (n,) adapter ids
     "table",  # at the layer's TABLE
     *("shrink", "expand"),  # at their kernels; 0 leaves the phase out
     "threads",  # how many may take part
+    "worth_sharing_ns",  # work that takes one core less than this is not shared
+    "pool",  # at the POOL whose helpers this call has; or 0
+    *("begin", "outcome"),  # at compiled code that plans and runs a call; how far that came
     "limit",  # tasks that the caller runs of each phase before it looks for signals
     "scratch",  # at the plan's memory
     *("blocks", "block_count"),  # at (block_count,) BLOCK
@@ -103,8 +107,9 @@ POOL = _record(
     *("cpus", "mask"),  # at (CPU_WORDS,): the cores helpers may use, a bit each; and scratch
     *("team", "member"),  # GOMP_parallel, or 0; what its threads run
     # The gate is SHUT, or CLOSED for good, or the number of the call at hand, and no number comes
-    # twice; the helpers inside, and asleep; the address of the call; the last number.
-    lines=("gate", "inside", "sleepers", "call", "number"),
+    # twice; the helpers inside, and asleep; the address of the call; the last number; how many
+    # callers asked for the helpers since they were free, the first of whom has them.
+    lines=("gate", "inside", "sleepers", "call", "number", "asked"),
 )
 SEAT = _record("pool", "index", "thread_id")  # of a native thread: at POOL, its number, its id
 CPU_WORDS = 16  # int64s: 1,024 cores, as many as libc's own set of them has

@@ -29,6 +29,8 @@ ids = np.array([0, -1, 0])
 ids.flags.writeable = False
 sgmv.add_lora(y, one, stack, ids)
 sgmv.add_lora(y[::2], one[::2], stack, sgmv.segment([0, 0]))
+sgmv.add_lora(y[::2], one[::2], stack, [0, 0])
+sgmv.add_lora(y, one[:, ::-1], stack, ids)
 sgmv.expand(sgmv.shrink(one, stack, sgmv.segment([0] * 3)), stack, sgmv.segment([0] * 3), y)
 """
 COUNT = """

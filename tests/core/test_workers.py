@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,7 @@ from sgmv.errors import SgmvError
 from sgmv.kernels import call, plan
 from sgmv.kernels.atomics import add_atomic, load_atomic, pause
 from sgmv.kernels.jit import entry, jit, record, vector
-from sgmv.kernels.pool import SHUT
+from sgmv.kernels.pool import SHUT, free_helpers, take_helpers
 from sgmv.kernels.records import CALL, INTEGER
 from sgmv.kernels.tasks import NONE, claim_shrink, finish_shrink
 from sgmv.launch import WORTH_SHARING_NS
@@ -173,6 +174,14 @@ def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert not any(helper.is_alive() for helper in fresh.helpers)
 
 
+@contextmanager
+def held(pool: workers.Pool) -> Iterator[None]:
+    """As if another thread were in a call, with the pool's helpers."""
+    assert take_helpers(pool.address)
+    yield
+    free_helpers(pool.address)
+
+
 def sleepers(pool: workers.Pool) -> int:
     return int(pool.fields[0].sleepers) + pool.asleep
 
@@ -280,7 +289,7 @@ def test_sleeping_helpers_are_woken_off_the_callers_core(
 def test_a_caller_who_finds_helpers_busy_runs_alone(kernels: Kernels, pool: workers.Pool) -> None:
     sgmv.set_num_threads(3)
     meeting = Meeting(kernels, rows=200, expected=1)
-    with pool.lock:
+    with held(pool):
         meeting.call()
     assert meeting.entered == 1
     meeting.check_done_once()
@@ -372,7 +381,7 @@ def test_in_a_child_after_fork(kernels: Kernels, pool: workers.Pool) -> None:
     """The parent has used its helpers; the child must not wait for theirs, and gets its own."""
     sgmv.set_num_threads(3)
     expected = add()
-    with pool.lock:  # as if another thread of the parent were calling
+    with held(pool):  # as if another thread of the parent were calling
         child = os.fork()
     if child == 0:  # pragma: no cover
         status = 1
@@ -453,7 +462,7 @@ def test_a_failure_is_raised_after_all_have_stopped(
     sgmv.set_num_threads(3)
     meeting = Meeting(kernels, rows=50_000, expected=3, turns=SECOND // 100)
 
-    def fail(call: int, gate: int) -> int:
+    def fail(call: int) -> int:
         raise MemoryError
 
     with monkeypatch.context() as patch:

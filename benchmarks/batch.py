@@ -65,6 +65,12 @@ class Batch:
         weights = self.pool.weight_bytes[self.slots].sum()
         return int(weights) + int(self.x.nbytes) + 2 * int(self.y.nbytes)
 
+    def operands(self) -> list[NDArray[Any]]:
+        """The arrays that one call reads: x, y and each segment's weights, as sgmv stores them."""
+        stored = [self.pool.stack.table.weights[slot] for slot in self.slots]
+        weights = [array for each in stored if each is not None for array in (each.wa, each.wb)]
+        return [self.x, self.y, *weights]
+
     def flops(self) -> int:
         """Multiplications and additions of shrink and expand."""
         widths = int(self.x.shape[1]) + int(self.y.shape[1])

@@ -1,7 +1,8 @@
 """What this machine can do at most: read bandwidth by footprint, and float32 FMA peak.
 
-Measured in each run and never cached, so that the share a case attains is of the machine as it is
-now. The probes are the only jitted code outside the library.
+Measured in each run and never cached. What other tenants of a host leave of its last cache and its
+memory changes within minutes: so the very bytes of a case are read in turn with it (`reading`), and
+its share of the limit is of those times. The probes are the only jitted code outside the library.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from sgmv.kernels.jit import vector
+from sgmv.kernels.records import INTEGER
+
 FOOTPRINTS = tuple(1 << shift for shift in range(15, 30, 2))  # 32 KiB .. 512 MiB
-STREAMS = 8  # rows of weights that a kernel reads side by side
+SLOWEST = 2e9  # bytes/s, less than any memory gives
 ACCUMULATORS = 12  # two FMA pipes of latency 4 need 8; 12 still fit 16 registers
 
 
@@ -81,27 +85,74 @@ def _fma(count: int) -> float:
 
 
 @njit(nogil=True)
-def _read(words: NDArray[np.int64], passes: int) -> int:
-    """OR of all words, `passes` times: one load per word and nothing that waits for arithmetic."""
+def _read(addresses: NDArray[np.int64], words: NDArray[np.int64], passes: int) -> int:
+    """OR of all words there, `passes` times: one load per word, and no chain of arithmetic."""
     found = 0
     for _ in range(passes):
         # The result of a pass enters the next, so that no pass can be left out.
         found += 1
-        for i in range(words.shape[0]):
-            found |= words[i]
+        for part in range(addresses.shape[0]):
+            a = vector(addresses[part], words[part], INTEGER)
+            for i in range(words[part]):
+                found |= a[i]
     return found
 
 
 @njit(nogil=True)
-def _read_streams(streams: tuple[NDArray[np.int64], ...], passes: int) -> int:
-    """The same of STREAMS arrays side by side."""
+def _read_streams(addresses: NDArray[np.int64], words: NDArray[np.int64], passes: int) -> int:
+    """The same of each part's eighths side by side, as a kernel reads eight ranks of wa."""
     found = 0
-    a, b, c, d, e, f, g, h = streams
     for _ in range(passes):
         found += 1
-        for i in range(a.shape[0]):
-            found |= a[i] | b[i] | c[i] | d[i] | e[i] | f[i] | g[i] | h[i]
+        for part in range(addresses.shape[0]):
+            size, at = words[part] // 8, addresses[part]
+            a, b = vector(at, size, INTEGER), vector(at + 8 * size, size, INTEGER)
+            c, d = vector(at + 16 * size, size, INTEGER), vector(at + 24 * size, size, INTEGER)
+            e, f = vector(at + 32 * size, size, INTEGER), vector(at + 40 * size, size, INTEGER)
+            g, h = vector(at + 48 * size, size, INTEGER), vector(at + 56 * size, size, INTEGER)
+            for i in range(size):
+                found |= a[i] | b[i] | c[i] | d[i] | e[i] | f[i] | g[i] | h[i]
     return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Some memory that is read again and again, by threads side by side.
+
+    nbytes  of one pass
+    once    measures, and returns the seconds of one pass
+    """
+
+    nbytes: int
+    once: Callable[[], float]
+
+
+def reading(arrays: Sequence[NDArray[Any]], threads: int, pass_s: float) -> Reading:
+    """How these arrays are read fastest: each thread its part of each, in one stream or eight.
+
+    Which is faster depends on the CPU: beyond the caches of a Sapphire Rapids eight streams read
+    1.3 times as fast as one; in those of an EPYC Zen 4 one reads 1.2 times as fast as eight.
+    Units: `pass_s` is the seconds of one measurement, about.
+    """
+    addresses = np.array([array.ctypes.data for array in arrays], np.int64)
+    sizes = np.array([array.nbytes // 8 for array in arrays], np.int64)
+    parts = []
+    for t in range(threads):
+        first, last = sizes * t // threads, sizes * (t + 1) // threads
+        parts.append((addresses + 8 * first, last - first))
+
+    def reader(kernel: Callable[..., int]) -> Callable[[], float]:
+        def run(passes: int) -> float:
+            return _concurrent([partial(kernel, *part, passes) for part in parts])
+
+        passes = _calibrate(run, pass_s, 1 + int(pass_s * SLOWEST / (8 * sizes.sum())))
+        return lambda: run(passes) / passes
+
+    best = min(
+        (reader(kernel) for kernel in (_read, _read_streams)),
+        key=lambda once: min(once() for _ in range(3)),
+    )
+    return Reading(8 * int(sizes.sum()), best)
 
 
 @dataclass(frozen=True)
@@ -110,25 +161,6 @@ class Ceilings:
 
     bandwidth: dict[int, list[tuple[int, float]]]
     peak: dict[int, float]
-
-    def bandwidth_at(self, footprint: int, threads: int) -> float:
-        """Bytes/s at a footprint, between the measured ones on a log-log line.
-
-        >>> Ceilings({1: [(1 << 20, 4e9), (1 << 24, 1e9)]}, {1: 1e9}).bandwidth_at(1 << 22, 1)
-        2000000000.0
-        """
-        sizes, rates = zip(*self.bandwidth[threads], strict=True)
-        found = np.interp(np.log(footprint), np.log(sizes), np.log(rates))
-        return round(float(np.exp(found)), 3)
-
-    def limit_s(self, footprint: int, flops: int, threads: int) -> float:
-        """Seconds below which no kernel can go: the larger of bytes / bandwidth and FLOP / peak.
-
-        >>> Ceilings({1: [(1 << 20, 1e9), (1 << 24, 1e9)]}, {1: 1e9}).limit_s(1 << 20, 10**9, 1)
-        1.0
-        """
-        memory = footprint / self.bandwidth_at(footprint, threads)
-        return max(memory, flops / self.peak[threads])
 
 
 def probe(threads: Sequence[int], *, pass_s: float = 0.03, repeats: int = 3) -> Ceilings:
@@ -141,40 +173,17 @@ def probe(threads: Sequence[int], *, pass_s: float = 0.03, repeats: int = 3) -> 
     counts = sorted(set(threads))
     # Touched, not only reserved: untouched pages all map to one page of zeros, which is cached.
     words = np.arange(max(FOOTPRINTS) // 8, dtype=np.int64)
+
+    def bandwidth(size: int, threads: int) -> float:
+        found = reading([words[: size // 8]], threads, pass_s)
+        return found.nbytes / min(found.once() for _ in range(repeats))
+
     return Ceilings(
         bandwidth={
-            count: [(size, _bandwidth(words, size, count, pass_s, repeats)) for size in FOOTPRINTS]
-            for count in counts
+            count: [(size, bandwidth(size, count)) for size in FOOTPRINTS] for count in counts
         },
         peak={count: _peak(count, pass_s, repeats) for count in counts},
     )
-
-
-def _bandwidth(
-    words: NDArray[np.int64], footprint: int, threads: int, pass_s: float, repeats: int
-) -> float:
-    """The better of reading one stream and STREAMS of them.
-
-    Which is better depends on the CPU: beyond the caches of a Sapphire Rapids eight streams read
-    1.3 times as fast as one; in those of an EPYC Zen 4 one reads 1.2 times as fast as eight.
-    """
-    parts = np.array_split(words[: footprint // 8], threads)
-    in_streams = [tuple(np.array_split(part, STREAMS)) for part in parts]
-
-    def rate(calls: list[Callable[[int], int]]) -> float:
-        def run(passes: int) -> float:
-            return _concurrent([partial(call, passes) for call in calls])
-
-        passes = _calibrate(run, pass_s)
-        return passes * footprint / min(run(passes) for _ in range(repeats))
-
-    def one(part: NDArray[np.int64]) -> Callable[[int], int]:
-        return lambda passes: _read(part, passes)
-
-    def several(streams: tuple[NDArray[np.int64], ...]) -> Callable[[int], int]:
-        return lambda passes: _read_streams(streams, passes)
-
-    return max(rate([one(part) for part in parts]), rate([several(part) for part in in_streams]))
 
 
 def _peak(threads: int, pass_s: float, repeats: int) -> float:
@@ -186,10 +195,9 @@ def _peak(threads: int, pass_s: float, repeats: int) -> float:
     return flops / min(run(count) for _ in range(repeats))
 
 
-def _calibrate(run: Callable[[int], float], pass_s: float) -> int:
-    """The count for which `run` takes about `pass_s`; the first call compiles."""
-    count = 1
-    run(count)
+def _calibrate(run: Callable[[int], float], pass_s: float, count: int = 1) -> int:
+    """The count for which `run` takes about `pass_s`, from a low guess on; a first run compiles."""
+    run(1)
     # The best of three: one stall taken for the whole would end in a count far too small.
     while (took := min(run(count) for _ in range(3))) < pass_s / 4:
         count *= 4

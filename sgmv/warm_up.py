@@ -104,7 +104,8 @@ def _calls(x: Dtype, weights: Dtype, y: Dtype) -> Iterator[tuple[str, Callable[[
     v = np.ones((2, 2), np.float32)
     for each in outputs:
         yield f"{name}: expand", partial(expand, v, stack, segments, each)
-    for rows_in, rows_out, batch in product(inputs, outputs, (segments, ids)):
+    batches: tuple[Any, ...] = segments, ids
+    for rows_in, rows_out, batch in product(inputs, outputs, batches):
         yield f"{name}: add_lora", partial(add_lora, rows_out, rows_in, stack, batch)
     yield "threads", workers.warm_up
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from benchmarks import ceilings
-from benchmarks.ceilings import Ceilings
 
 pytestmark = pytest.mark.once
 
@@ -39,7 +40,24 @@ def test_failure_in_a_probe_thread_is_not_swallowed() -> None:
         ceilings._concurrent([fail])
 
 
-def test_limit_is_the_larger_of_memory_and_arithmetic() -> None:
-    found = Ceilings({2: [(1 << 20, 1e9), (1 << 22, 1e9)]}, {2: 1e10})
-    assert found.limit_s(10**6, 10**6, 2) == pytest.approx(1e-3)
-    assert found.limit_s(10**6, 10**9, 2) == pytest.approx(1e-1)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_pass_reads_every_word_once(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit in any word is found, by either kernel, and by one thread alone."""
+    arrays = [np.zeros(64 * threads, np.int64), np.zeros((8, 16 * threads), np.int64)]
+    read: list[int] = []
+
+    def concurrent(calls: list[Callable[[], int]]) -> float:
+        read[:] = [call() for call in calls]
+        return 1.0
+
+    monkeypatch.setattr(ceilings, "_concurrent", concurrent)
+    for kernel in ("_read", "_read_streams"):
+        monkeypatch.setattr(ceilings, "_read", getattr(ceilings, kernel))
+        found = ceilings.reading(arrays, threads, pass_s=1e-9)
+        assert found.nbytes == sum(array.nbytes for array in arrays)
+        for array in arrays:
+            for i in range(array.size):
+                array.flat[i] = 1 << 40
+                found.once()
+                assert sum(each >> 40 for each in read) == 1
+                array.flat[i] = 0

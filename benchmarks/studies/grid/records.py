@@ -23,8 +23,10 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     rows held to the reference's elementwise bound before timing; all other rows were held to a
     coarser bound. `times`: by variant; "sgmv@2" is sgmv with 2 threads and segments made before,
     "sgmv@2 ids" the same from adapter ids; the others are baselines. `ratios`: by sgmv variant and
-    baseline, baseline time / sgmv time at the median: above 1, sgmv is faster. `shares`: by sgmv
-    variant, the roofline's time limit / time. `skipped`: baselines that did not run, and why.
+    baseline, baseline time / sgmv time at the median: above 1, sgmv is faster. `reads`: by sgmv
+    variant, how long as many threads took to read the footprint, timed in turn with the others.
+    `shares`: by sgmv variant, the roofline's time limit / time; in records without `reads`, that of
+    `ceilings`. `skipped`: baselines that did not run, and why.
     `foreign_cores`: cores that other processes kept busy meanwhile, on average; None where the
     system does not say.
     """
@@ -45,6 +47,7 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True):
     shares: dict[str, float]
     skipped: dict[str, str]
     foreign_cores: float | None
+    reads: dict[str, Times] = msgspec.field(default_factory=dict)
 
     def interval(self, variant: str, baseline: str) -> tuple[float, float] | None:
         """Of this ratio, over rounds; older records have none."""

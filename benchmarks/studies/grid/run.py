@@ -24,7 +24,7 @@ from benchmarks.batch import (
     pool_from_adapters,
     popularity_ids,
 )  # fmt: skip
-from benchmarks.ceilings import Ceilings
+from benchmarks.ceilings import Ceilings, reading
 from benchmarks.clock import NEVER, Budget, Deadline, Variant, quietly, time_quietly
 from benchmarks.gate import GateError, check_case
 from benchmarks.peers import PEERS, TURNS, left_out, rests
@@ -35,7 +35,8 @@ from benchmarks.studies.grid.records import CallTimes, CaseRecord, ratios
 # From ids, sgmv also sorts: timed apart up to here, where sorting could be seen.
 IDS_ROWS = 64
 MIXED = "mixed"
-PREPARING_S = 0.25  # a case's arrays and its gate, roughly
+READ_S = 0.004  # of one measurement of reading a case's bytes
+PREPARING_S = 0.35  # a case's arrays and its gate, roughly
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,16 @@ def measure(
     checked = check_case(batch, _gated(variants), terms.seed, roundings)
     y = batch.y.copy()
     turns = [
-        Variant(name, partial(update, y, batch.x, batch), before)
-        for name, (update, before) in variants.items()
+        *(
+            Variant(f"read@{count}", _reader(batch, count), tells=True)
+            for count in terms.threads
+        ),
+        *(
+            Variant(name, partial(update, y, batch.x, batch), before)
+            for name, (update, before) in variants.items()
+        ),
     ]
-    pools = [PEERS[name].library if name in PEERS else "sgmv" for name in variants]
+    pools = [PEERS[turn.name].library if turn.name in PEERS else "sgmv" for turn in turns]
     turns = [
         replace(turn, settle_s=max(turn.settle_s, rest))
         for turn, rest in zip(turns, rests(pools), strict=True)
@@ -219,6 +226,13 @@ def measure(
     with np.errstate(over="ignore", invalid="ignore"):
         times, foreign = quietly(partial(clock.alternate, turns, terms.budget, until), attempts=1)
     return _case_record(case, batch, checked, times, skipped, foreign, terms)
+
+
+def _reader(batch: Batch, threads: int) -> Callable[[], float]:
+    """What reads as many bytes as one call does, and returns the seconds of it."""
+    found = reading(batch.operands(), threads, READ_S)
+    again = batch.footprint() / found.nbytes  # y is written, too
+    return lambda: again * found.once()
 
 
 def add_lora_with_segments(y: NDArray[Any], x: NDArray[Any], batch: Batch) -> None:
@@ -269,14 +283,15 @@ def _case_record(
     terms: Terms,
 ) -> CaseRecord:
     variants = [f"sgmv@{count}" for count in terms.threads]
+    reads = {f"sgmv@{count}": times.pop(f"read@{count}") for count in terms.threads}
     shares = {}
     for count, name in zip(terms.threads, variants, strict=True):
-        limit = terms.ceilings.limit_s(batch.footprint(), batch.flops(), count)
-        shares[name] = significant(limit * 1e6 / times[name].q50)
+        limit_us = max(reads[name].q50, batch.flops() / terms.ceilings.peak[count] * 1e6)
+        shares[name] = significant(limit_us / times[name].q50)
     return CaseRecord(
         case.h_in, case.h_out, list(case.names), case.rank, case.rows, case.popularity, case.dtype,
         len(batch.slots), batch.footprint(), batch.flops(), checked, times,
-        ratios(times, variants), shares, skipped, foreign,
+        ratios(times, variants), shares, skipped, foreign, reads,
     )  # fmt: skip
 
 

@@ -213,30 +213,37 @@ def _expand_tile(e, nv, y_rows, v_rows, w_row, r, factors, mask, w_like, y_like)
     factors   scale; None, or the addresses of DoRA's gains and offsets; the tile's first column
     """
     mr = len(y_rows)
+    in_pairs = w_like == types.int16 and 1 < nv and mr <= nv
 
     def value(m, j):
         return e.broadcast(e.add(v_rows[m], e.multiply(j, 4)))
 
-    def weight(q, j):
-        return e.load(e.add(w_row(j), q * LANES * size(w_like)), w_like, mask)
+    def weights(q, j):
+        """The next vectors from q on that one read gives."""
+        address = e.add(w_row(j), q * LANES * size(w_like))
+        return e.pairs(address) if in_pairs else [e.load(address, w_like, mask)]
+
+    at_once = 2 if in_pairs else 1
 
     def step(j, sums):
         sums = list(sums)
         if mr <= nv:  # the fewer wait in registers, the others pass through one
             values = [value(m, j) for m in range(mr)]
-            for q in range(nv):
-                passing = weight(q, j)
-                for m in range(mr):
-                    sums[m * nv + q] = e.fma(values[m], passing, sums[m * nv + q])
+            for first in range(0, nv, at_once):
+                for q, passing in enumerate(weights(first, j), first):
+                    for m in range(mr):
+                        sums[m * nv + q] = e.fma(values[m], passing, sums[m * nv + q])
         else:
-            weights = [weight(q, j) for q in range(nv)]
+            waiting = [each for q in range(0, nv, at_once) for each in weights(q, j)]
             for m in range(mr):
                 passing = value(m, j)
                 for q in range(nv):
-                    sums[m * nv + q] = e.fma(passing, weights[q], sums[m * nv + q])
+                    sums[m * nv + q] = e.fma(passing, waiting[q], sums[m * nv + q])
         return sums
 
     sums = e.loop(ir.Constant(INT64, 0), r, 1, [ZERO] * (mr * nv), step)
+    if in_pairs:
+        sums = [each for q in range(0, mr * nv, 2) for each in e.in_turn(*sums[q : q + 2])]
     scale, gained, column = factors
     if gained:
         gains, offsets = _gains(e, nv, *gained, column, mask)

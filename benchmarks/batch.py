@@ -67,7 +67,9 @@ class Batch:
 
     def operands(self) -> list[NDArray[Any]]:
         """The arrays that one call reads: x, y and each segment's weights, as sgmv stores them."""
-        stored = [self.pool.stack.table.weights[slot] for slot in self.slots]
+        table = self.pool.stack.table
+        slots, _ranks = table.find(self.segments.adapter_ids)
+        stored = [table.weights[slot] for slot in slots if slot >= 0]  # others are base only
         weights = [array for each in stored if each is not None for array in (each.wa, each.wb)]
         return [self.x, self.y, *weights]
 

@@ -33,7 +33,8 @@ def test_goals_are_figures_of_their_own_cases() -> None:
     found = {goal.what: goal for goal in goals.goals(record)}
     against = found["float32 against numpy's segments"]
     assert (against.found, against.cases) == (pytest.approx(2.0**0.25), 4)
-    assert found["distinct decode, of the read limit"].found == pytest.approx(0.5)
+    assert found["distinct rows, 16 and more, of the read limit"].found == pytest.approx(0.5)
+    assert found["distinct rows, 4, of the read limit"].found is None
     assert found["segments of 2 to 8 rows, of the limit"].cases == 1
     assert found["bfloat16 against float32, distinct, over 8 MiB"].found == pytest.approx(2.4)
     assert found["2048 rows, identical, r = 64, of the FMA peak"].found == pytest.approx(0.4)

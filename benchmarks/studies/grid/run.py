@@ -208,10 +208,7 @@ def measure(
     checked = check_case(batch, _gated(variants), terms.seed, roundings)
     y = batch.y.copy()
     turns = [
-        *(
-            Variant(f"read@{count}", _reader(batch, count), tells=True)
-            for count in terms.threads
-        ),
+        *(Variant(f"read@{count}", _reader(batch, count), tells=True) for count in terms.threads),
         *(
             Variant(name, partial(update, y, batch.x, batch), before)
             for name, (update, before) in variants.items()

@@ -162,7 +162,7 @@ def footnotes(record: Record) -> list[str]:
     return [
         f"Ratios: baseline time / {main} time, at the median; {LOSS} marks a loss; - did not run.",
         f"{UNDECIDED} marks a ratio that is undecided: its 95 % interval over rounds spans 1.",
-        "limit: share of the roofline, max(bytes / bandwidth at this footprint, FLOP / FMA peak).",
+        "limit: share of the roofline, max(time to read the same bytes, FLOP / FMA peak).",
         "Segments (sgmv), row lists and weights as each baseline wants them made beforehand;",
         "weights hot: each call reads the same ones.",
         f"numpy's BLAS: {blas.name}, threads: {blas.threads or 'its default'}.",

@@ -8,7 +8,7 @@ backend   amx      x and weights of bfloat16: shrink by tile products, expand by
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from sgmv.cpu import SUMS_BFLOAT16, VECTOR_BITS
 from sgmv.dtypes import BITS, FLOAT64, sum_dtype
 from sgmv.errors import ValueRangeError
 from sgmv.kernels import loops, tile_kernels
+from sgmv.kernels.records import KERNELS
 from sgmv.settings import BACKEND
 
 BACKENDS = ("amx", "tiles", "loops")
@@ -24,12 +25,17 @@ BACKENDS = ("amx", "tiles", "loops")
 Dtype = np.dtype[Any]
 
 
-class Kernels(NamedTuple):
-    """What a call of certain float types runs: addresses, 0 for a phase that is left out."""
+class Kernels:
+    """What a call of certain float types runs: addresses, 0 for a phase that is left out.
 
-    shrink: int
-    expand: int
-    v_itemsize: int
+    v_itemsize  bytes of a number of v
+    address     of these three, as compiled code takes them
+    """
+
+    def __init__(self, shrink: int, expand: int, v_itemsize: int) -> None:
+        self.v_itemsize = v_itemsize
+        self._record = np.array([(shrink, expand, v_itemsize)], KERNELS)
+        self.address = int(self._record.ctypes.data)
 
 
 _shrink: dict[tuple[str, Dtype, Dtype, Dtype], int] = {}

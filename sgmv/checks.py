@@ -179,12 +179,11 @@ def check_columns(argument: str, array: object, h_out: int) -> Array:
 
 def check_x(x: Array, n: int, h_in: int, argument: str = "x") -> None:
     """Refuse what is no matrix of n rows that are as wide as the layer's input."""
-    _check_shape(argument, x, n, "h_in", h_in)
+    if type(x) is not np.ndarray or x.shape != (n, h_in) or x.dtype not in bits_of:
+        _check_shape(argument, x, n, "h_in", h_in)
 
 
 def _check_shape(argument: str, array: Array, n: int, name: str, width: int) -> None:
-    if type(array) is np.ndarray and array.shape == (n, width) and array.dtype in bits_of:
-        return
     check_matrix(argument, array)
     if array.shape != (n, width):
         raise ShapeError(
@@ -213,7 +212,8 @@ def check_v(v: Array, n: int, rank: int) -> None:
 
 def check_y(y: Array, n: int, h_out: int, source: str, operand: Any, argument: str = "y") -> None:
     """Refuse a y of another shape, read-only, or overlapping `operand` (`source`) or itself."""
-    _check_shape(argument, y, n, "h_out", h_out)
+    if type(y) is not np.ndarray or y.shape != (n, h_out) or y.dtype not in bits_of:
+        _check_shape(argument, y, n, "h_out", h_out)
     flags = y.flags
     if not flags.writeable:
         raise MemoryLayoutError(

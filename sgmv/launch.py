@@ -34,9 +34,7 @@ def run_both(
     kernels: Kernels, table: SlotTable, batch: Segments | Integers, x: Array, y: Array
 ) -> None:
     """Shrink and expand: add the delta of every row of x to its row of y. Any strides."""
-    space, row = workspace.take(), table.width * kernels.v_itemsize
-    v = space.v_of((batch.most if isinstance(batch, Segments) else len(batch)) * row)
-    _run(run_both, space, workers.pool_of(y), kernels, table, batch, x, y, v, row)
+    _run(run_both, kernels, table, batch, x, y, workers.pool_of(y))
 
 
 def run_both_at(
@@ -51,10 +49,9 @@ def run_both_at(
 
     The caller keeps their memory alive, and says which pool helps.
     """
-    space, row = workspace.take(), table.width * kernels.v_itemsize
-    operands = *x, *y, space.v_of(segments.most * row), row
-    work = *kernels[:2], table.address, segments.address, segments.most
-    if _start(space, pool, call.start_at, segments.most, *operands, *work) == call.REFUSED:
+    operands = *x, *y, kernels.address, table.address, segments.address
+    v_bytes = segments.most * table.width * kernels.v_itemsize
+    if _start(call.start_at, operands, segments.most, v_bytes, pool) == call.REFUSED:
         table.find(segments.adapter_ids)
 
 
@@ -62,35 +59,34 @@ def run_shrink(
     kernels: Kernels, table: SlotTable, batch: Segments | Integers, x: Array, v: Array
 ) -> None:
     """Write v (n, r), contiguous, of x: each row of an adapter, up to its rank."""
-    _run(run_shrink, workspace.take(), workers.pool_of(x), kernels, table, batch, x, v)
+    _run(run_shrink, kernels, table, batch, x, v, workers.pool_of(x))
 
 
 def run_expand(
     kernels: Kernels, table: SlotTable, batch: Segments | Integers, v: Array, y: Array
 ) -> None:
     """Add the delta of every row of v (n, r), contiguous, to its row of y."""
-    _run(run_expand, workspace.take(), workers.pool_of(y), kernels, table, batch, v, y)
+    _run(run_expand, kernels, table, batch, v, y, workers.pool_of(y))
 
 
 def _run(
     run: Callable[..., None],
-    space: workspace.Workspace,
-    pool: workers.Pool,
     kernels: Kernels,
     table: SlotTable,
     batch: Segments | Integers,
     source: Array,
     target: Array,
-    v: int = 0,
-    v_stride: int = 0,
+    pool: workers.Pool,
 ) -> None:
     """`run`, on arrays as `call.start` takes them."""
     if isinstance(batch, Segments):
         segments, ids, n = batch.address, NO_IDS, batch.most
     else:
         segments, ids, n = 0, batch, len(batch)
-    work = v, v_stride, kernels.shrink, kernels.expand, table.address, segments, ids, n
-    outcome = _start(space, pool, call.start, n, as_bits(source), as_bits(target), *work)
+    arrays = as_bits(source), as_bits(target)
+    operands = *arrays, kernels.address, table.address, segments, ids
+    v_bytes = n * table.width * kernels.v_itemsize if run is run_both else 0
+    outcome = _start(call.start, operands, n, v_bytes, pool)
     if outcome == call.SCATTERED:
         dense = np.ascontiguousarray(target)
         run(kernels, table, batch, np.ascontiguousarray(source), dense)
@@ -101,20 +97,21 @@ def _run(
 
 
 def _start(
-    space: workspace.Workspace,
-    pool: workers.Pool,
-    start: Callable[..., int],
-    n: int,
-    *work: Any,
+    start: Callable[..., int], operands: tuple[Any, ...], n: int, v_bytes: int, pool: workers.Pool
 ) -> int:
-    """Run a call until it is over; returns its outcome. `pool` helps, if its helpers are free."""
+    """Run a call until it is over; returns its outcome. `pool` helps, if its helpers are free.
+
+    n, v_bytes  positions, and bytes of v, that the workspace has room for
+    """
+    space = workspace.take()
     threads, gate = workers.get_num_threads(), 0
     try:
         if threads > 1 and JITTED:
-            pool.prepare(threads - 1)
+            pool.prepare(threads)
             gate = pool.address
-        space.plan_rows(n)
-        outcome = start(space.address, *work, threads, gate, WORTH_SHARING_NS)
+        space.hold_plan(n)
+        space.hold_v(v_bytes)
+        outcome = start(space.address, *operands, gate, WORTH_SHARING_NS)
         while outcome == call.MORE:  # between two bytecodes Python hears signals
             pool.ring()
             outcome = call.resume(space.address)

@@ -135,6 +135,7 @@ class SlotTable:
         """The table as compiled code takes it."""
         found = np.zeros(1, TABLE)
         found["h_in"], found["h_out"] = self.h_in, self.h_out
+        found["width"] = self.width
         found["loaded"], found["slots"] = len(self.ids), len(self.ranks)
         found["ids"], found["slot_of"] = self.ids.ctypes.data, self.slots.ctypes.data
         found["wa"], found["wb"] = self.wa_address.ctypes.data, self.wb_address.ctypes.data

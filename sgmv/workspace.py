@@ -22,20 +22,19 @@ class Workspace:
         self.call = on_cache_lines(CALL)
         self.address = int(self.call.ctypes.data)
         self.call["begin"] = _begin()
-        self._rows = self._v_bytes = self._v_address = 0
+        self._rows = self._v_bytes = 0
 
-    def plan_rows(self, n: int) -> None:
+    def hold_plan(self, n: int) -> None:
         """Have room for the plan of n rows."""
         if n > self._rows:
             self._scratch = np.empty(scratch_size(n), np.uint8)
             self.call["scratch"], self._rows = self._scratch.ctypes.data, n
 
-    def v_of(self, size: int) -> int:
-        """The address of a buffer for v, at least `size` bytes."""
+    def hold_v(self, size: int) -> None:
+        """Have room for a v of so many bytes."""
         if size > self._v_bytes:
             self._v = np.empty(size // 4, np.float32)
-            self._v_bytes, self._v_address = size, int(self._v.ctypes.data)
-        return self._v_address
+            self.call["v_room"], self._v_bytes = self._v.ctypes.data, size
 
 
 @cache

@@ -24,7 +24,7 @@ from sgmv.kernels.pool import (
     shut_gate,
     take_helpers,
 )
-from sgmv.kernels.records import CALL
+from sgmv.kernels.records import CALL, KERNELS, POOL, TABLE
 from sgmv.kernels.tasks import all_begun, leave_undone, take_part
 
 # Outcomes of a call. After MORE Python looks for signals and sleeping helpers, and resumes;
@@ -38,43 +38,35 @@ def start(
     address: int,
     source: Any,
     target: Any,
-    v: int,
-    v_stride: int,
-    shrink: int,
-    expand: int,
+    kernels: int,
     table: int,
     segments: int,
     ids: Any,
-    n: int,
-    threads: int,
     pool: int,
     worth_sharing_ns: int,
 ) -> Any:
     """Run a call on arrays; returns its outcome, SCATTERED where a row's elements are apart.
 
-    source, target    x and y; where shrink is left out v and y, where expand is, x and v
-    v, v_stride       the address of memory for v, and bytes from row to row, if it is neither
-    shrink, expand    addresses of kernels, 0 where a phase is left out
-    segments, ids, n  the address of SEGMENTS and the positions in them; or 0, and n adapter ids
-    pool              address of the POOL that may help, or 0
+    source, target  x and y; where expand is left out x and v, where shrink is, v and y
+    kernels, table  addresses of KERNELS and TABLE
+    segments, ids   the address of SEGMENTS; or 0, and adapter ids
+    pool            address of the POOL that may help, or 0
     """
     if not (is_dense(source) and is_dense(target)):
         return SCATTERED
     call = record(CALL, address)
-    call.v, call.v_stride = v, v_stride
-    if shrink != 0:
+    phases = record(KERNELS, kernels)
+    call.ids, call.n = address_of(ids), ids.shape[0]
+    place_v(address, kernels, table)
+    if phases.shrink != 0:
         call.x, call.x_stride = address_of(source), source.strides[0]
     else:
         call.v, call.v_stride = address_of(source), source.strides[0]
-    if expand != 0:
+    if phases.expand != 0:
         call.y, call.y_stride = address_of(target), target.strides[0]
     else:
         call.v, call.v_stride = address_of(target), target.strides[0]
-    call.shrink, call.expand = shrink, expand
-    call.table, call.segments, call.ids, call.n = table, segments, address_of(ids), n
-    call.threads, call.worth_sharing_ns = threads, worth_sharing_ns
-    enter(call.begin, address, pool)
-    return call.outcome
+    return start_in_place(address, kernels, table, segments, pool, worth_sharing_ns)
 
 
 @jit()
@@ -84,25 +76,36 @@ def start_at(
     x_stride: int,
     y: int,
     y_stride: int,
-    v: int,
-    v_stride: int,
-    shrink: int,
-    expand: int,
+    kernels: int,
     table: int,
     segments: int,
-    n: int,
-    threads: int,
     pool: int,
     worth_sharing_ns: int,
 ) -> Any:
-    """The same of x and y at addresses, with bytes from row to row, and of Segments."""
+    """The same of both phases, of x and y at addresses, and bytes from row to row; of Segments."""
     call = record(CALL, address)
-    call.x, call.x_stride = x, x_stride
-    call.y, call.y_stride = y, y_stride
-    call.v, call.v_stride = v, v_stride
-    call.shrink, call.expand = shrink, expand
-    call.table, call.segments, call.n = table, segments, n
-    call.threads, call.worth_sharing_ns = threads, worth_sharing_ns
+    call.x, call.x_stride, call.y, call.y_stride = x, x_stride, y, y_stride
+    place_v(address, kernels, table)
+    return start_in_place(address, kernels, table, segments, pool, worth_sharing_ns)
+
+
+@jit()
+def place_v(address: int, kernels: int, table: int) -> None:
+    """Have v in the workspace."""
+    call = record(CALL, address)
+    call.v = call.v_room
+    call.v_stride = record(TABLE, table).width * record(KERNELS, kernels).v_itemsize
+
+
+@jit()
+def start_in_place(
+    address: int, kernels: int, table: int, segments: int, pool: int, worth_sharing_ns: int
+) -> Any:
+    """Run the call whose operands are in place; returns its outcome."""
+    call = record(CALL, address)
+    phases = record(KERNELS, kernels)
+    call.shrink, call.expand = phases.shrink, phases.expand
+    call.table, call.segments, call.worth_sharing_ns = table, segments, worth_sharing_ns
     enter(call.begin, address, pool)
     return call.outcome
 
@@ -116,6 +119,7 @@ def is_dense(array: Any) -> Any:
 def begin(address: int, pool: int) -> None:
     """Plan the call whose operands are in place, and run it; its outcome is in the record."""
     call = record(CALL, address)
+    call.threads = 1 if pool == 0 else record(POOL, pool).threads
     call.shrink_next = call.shrink_done = call.expand_next = 0
     if not plan(address):
         call.outcome = REFUSED

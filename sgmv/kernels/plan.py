@@ -331,7 +331,7 @@ def scratch_size(n: int) -> Any:
 def plan(address: int) -> Any:
     """Write the call's row blocks; False if an id is not known."""
     call = record(CALL, address)
-    n = call.n
+    n = call.n if call.segments == 0 else record(SEGMENTS, call.segments).most
     table = record(TABLE, call.table)
     found = views(call.scratch, n)
     rows, seq_start, segment_ids = found.rows, found.seq_start, found.segment_ids

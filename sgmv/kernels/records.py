@@ -1,6 +1,7 @@
 """What compiled code is told, as records of int64s: Python writes their fields, kernels read them.
 
     CALL      one call: operands, adapters, plan, and the counters from which threads claim tasks
+    KERNELS   the compiled shrink and expand of some float types
     TABLE     a layer's adapters, by slot
     SEGMENTS  a batch's rows, sorted by adapter
     BLOCK     some rows of one segment
@@ -50,7 +51,8 @@ CALL = _record(
     *("x", "x_stride", "y", "y_stride"),  # at their first elements; bytes from row to row
     *("v", "v_stride"),  # (n, slices * r), in sorted order, the ranks of slice after slice
     *("x_rows", "y_rows"),  # at (n,): the row of x, and of y, that belongs to each sorted position
-    *("n", "segments", "ids"),  # positions there is room for; at SEGMENTS, or at (n,) adapter ids
+    "v_room",  # at memory for v
+    *("segments", "ids", "n"),  # at SEGMENTS; or 0, and at (n,) adapter ids
     "table",  # at the layer's TABLE
     *("shrink", "expand"),  # at their kernels; 0 leaves the phase out
     "threads",  # how many may take part
@@ -69,8 +71,11 @@ CALL = _record(
     lines=("shrink_next", "shrink_done", "expand_next", "members"),
 )
 
+KERNELS = _record("shrink", "expand", "v_itemsize")  # addresses; 0 leaves the phase out
+
 TABLE = _record(
     *("h_in", "h_out"),
+    "width",  # columns of v: the highest rank, for each slice
     "loaded",  # ids that are known
     *("ids", "slot_of"),  # at (loaded,): the ids ascending, the slot of each
     "slots",
@@ -87,6 +92,7 @@ TABLE = _record(
 
 SEGMENTS = _record(
     "count",
+    "most",  # positions, or segments if these are more: what a plan has to have room for
     *("rows", "seq_start", "adapter_ids"),  # at (n,), (count + 1,), (count,)
     "x_rows",  # at (n,): the row of x at each position, where it is not that of y; or 0
     "weights",  # at (n,) float32, or 0
@@ -102,6 +108,7 @@ POOL = _record(
     # Linux's, or 0: libc's syscall(2), and the numbers of four system calls.
     *("syscall", "futex", "getcpu", "setaffinity", "gettid"),
     *("cpu", "kept_clear"),  # the caller's core, now and when helpers were last kept off it
+    "threads",  # that a call may use, the caller's included
     "helpers",
     "thread_ids",  # at (helpers,)
     *("cpus", "mask"),  # at (CPU_WORDS,): the cores helpers may use, a bit each; and scratch

@@ -213,7 +213,7 @@ def _expand_tile(e, nv, y_rows, v_rows, w_row, r, factors, mask, w_like, y_like)
     factors   scale; None, or the addresses of DoRA's gains and offsets; the tile's first column
     """
     mr = len(y_rows)
-    in_pairs = w_like == types.int16 and 1 < nv and mr <= nv
+    in_pairs = w_like == types.int16 and nv > 1 and mr <= nv
 
     def value(m, j):
         return e.broadcast(e.add(v_rows[m], e.multiply(j, 4)))

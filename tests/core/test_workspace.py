@@ -28,11 +28,14 @@ def test_a_workspace_grows_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert space.address % CACHE_LINE == 0
     other = workspace.take()
     assert other is not space
-    for n in (3, 700, 2):
-        space.plan_rows(n)
-        v = space.v_of(4 * n)
-    assert v == space.v_of(4 * 700)
-    assert space.call[0].scratch != 0
+    held = []
+    for n in (3, 700, 2, 700):
+        space.hold_plan(n)
+        space.hold_v(4 * n)
+        held.append((int(space.call[0].scratch), int(space.call[0].v_room)))
+    assert len(set(held)) == 2
+    assert held[1] == held[2] == held[3]
+    assert 0 not in held[0] + held[1]
     workspace.give_back(other)
     workspace.give_back(space)
     assert workspace.take() is space

@@ -23,7 +23,7 @@ done
 
 if ! [ -x "$root/usr/bin/python3.11" ]; then
   rm -rf "$root"
-  debootstrap --arch=arm64 --foreign --variant=minbase --include=python3 bookworm "$root" >&2
+  debootstrap --arch=arm64 --foreign --variant=minbase --include=python3,libgomp1 bookworm "$root" >&2
   for package in "$root"/var/cache/apt/archives/*.deb; do dpkg-deb -x "$package" "$root"; done
 fi
 if ! [ -d "$folder/site/numba" ]; then

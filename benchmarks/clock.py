@@ -111,9 +111,9 @@ def _turn(variant: Variant, budget: Budget) -> list[int]:
     limit = int(budget.turn_s * 1e9)
     while not times or (spent < limit and len(times) < budget.max_calls):
         start = time.perf_counter_ns()
-        told = call()
+        seconds = call()
         taken = time.perf_counter_ns() - start
-        times.append(round(told * 1e9) if variant.tells else taken)
+        times.append(round(seconds * 1e9) if variant.tells else taken)
         spent += taken
     return times
 

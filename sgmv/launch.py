@@ -107,10 +107,9 @@ def _start(
     threads, gate = workers.get_num_threads(), 0
     try:
         if threads > 1 and JITTED:
-            pool.prepare(threads)
+            pool.prepare(threads - 1)
             gate = pool.address
-        space.hold_plan(n)
-        space.hold_v(v_bytes)
+        space.prepare(n, v_bytes, threads)
         outcome = start(space.address, *operands, gate, WORTH_SHARING_NS)
         while outcome == call.MORE:  # between two bytecodes Python hears signals
             pool.ring()

@@ -219,8 +219,7 @@ class Segments:
     def _record(self) -> npt.NDArray[Any]:
         """The segments as compiled code takes them."""
         found = np.zeros(1, SEGMENTS)
-        found["count"], found["most"] = self.S, self.most
-        found["rows"] = self.rows.ctypes.data
+        found["count"], found["most"], found["rows"] = self.S, self.most, self.rows.ctypes.data
         found["seq_start"] = self.seq_start.ctypes.data
         found["adapter_ids"] = self.adapter_ids.ctypes.data
         for name, array in (("x_rows", self._x_rows), ("weights", self._weights)):

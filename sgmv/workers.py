@@ -104,7 +104,6 @@ class Pool:
     """Helpers at a gate. One caller at a time has them: see `take_helpers` in kernels/pool.py."""
 
     def __init__(self) -> None:
-        self.threads = 0  # that it is ready for
         self.helpers: list[threading.Thread | NativeThread] = []
         self.begun = self.closed = False
         self.asleep = 0
@@ -116,28 +115,21 @@ class Pool:
         self.fields["cpus"], self.fields["mask"] = self.cpus.ctypes.data, self.mask.ctypes.data
         self.address = int(self.fields.ctypes.data)
 
-    def prepare(self, threads: int) -> None:
-        """Be ready for calls of so many threads, the caller's included."""
-        if threads == self.threads:
+    def prepare(self, helpers: int) -> None:
+        """Start helpers until there are `helpers`, or as many as the system gives."""
+        if len(self.helpers) >= helpers:
             return
-        self.fields["threads"] = threads
-        if self._has(threads - 1):
-            self.threads = threads
-
-    def _has(self, helpers: int) -> bool:
-        """Start helpers until there are so many, or as many as the system gives."""
         self.begun = True
         if not take_helpers(self.address):
-            return False
+            return
         try:
             while len(self.helpers) < helpers and not self.closed:
                 self.helpers.append(self._helper(len(self.helpers)))
                 self._know_helpers()
         except RuntimeError:  # no thread to be had, or the interpreter is shutting down
-            return False
+            return
         finally:
             free_helpers(self.address)
-        return not self.closed
 
     def ring(self) -> None:
         """Wake the helpers that sleep, where there is no futex to do so."""
@@ -227,9 +219,8 @@ class Team(Pool):
         super().__init__()
         self.fields["team"], self.fields["member"] = parallel, entry(member, integers=1)
 
-    def _has(self, helpers: int) -> bool:
+    def prepare(self, helpers: int) -> None:
         """They come by themselves."""
-        return True
 
     def close(self) -> None:
         """From now on every caller finds them busy."""

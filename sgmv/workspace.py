@@ -22,19 +22,18 @@ class Workspace:
         self.call = on_cache_lines(CALL)
         self.address = int(self.call.ctypes.data)
         self.call["begin"] = _begin()
-        self._rows = self._v_bytes = 0
+        self._rows = self._v_bytes = self._threads = 0
 
-    def hold_plan(self, n: int) -> None:
-        """Have room for the plan of n rows."""
+    def prepare(self, n: int, v_bytes: int, threads: int) -> None:
+        """Have room for the plan of n rows and for v, and note how many threads may take part."""
         if n > self._rows:
             self._scratch = np.empty(scratch_size(n), np.uint8)
             self.call["scratch"], self._rows = self._scratch.ctypes.data, n
-
-    def hold_v(self, size: int) -> None:
-        """Have room for a v of so many bytes."""
-        if size > self._v_bytes:
-            self._v = np.empty(size // 4, np.float32)
-            self.call["v_room"], self._v_bytes = self._v.ctypes.data, size
+        if v_bytes > self._v_bytes:
+            self._v = np.empty(v_bytes // 4, np.float32)
+            self.call["v_room"], self._v_bytes = self._v.ctypes.data, v_bytes
+        if threads != self._threads:
+            self.call["threads"] = self._threads = threads
 
 
 @cache

@@ -24,7 +24,7 @@ from sgmv.kernels.pool import (
     shut_gate,
     take_helpers,
 )
-from sgmv.kernels.records import CALL, KERNELS, POOL, TABLE
+from sgmv.kernels.records import CALL, KERNELS, TABLE
 from sgmv.kernels.tasks import all_begun, leave_undone, take_part
 
 # Outcomes of a call. After MORE Python looks for signals and sleeping helpers, and resumes;
@@ -119,7 +119,6 @@ def is_dense(array: Any) -> Any:
 def begin(address: int, pool: int) -> None:
     """Plan the call whose operands are in place, and run it; its outcome is in the record."""
     call = record(CALL, address)
-    call.threads = 1 if pool == 0 else record(POOL, pool).threads
     call.shrink_next = call.shrink_done = call.expand_next = 0
     if not plan(address):
         call.outcome = REFUSED

@@ -108,7 +108,6 @@ POOL = _record(
     # Linux's, or 0: libc's syscall(2), and the numbers of four system calls.
     *("syscall", "futex", "getcpu", "setaffinity", "gettid"),
     *("cpu", "kept_clear"),  # the caller's core, now and when helpers were last kept off it
-    "threads",  # that a call may use, the caller's included
     "helpers",
     "thread_ids",  # at (helpers,)
     *("cpus", "mask"),  # at (CPU_WORDS,): the cores helpers may use, a bit each; and scratch

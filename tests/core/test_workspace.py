@@ -30,8 +30,7 @@ def test_a_workspace_grows_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert other is not space
     held = []
     for n in (3, 700, 2, 700):
-        space.hold_plan(n)
-        space.hold_v(4 * n)
+        space.prepare(n, 4 * n, threads=2)
         held.append((int(space.call[0].scratch), int(space.call[0].v_room)))
     assert len(set(held)) == 2
     assert held[1] == held[2] == held[3]

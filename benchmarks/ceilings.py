@@ -136,6 +136,7 @@ def reading(arrays: Sequence[NDArray[Any]], threads: int, pass_s: float) -> Read
     """
     addresses = np.array([array.ctypes.data for array in arrays], np.int64)
     sizes = np.array([array.nbytes // 8 for array in arrays], np.int64)
+    nbytes = 8 * int(sizes.sum())
     parts = []
     for t in range(threads):
         first, last = sizes * t // threads, sizes * (t + 1) // threads
@@ -145,14 +146,14 @@ def reading(arrays: Sequence[NDArray[Any]], threads: int, pass_s: float) -> Read
         def run(passes: int) -> float:
             return _concurrent([partial(kernel, *part, passes) for part in parts])
 
-        passes = _calibrate(run, pass_s, 1 + int(pass_s * SLOWEST / (8 * sizes.sum())))
+        passes = _calibrate(run, pass_s, 1 + int(pass_s * SLOWEST / nbytes))
         return lambda: run(passes) / passes
 
     best = min(
         (reader(kernel) for kernel in (_read, _read_streams)),
         key=lambda once: min(once() for _ in range(3)),
     )
-    return Reading(8 * int(sizes.sum()), best)
+    return Reading(nbytes, best)
 
 
 @dataclass(frozen=True)

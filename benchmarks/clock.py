@@ -26,7 +26,7 @@ DRAWS = 1000
 class Variant:
     """One way to compute a case: `before` is called ahead of each turn, off the clock.
 
-    Semantics: where it `tells`, a call returns the seconds that count.
+    Semantics: with `returns_seconds` a call measures itself, and what it returns counts.
     Units: `settle_s` is the seconds of untimed calls ahead of each turn: at least one call, but for
     a variant that does not settle.
     """
@@ -36,7 +36,7 @@ class Variant:
     before: Callable[[], object] = lambda: None
     settle_s: float = 0.003
     settles: bool = True
-    tells: bool = False
+    returns_seconds: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _turn(variant: Variant, budget: Budget) -> list[int]:
         start = time.perf_counter_ns()
         seconds = call()
         taken = time.perf_counter_ns() - start
-        times.append(round(seconds * 1e9) if variant.tells else taken)
+        times.append(round(seconds * 1e9) if variant.returns_seconds else taken)
         spent += taken
     return times
 

@@ -4,7 +4,7 @@
     begin    plans the call (segments, slots, row blocks, tasks), opens the gate to helpers where
              that pays, and resumes
     resume   runs tasks until none is left, or signals have waited long enough
-    abandon  ends a call whose tasks are not all done
+    abandon  ends a call before all of its tasks are done
 
 `start` is compiled for each mix of operands, and so enters `begin` by its address: that one is
 compiled once.
@@ -101,7 +101,7 @@ def place_v(address: int, kernels: int, table: int) -> None:
 def start_in_place(
     address: int, kernels: int, table: int, segments: int, pool: int, worth_sharing_ns: int
 ) -> Any:
-    """Run the call whose operands are in place; returns its outcome."""
+    """Run the call; its operands are in place. Returns the outcome."""
     call = record(CALL, address)
     phases = record(KERNELS, kernels)
     call.shrink, call.expand = phases.shrink, phases.expand
@@ -117,7 +117,7 @@ def is_dense(array: Any) -> Any:
 
 
 def begin(address: int, pool: int) -> None:
-    """Plan the call whose operands are in place, and run it; its outcome is in the record."""
+    """Plan the call and run it: operands are in the record, and so is the outcome then."""
     call = record(CALL, address)
     call.shrink_next = call.shrink_done = call.expand_next = 0
     if not plan(address):

@@ -261,15 +261,15 @@ class Emit:
         halves = {ODD: b.and_(both, numbers(-1 << 16)), EVEN: b.shl(both, numbers(16))}
         return [b.bitcast(halves[part], VECTOR) for part in parts]
 
-    def pairs(self, address):
+    def even_and_odd(self, address):
         """Of 2 * LANES bfloat16 the even ones, and the odd ones, as float32."""
         return self._halves(address, types.int16, None, [EVEN, ODD])
 
     def in_turn(self, even, odd):
         """Two vectors of which these are the even and the odd lanes."""
-        lanes_of = [lane + other for lane in range(LANES) for other in (0, LANES)]
-        halves = lanes_of[:LANES], lanes_of[LANES:]
-        return [self.builder.shuffle_vector(even, odd, numbers(half)) for half in halves]
+        single = [[lane] for lane in range(LANES)]
+        halves = single[: LANES // 2], single[LANES // 2 :]
+        return [self._interleave(even, odd, half) for half in halves]
 
     def _pairs(self, address, stored, mask, _parts):
         read = self.read(address, ir.VectorType(I16, 2 * LANES), size(stored), mask)

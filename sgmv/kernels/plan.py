@@ -145,7 +145,7 @@ def rows_per_block(rows: int, rank: int, threads: int) -> Any:
     """The rows that a block should have: where rows are few, smaller ones keep all threads busy."""
     if threads == 1:
         return most_rows(rank)
-    parts = -(-rank // RANKS_IN_L2)  # shrink cuts a block into so many anyway
+    parts = -(-rank // RANKS_IN_L2)  # into which shrink cuts a block anyway
     wanted = -(-rows * parts // (threads * TASKS_PER_THREAD))
     return min(most_rows(rank), max(FEWEST_ROWS_PER_BLOCK, wanted))
 

@@ -57,7 +57,7 @@ CALL = _record(
     *("shrink", "expand"),  # at their kernels; 0 leaves the phase out
     "threads",  # how many may take part
     "worth_sharing_ns",  # work that takes one core less than this is not shared
-    "pool",  # at the POOL whose helpers this call has; or 0
+    "pool",  # at the POOL that helps this call; or 0
     *("begin", "outcome"),  # at compiled code that plans and runs a call; how far that came
     "limit",  # tasks that the caller runs of each phase before it looks for signals
     "scratch",  # at the plan's memory
@@ -71,7 +71,10 @@ CALL = _record(
     lines=("shrink_next", "shrink_done", "expand_next", "members"),
 )
 
-KERNELS = _record("shrink", "expand", "v_itemsize")  # addresses; 0 leaves the phase out
+KERNELS = _record(
+    *("shrink", "expand"),  # addresses; 0 leaves the phase out
+    "v_itemsize",  # bytes of a number of v
+)
 
 TABLE = _record(
     *("h_in", "h_out"),

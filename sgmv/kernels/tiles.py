@@ -218,23 +218,21 @@ def _expand_tile(e, nv, y_rows, v_rows, w_row, r, factors, mask, w_like, y_like)
     def value(m, j):
         return e.broadcast(e.add(v_rows[m], e.multiply(j, 4)))
 
-    def weights(q, j):
-        """The next vectors from q on that one read gives."""
-        address = e.add(w_row(j), q * LANES * size(w_like))
-        return e.pairs(address) if in_pairs else [e.load(address, w_like, mask)]
-
-    at_once = 2 if in_pairs else 1
+    def weights(j):
+        """The vectors of w[j], each read when it is asked for."""
+        for q in range(0, nv, 2 if in_pairs else 1):
+            address = e.add(w_row(j), q * LANES * size(w_like))
+            yield from e.even_and_odd(address) if in_pairs else [e.load(address, w_like, mask)]
 
     def step(j, sums):
         sums = list(sums)
         if mr <= nv:  # the fewer wait in registers, the others pass through one
             values = [value(m, j) for m in range(mr)]
-            for first in range(0, nv, at_once):
-                for q, passing in enumerate(weights(first, j), first):
-                    for m in range(mr):
-                        sums[m * nv + q] = e.fma(values[m], passing, sums[m * nv + q])
+            for q, passing in enumerate(weights(j)):
+                for m in range(mr):
+                    sums[m * nv + q] = e.fma(values[m], passing, sums[m * nv + q])
         else:
-            waiting = [each for q in range(0, nv, at_once) for each in weights(q, j)]
+            waiting = list(weights(j))
             for m in range(mr):
                 passing = value(m, j)
                 for q in range(nv):

@@ -36,7 +36,7 @@ from benchmarks.studies.grid.records import CallTimes, CaseRecord, ratios
 IDS_ROWS = 64
 MIXED = "mixed"
 READ_S = 0.004  # of one measurement of reading a case's bytes
-PREPARING_S = 0.35  # a case's arrays and its gate, roughly
+PREPARING_S = 0.35  # a case's arrays, its gate, and how its bytes are read fastest, roughly
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def about_s(cases: int, threads: int, budget: Budget) -> float:
     """Seconds that so many cases take on a quiet machine with the baselines installed, roughly."""
     absent = left_out()
     pools = [PEERS[name].library for name in TURNS if PEERS[name].library not in absent]
-    pools = ["sgmv"] * (threads + 1) + pools  # once more from ids
+    pools = ["sgmv"] * (2 * threads + 1) + pools  # reads and calls; once more from ids
     turn_s = budget.turn_s + Variant("", lambda: None).settle_s
     return cases * (budget.rounds * (len(pools) * turn_s + sum(rests(pools))) + PREPARING_S)
 
@@ -208,7 +208,10 @@ def measure(
     checked = check_case(batch, _gated(variants), terms.seed, roundings)
     y = batch.y.copy()
     turns = [
-        *(Variant(f"read@{count}", _reader(batch, count), tells=True) for count in terms.threads),
+        *(
+            Variant(f"read@{count}", _reader(batch, count), returns_seconds=True)
+            for count in terms.threads
+        ),
         *(
             Variant(name, partial(update, y, batch.x, batch), before)
             for name, (update, before) in variants.items()
